@@ -1,0 +1,53 @@
+"""Randomness that is a pure function of (seed, t): no state, no order of calls, random access.
+
+Two sources, both keyed through numpy's ``SeedSequence``:
+
+* ``generator``: a Philox generator for everything that needs a whole vector of draws;
+* ``uniform``: a counter hash for draws that belong to *one* thing (a link, a peer), so that a peer can look
+  at its own links without drawing everybody else's. A link's coin depends on (seed, t, i, j) alone: the same
+  link gets the same coin on every base graph, and the links kept at p = 0.1 are among those kept at 0.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# One stream per purpose, so that two sequences with one seed are independent of each other.
+STREAMS = {"links": 1, "order": 2, "matching": 3, "shift": 4, "coins": 5, "walk": 6, "graph": 7, "peers": 8, "sample": 9}
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def _entropy(seed: int, t: int, stream: str) -> np.random.SeedSequence:
+    if seed < 0 or t < 0:
+        raise ValueError(f"seed and round must be non-negative integers, got seed={seed}, t={t}")
+    return np.random.SeedSequence(entropy=int(seed), spawn_key=(STREAMS[stream], int(t)))
+
+
+def generator(seed: int, t: int, stream: str) -> np.random.Generator:
+    """A fresh Philox generator for the given purpose in round ``t``."""
+    return np.random.Generator(np.random.Philox(_entropy(seed, t, stream)))
+
+
+def key(seed: int, t: int, stream: str) -> np.uint64:
+    """A 64-bit key for ``uniform`` and ``Shuffle``."""
+    return _entropy(seed, t, stream).generate_state(1, np.uint64)[0]
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that looks random."""
+    with np.errstate(over="ignore"):
+        x = x + _GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * _MIX_1
+        x = (x ^ (x >> np.uint64(27))) * _MIX_2
+        return x ^ (x >> np.uint64(31))
+
+
+def uniform(key: np.uint64, i, j) -> np.ndarray:
+    """Uniform numbers in [0, 1) for the unordered pairs {i, j}; arrays in, an array of the same shape out."""
+    i, j = np.asarray(i, dtype=np.uint64), np.asarray(j, dtype=np.uint64)
+    low, high = np.minimum(i, j), np.maximum(i, j)
+    words = mix(mix(low ^ key) ^ high)
+    return (words >> np.uint64(11)) * 2.0**-53
