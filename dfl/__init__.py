@@ -1,0 +1,6 @@
+"""Decentralised gossip fine-tuning of LoRA factors: no server, no all-reduce."""
+
+from dfl.simulate import Simulation, simulate
+
+__version__ = "0.1.0"
+__all__ = ["Simulation", "simulate"]

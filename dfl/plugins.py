@@ -1,4 +1,4 @@
-"""Tables of plug-ins: a plain dictionary from name to factory, and the checks that make a wrong name or parameter a clear error."""
+"""Tables of plug-ins: a plain dictionary from name to factory; a wrong name or parameter becomes a clear error."""
 
 import inspect
 from collections.abc import Callable, Mapping

@@ -1,0 +1,82 @@
+"""How far peers are apart, and what mixing factors costs the product. Tensors in, floats out.
+
+All of it comes from Gram tables of low-rank pairs: nothing of size O x I is formed. Products are scaled as ΔW is.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl.factors import GROUPS, Layout, stack_a, stack_b
+from dfl.lowrank import product_gram
+
+
+def consensus_distance(x: Tensor) -> float:
+    """sqrt(mean_i ||x_i - mean x||²) of rows x (N, D)."""
+    x = x.double()
+    return float((x - x.mean(0)).square().sum(1).mean().sqrt())
+
+
+def scaled_product_gram(x: Tensor, layout: Layout) -> Tensor:
+    """<ΔW_j, ΔW_l>_F over all layers for the rows of x (J, D): (J, J) float64."""
+    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for pairs in layout.shapes():
+        scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=x.device)[:, None, None]
+        total += product_gram(stack_a(x, pairs).double() * scaling, stack_b(x, pairs))
+    return total
+
+
+def _norms(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """||sum_j c_ij ΔW_j||_F for coefficients (I, J)."""
+    return torch.einsum("ij,jl,il->i", coefficients, gram, coefficients).clamp_min(0).sqrt()
+
+
+def cross_term(x: Tensor, w: np.ndarray, layout: Layout) -> tuple[float, float]:
+    """Mean over receivers of ||C_i||_F, and of it over ||sum_j w_ij ΔW_j||_F, for the rows x (N, D) before mixing.
+
+    C_i = sum_j w_ij B_j A_j - (sum_j w_ij B_j)(sum_j w_ij A_j). It does not change when one matrix is taken from every B_j
+    and one from every A_j, so the network means are taken off first: no cancellation when peers agree.
+    """
+    weights = torch.as_tensor(w, dtype=torch.float64, device=x.device)
+    x = x.double()
+    products = scaled_product_gram(x, layout)
+    x = x - x.mean(0)
+    gram = scaled_product_gram(torch.cat([x, weights @ x]), layout)
+    cross = _norms(gram, torch.cat([weights, -torch.eye(len(x), dtype=torch.float64, device=x.device)], 1))
+    size = _norms(products, weights)
+    relative = torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
+    return float(cross.mean()), float(relative.mean())
+
+
+def aggregation_error(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout) -> float:
+    """Mean over receivers of ||sum_j w_ij ΔW_j - ΔW_i'||_F: what each holds after the round against product consensus.
+
+    before, after: rows (N, D) around the mix.
+    """
+    weights = torch.as_tensor(w, dtype=torch.float64, device=before.device)
+    gram = scaled_product_gram(torch.cat([before, after]), layout)
+    eye = torch.eye(len(before), dtype=torch.float64, device=before.device)
+    return float(_norms(gram, torch.cat([weights, -eye], 1)).mean())
+
+
+def product_distance(x: Tensor, layout: Layout) -> float:
+    """sqrt(mean_i ||ΔW_i - mean ΔW||_F²) of rows x (N, D): disagreement that no change of basis hides."""
+    num = len(x)
+    centred = torch.eye(num, dtype=torch.float64, device=x.device) - 1 / num
+    return float(_norms(scaled_product_gram(x, layout), centred).square().mean().sqrt())
+
+
+def measure(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout) -> dict[str, float]:
+    """All measures of a round from the rows before and after the mix (N, D)."""
+    cross, relative = cross_term(before, w, layout)
+    result = {"consensus_distance": consensus_distance(after)}
+    for group in GROUPS:
+        cut = layout.groups[group]
+        if cut.stop > cut.start:
+            result[f"consensus_distance_{group}"] = consensus_distance(after[:, cut])
+    return result | {
+        "product_distance": product_distance(after, layout),
+        "cross_term": cross,
+        "cross_term_relative": relative,
+        "aggregation_error": aggregation_error(before, after, w, layout),
+    }

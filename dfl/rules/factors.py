@@ -1,0 +1,33 @@
+"""Rules that mix factors every round: plain LoRA gossip, frozen A, and no mixing at all."""
+
+from dfl.factors import Layout
+from dfl.rules.base import BOTH, Rule, factor_gossip
+
+ONLY_B = frozenset({"B"})
+NOTHING: frozenset[str] = frozenset()
+
+
+def lora(layout: Layout, *, head: str = "frozen") -> Rule:
+    """Train A and B, mix A and B (Dec-LoRA, DLoRA).
+
+    A_i <- sum_j w_ij A_j (R, I);  B_i <- sum_j w_ij B_j (O, R). Keeps the network means of A and of B; not the mean
+    product. Ghiasvand, Alizadeh, Pedarsani 2025, arXiv 2501.15361; Saadati et al. 2025, arXiv 2505.21382.
+    """
+    return factor_gossip(layout, lambda t: BOTH, lambda t: BOTH, head=head)
+
+
+def ffa(layout: Layout, *, head: str = "frozen") -> Rule:
+    """Freeze the shared A, train and mix B (FFA-LoRA as gossip: DLoRA-FA, ConLoRA).
+
+    B_i <- sum_j w_ij B_j (O, R). A is the same everywhere for ever, so the cross term is zero for any W and half
+    the bytes travel. Sun, Li, Li, Ding 2024, arXiv 2403.12313; Saadati et al. 2025, arXiv 2505.21382.
+    """
+    return factor_gossip(layout, lambda t: ONLY_B, lambda t: ONLY_B, head=head)
+
+
+def local(layout: Layout, *, head: str = "frozen") -> Rule:
+    """Train A and B alone, never mix: the baseline that gossip has to beat.
+
+    x_i <- x_i (D). Nothing is sent.
+    """
+    return factor_gossip(layout, lambda t: BOTH, lambda t: NOTHING, head=head)

@@ -1,0 +1,78 @@
+"""Any rule on any topology with the caller's own local step: no model, no processes, the loop's own rule code."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from dfl import codecs, rules
+from dfl.factors import Layout, pack, unpack
+from dfl.gossip import gossip
+from dfl.measures import measure
+from dfl.transport import InProcess
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+LocalStep = Callable[[Factors, int, frozenset[str]], None]
+
+
+class MixingSequence(Protocol):
+    """What the simulator asks of a topology; `topologies.build` gives one."""
+
+    num_peers: int
+
+    def matrix(self, t: int, alive=None) -> np.ndarray: ...
+
+
+class Simulation(NamedTuple):
+    """The factors after the last round, in the shape they came in, and a dict of measures for each measured round."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    measures: list[dict[str, float]]
+
+
+def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
+             codec: str = "none", measure_every: int = 1, measure_from: int = 0, **params) -> Simulation:
+    """Run `rounds` rounds of `rule` over `topology` with the caller's own local training.
+
+    factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
+    local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
+        whatever it does to a factor outside `trains` (a set of "A", "B") is undone.
+    params: the rule's own, as in a recipe (`T=5`, `split="left"`).
+    measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
+
+    ValueError where rule, parameter, topology and factors do not fit each other.
+    """
+    layout, x = pack(factors)
+    if len(x) != topology.num_peers:
+        raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
+    plan = rules.build(rule, layout, **with_contraction(rule, params, topology))
+    wire = codecs.build(codec)
+    states = [plan.init(row) for row in x]
+    history = []
+    for t in range(rounds):
+        _train(x, layout, local_step, t, plan.trains(t))
+        w = topology.matrix(t)
+        measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
+        before = x.clone() if measured else x
+        traffic = gossip(plan, wire, InProcess(), x, range(len(x)), states, w, t)
+        if measured:
+            history.append({"round": t, "edges": traffic.edges, "message_bytes": traffic.message_bytes,
+                            **measure(before, x, w, layout)})
+    return Simulation(unpack(x, layout), history)
+
+
+def with_contraction(rule: str, params: Mapping[str, object], topology: MixingSequence) -> dict[str, object]:
+    """The rule's parameters, with the topology's measured contraction for a rule that chooses its interval by it."""
+    if rule == "tad" and params.get("T", "auto") == "auto" and "contraction" not in params:
+        from topologies.spectrum import contraction
+        return {**params, "contraction": contraction(topology)}
+    return dict(params)
+
+
+def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, trains: frozenset[str]) -> None:
+    frozen = [cut for group, cut in layout.groups.items() if group not in trains]
+    kept = [x[:, cut].clone() for cut in frozen]
+    local_step(unpack(x, layout), t, trains)
+    for cut, values in zip(frozen, kept, strict=True):
+        x[:, cut] = values

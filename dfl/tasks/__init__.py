@@ -1,0 +1,73 @@
+"""Models and data: what is fine-tuned on what. `load` is all that the loop needs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dfl.config import DataConfig, ModelConfig
+from dfl.plugins import did_you_mean, first_line
+from dfl.tasks import docstrings, files, models
+from dfl.tasks.base import Bundle, Split, Task
+from dfl.tasks.classification import SequenceClassification
+from dfl.tasks.language import CausalLM
+from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
+
+__all__ = ["SOURCES", "TASKS", "Bundle", "Split", "Task", "describe", "load"]
+
+TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM)}
+SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load}
+
+
+def describe(table: Mapping[str, Callable] = TASKS) -> dict[str, str]:
+    """A line for each entry of `TASKS` or `SOURCES`."""
+    return {name: first_line(entry) for name, entry in table.items()}
+
+
+def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0) -> Bundle:
+    """The frozen model with tokenised examples.
+
+    `seed` draws the weights of a new head. `data_seed` draws the validation split and the subsets; left alone, runs with
+    different seeds share their examples. ValueError names the field, the value and what is allowed; data problems come
+    first, then the model's configuration, and the weights are read last.
+    """
+    kind = _lookup("model.task", TASKS, model.task)
+    source = models.locate(model)
+    train, valid, facts = read_data(kind, data, data_seed)
+    names = label_names(train, data.label) if kind.labelled else []
+    train, valid = divide(train, valid, data, data_seed)
+    labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64)
+              for t in (train, valid)]
+    config = models.read_config(model, source, names if kind.labelled else None)
+    processor = models.read_tokenizer(model, source, config, data.max_length)
+    splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns)
+              for t, y in zip((train, valid), labels, strict=True)]
+    net, head, model_facts = models.read_weights(model, source, config, kind.auto_class, seed)
+    facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": names,
+             "num_train": len(train), "num_valid": len(valid), **facts}
+    return Bundle(net, processor, *splits, kind.build(processor), head, source.name, facts)
+
+
+def read_data(kind: type, data: DataConfig, data_seed: int) -> tuple[Table, Table | None, dict[str, Any]]:
+    """The tables that the source gives, their columns checked against what the task reads."""
+    source = _lookup("data.source", SOURCES, data.source)
+    options = {"masked": kind.labelled, "data_seed": data_seed} if source is docstrings.load else {}
+    train, valid, facts = source(data, **options)
+    for table in (train, valid):
+        if table is not None:
+            kind.check(table, data)
+    return train, valid, facts
+
+
+def divide(train: Table, valid: Table | None, data: DataConfig, data_seed: int) -> tuple[Table, Table]:
+    """Train and validation tables of at most data.max_train and data.max_valid rows."""
+    rng = np.random.default_rng([data_seed, 0])
+    if valid is None:
+        train, valid = split_off(train, data.valid_fraction, rng)
+    return subset(train, data.max_train, rng), subset(valid, data.max_valid, rng)
+
+
+def _lookup(key: str, table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"{key} = {name!r} is not known{did_you_mean(name, table)}; allowed: {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,107 @@
+"""What a task hands to the loop: splits of tokenised examples, a collate, and losses by group. Shapes: B rows, L tokens, C labels, G groups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100  # a label that no loss counts: padding and prompt tokens
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples ready for `Task.collate`: `features[i]` is one, not padded; `labels` (n,) int64; `columns` as in the file."""
+
+    features: Sequence[dict[str, Any]]
+    labels: np.ndarray
+    label_names: list[str]
+    columns: dict[str, list]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Task(Protocol):
+    """What the loop asks of a task. A batch is made of `num_groups` equal blocks of consecutive rows, one block a peer."""
+
+    name: str
+    primary: str
+    higher_is_better: bool
+
+    def collate(self, features: Sequence[dict], pad_to_multiple: int | None = None) -> dict[str, torch.Tensor]: ...
+
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+    def losses(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> torch.Tensor: ...
+
+    def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]: ...
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model on the CPU, frozen and in evaluation mode, with its data and task."""
+
+    model: torch.nn.Module
+    processor: Any
+    train: Split
+    valid: Split
+    task: Task
+    head_modules: tuple[str, ...]
+    base_name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the forward pass takes: a model given labels would compute a loss of its own."""
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, multiple: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as one (B, L) int64 tensor, padded on the right with `value`, and the mask of what is real."""
+    lengths = np.array([len(row) for row in rows])
+    width = max(int(lengths.max()), 1)
+    if multiple:
+        width = -(-width // multiple) * multiple
+    mask = np.arange(width) < lengths[:, None]
+    padded = np.full(mask.shape, value, dtype=np.int64)
+    padded[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def blocks(values: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """(B, ...) as (G, everything of the group's rows)."""
+    if len(values) % num_groups:
+        raise AssertionError(f"{len(values)} rows are not {num_groups} equal blocks")
+    return values.reshape(num_groups, -1)
+
+
+class LabelLoss:
+    """Losses and scores of one label per example, from `output.logits` (B, C)."""
+
+    primary = "accuracy"
+    higher_is_better = True
+    inputs = staticmethod(without_labels)
+
+    def losses(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> torch.Tensor:
+        """(G,) float32: the mean cross-entropy of each block."""
+        return blocks(self._row_losses(output, batch), num_groups).mean(1)
+
+    def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
+        """Sums of each block, (G,) each: loss_sum, correct, count."""
+        correct = (output.logits.argmax(-1) == batch["labels"]).float()
+        return {"loss_sum": blocks(self._row_losses(output, batch), num_groups).sum(1),
+                "correct": blocks(correct, num_groups).sum(1),
+                "count": blocks(torch.ones_like(correct), num_groups).sum(1)}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        count = sums["count"] or float("nan")
+        return {"accuracy": sums["correct"] / count, "loss": sums["loss_sum"] / count}
+
+    @staticmethod
+    def _row_losses(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(output.logits.float(), batch["labels"], reduction="none")

@@ -1,0 +1,112 @@
+"""The next token, of plain text or of the response to a prompt."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dfl.config import DataConfig
+from dfl.tasks.base import IGNORED, blocks, pad, without_labels
+from dfl.tasks.tables import Table, texts
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The next token of plain text, or of a response given its prompt."""
+
+    pad_id: int
+
+    name = "causal_lm"
+    primary = "perplexity"
+    higher_is_better = False
+    auto_class = "AutoModelForCausalLM"
+    modality = "text"
+    labelled = False
+    inputs = staticmethod(without_labels)
+
+    @classmethod
+    def build(cls, processor: Any) -> "CausalLM":
+        return cls(processor.pad_token_id)
+
+    @staticmethod
+    def check(table: Table, data: DataConfig) -> None:
+        """ValueError for columns that are not there or hold no text, and for a prompt without a response."""
+        if (data.prompt is None) != (data.response is None):
+            raise ValueError(f"data.prompt = {data.prompt!r} and data.response = {data.response!r}: give both of them, "
+                             "or neither for plain text")
+        for key in ("text",) if data.prompt is None else ("prompt", "response"):
+            texts(table, key, getattr(data, key))
+
+    @staticmethod
+    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> list[dict[str, Any]]:
+        """A feature per row: input_ids and labels, at most data.max_length tokens, those of a prompt masked."""
+        end = [] if processor.eos_token_id is None else [processor.eos_token_id]
+        if data.prompt is None:
+            rows = [plain(ids, end, data.max_length) for ids in _ids(processor, texts(table, "text", data.text))]
+        else:
+            prompts = _ids(processor, texts(table, "prompt", data.prompt))
+            responses = _ids(processor, texts(table, "response", data.response), add_special_tokens=False)
+            rows = [answer(p, r, end, data.max_length) for p, r in zip(prompts, responses, strict=True)]
+        _check_targets(rows, table)
+        return [{"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(targets, dtype=np.int32)}
+                for ids, targets in rows]
+
+    def collate(self, features: Sequence[dict], pad_to_multiple: int | None = None) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask and labels (B, L), padded to the longest of the list; labels with -100."""
+        ids, mask = pad([f["input_ids"] for f in features], self.pad_id, pad_to_multiple)
+        labels, _ = pad([f["labels"] for f in features], IGNORED, pad_to_multiple)
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+    def losses(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> torch.Tensor:
+        """(G,) float32: the mean cross-entropy of each block over its unmasked tokens."""
+        loss, counted, _ = self._tokens(output, batch)
+        return blocks(loss, num_groups).sum(1) / blocks(counted, num_groups).sum(1).clamp(min=1)
+
+    def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
+        """Sums over the tokens of each block, (G,) each: loss_sum, correct, count."""
+        loss, counted, targets = self._tokens(output, batch)
+        correct = (output.logits[:, :-1].argmax(-1) == targets) & counted
+        return {"loss_sum": blocks(loss, num_groups).sum(1), "correct": blocks(correct, num_groups).sum(1).float(),
+                "count": blocks(counted, num_groups).sum(1).float()}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        loss = sums["loss_sum"] / (sums["count"] or float("nan"))
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan, "loss": loss}
+
+    @staticmethod
+    def _tokens(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss (0 where masked), what counts, and targets, (B, L - 1) each: position l predicts token l + 1."""
+        targets = batch["labels"][:, 1:]
+        logits = output.logits[:, :-1].float()
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none",
+                               ignore_index=IGNORED)
+        return loss.view(targets.shape), targets != IGNORED, targets
+
+
+def plain(ids: list[int], end: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Tokens and targets of a plain text, with the end-of-text token where the text is whole."""
+    ids = (ids + end if ids[-1:] != end else ids)[:limit]
+    return ids, ids
+
+
+def answer(prompt: list[int], response: list[int], end: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Tokens and targets of a prompt and its response; a long prompt loses its beginning, and at most half the room."""
+    if end and prompt[-1:] == end:  # some tokenizers close every text
+        prompt = prompt[:-1]
+    response = (response + end)[:max(limit - len(prompt), limit // 2)]
+    prompt = prompt[max(0, len(prompt) + len(response) - limit):]
+    return prompt + response, [IGNORED] * len(prompt) + response
+
+
+def _ids(processor: Any, rows: list[str], **options: Any) -> list[list[int]]:
+    return processor(rows, return_attention_mask=False, verbose=False, **options)["input_ids"]
+
+
+def _check_targets(rows: list[tuple[list[int], list[int]]], table: Table) -> None:
+    for line, (_, targets) in zip(table.lines, rows, strict=True):
+        if all(target == IGNORED for target in targets[1:]):
+            raise ValueError(f"line {line} of {table.where} leaves no token to predict (an empty text?)")

@@ -1,0 +1,183 @@
+"""Pre-trained models: where they lie, their configuration, their weights. What is wrong becomes one line that names the field."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfl.config import ModelConfig
+from dfl.tasks import embedded, heads
+
+ALLOWED = "'minilm', a folder with config.json and model.safetensors, or the name of a model on the hub"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from: a folder, or a hub name."""
+
+    name: str
+    local: bool
+    verified: str | None = None  # SHA-256 of weights that are pinned
+
+
+def locate(model: ModelConfig) -> Source:
+    """Where `model.name` lies. ValueError for a folder that is not there or holds no model; the network is not asked."""
+    if model.name == "minilm":
+        folder = embedded.minilm_folder()
+        return Source(str(folder), True, embedded.verify_minilm(folder))
+    path = Path(model.name).expanduser()
+    if path.is_dir():
+        _check_folder(model, path)
+        return Source(str(path.resolve()), True)
+    if path.exists() or model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
+        raise ValueError(f"model.name = {model.name!r} is not a folder; allowed: {ALLOWED}")
+    return Source(model.name, False)
+
+
+def _check_folder(model: ModelConfig, path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.name = {model.name!r} has no config.json: not a model folder; allowed: {ALLOWED}")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"model.name = {model.name!r} has no weights (*.safetensors); allowed: {ALLOWED}")
+
+
+def read_config(model: ModelConfig, source: Source, label_names: list[str] | None) -> Any:
+    """The model's configuration with the first `model.layers` layers, `model.dropout` and the labels of the data."""
+    from transformers import AutoConfig  # seconds: only when a model is wanted
+
+    with quiet(), _one_line(model):
+        config = _fetch(AutoConfig.from_pretrained, source)
+    if model.layers is not None:
+        keep_layers(model, config)
+    if model.dropout is not None:
+        set_dropout(model, config)
+    if label_names is not None:
+        config.num_labels = len(label_names)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: i for i, name in enumerate(label_names)}
+        config.problem_type = "single_label_classification"
+    return config
+
+
+def keep_layers(model: ModelConfig, config: Any) -> None:
+    """Set the configuration to the first `model.layers` layers. ValueError where the architecture does not tell its layers."""
+    have = getattr(config, "num_hidden_layers", None)
+    if not isinstance(have, int) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model.layers = {model.layers}: the architecture {config.model_type!r} of model.name = "
+                         f"{model.name!r} has no single stack of layers to cut; leave it out")
+    if model.layers > have:
+        raise ValueError(f"model.layers = {model.layers} is more than the {have} layers of model.name = {model.name!r}")
+    for key, value in config.to_dict().items():
+        if "layer" in key and isinstance(value, list) and len(value) == have:  # one entry a layer
+            setattr(config, key, value[:model.layers])
+    config.num_hidden_layers = model.layers
+
+
+def set_dropout(model: ModelConfig, config: Any) -> None:
+    """Set every dropout probability of the configuration, also those left open (`classifier_dropout: null`)."""
+    names = [key for key, value in config.to_dict().items() if re.search(r"dropout|pdrop", key)
+             and (value is None or type(value) in (int, float))]
+    if not names:
+        raise ValueError(f"model.dropout = {model.dropout}: the architecture {config.model_type!r} of model.name = "
+                         f"{model.name!r} has no dropout; leave it out")
+    for name in names:
+        setattr(config, name, model.dropout)
+
+
+def read_tokenizer(model: ModelConfig, source: Source, config: Any, max_length: int) -> Any:
+    """The tokenizer, with a padding token that the configuration agrees on and within the model's positions."""
+    from transformers import AutoTokenizer
+
+    with quiet(), _one_line(model):
+        tokenizer = _fetch(AutoTokenizer.from_pretrained, source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"model.name = {model.name!r}: its tokenizer has no token that could pad a batch")
+    text = config.get_text_config()
+    # decoders find the last token of a text by it
+    text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    positions = getattr(text, "max_position_embeddings", None) or max_length
+    if re.search("roberta|camembert|bertweet|longformer", config.model_type):  # their positions start after padding's
+        positions -= config.pad_token_id + 1
+    if max_length > min(positions, tokenizer.model_max_length):
+        raise ValueError(f"data.max_length = {max_length} is more than the {min(positions, tokenizer.model_max_length)} "
+                         f"tokens that model.name = {model.name!r} takes")
+    if max(tokenizer.pad_token_id, len(tokenizer) - 1) >= text.vocab_size:
+        raise ValueError(f"model.name = {model.name!r}: its tokenizer has {len(tokenizer)} tokens, the model only "
+                         f"{text.vocab_size} embeddings")
+    return tokenizer
+
+
+def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: str,
+                 seed: int) -> tuple[torch.nn.Module, tuple[str, ...], dict[str, Any]]:
+    """The frozen model, the names of its head's modules, and facts. New weights depend on `seed` alone."""
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    with quiet(), _one_line(model), torch.random.fork_rng(devices=[]):
+        net, info = _fetch(auto.from_pretrained, source, config=config, dtype=getattr(torch, model.dtype),
+                           use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    new = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    _check_layers(model, source, config, info)
+    head = heads.modules(net, new) if auto_class != "AutoModelForCausalLM" else ()
+    heads.check_new(model, net, new, head)
+    heads.initialise(net, new, config, seed)
+    heads.to_float32(net, head)
+    net.requires_grad_(False).eval()
+    facts = {"layers": getattr(config, "num_hidden_layers", None), "truncated": model.layers is not None,
+             "new_weights": sorted(new), "num_parameters": sum(p.numel() for p in net.parameters())}
+    return net, head, facts
+
+
+def _check_layers(model: ModelConfig, source: Source, config: Any, info: dict) -> None:
+    """A cut stack must leave layers of the file unread: some architectures keep their depth elsewhere."""
+    if model.layers is None:
+        return
+    from transformers import AutoConfig
+
+    have = AutoConfig.from_pretrained(source.name, local_files_only=True).num_hidden_layers
+    if model.layers < have and not any(f".{have - 1}." in key for key in info["unexpected_keys"]):
+        raise ValueError(f"model.layers = {model.layers}: the architecture {config.model_type!r} of model.name = "
+                         f"{model.name!r} does not follow its number of layers; leave it out")
+
+
+def _fetch(read: Any, source: Source, **options: Any) -> Any:
+    """What lies in a folder or the cache; the hub is asked only for what is not here."""
+    try:
+        return read(source.name, local_files_only=True, **options)
+    except OSError:
+        if source.local:
+            raise
+    return read(source.name, **options)
+
+
+@contextlib.contextmanager
+def _one_line(model: ModelConfig) -> Iterator[None]:
+    """Whatever a library says about a model it cannot read, in one line that names the field."""
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... : all mean that this is no usable model
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {said[:200]}; allowed: {ALLOWED}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No chatter about weights that are new on purpose, no bars for files of a few megabytes."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

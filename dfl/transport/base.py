@@ -1,0 +1,47 @@
+"""What moves messages between peers, wherever they are hosted."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+Outbox = Mapping[int, Tensor]  # encoded message (uint8) of each hosted peer that speaks
+Inboxes = dict[int, dict[int, Tensor]]  # for each hosted peer, the messages of its neighbours by peer id
+
+
+class Transport(Protocol):
+    """Moves encoded messages along the edges of a round. Counts its bytes: `wire_bytes` of messages with their headers
+    between processes, `control_bytes` of what it tells other processes beside them (flags, rows for measures)."""
+
+    wire_bytes: int
+    control_bytes: int
+
+    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int) -> Inboxes:
+        """Deliver the sender's message of `size` bytes along every edge (sender, receiver) of the whole run."""
+
+    def agree(self, value: int) -> int:
+        """The largest value that any process gave."""
+
+    def gather(self, rows: Tensor) -> Tensor | None:
+        """The rows (P, D) of all processes in peer order (N, D), on process 0; None elsewhere."""
+
+    def close(self) -> None:
+        """Leave together."""
+
+
+def hosting(num_peers: int, num_processes: int) -> list[range]:
+    """Which peers each process hosts: consecutive ids, as even as possible, the first processes one more."""
+    if num_processes > num_peers:
+        raise ValueError(f"peers = {num_peers} is fewer than the {num_processes} processes; "
+                         f"allowed: at least {num_processes} peers, or at most {num_peers} processes")
+    base, more = divmod(num_peers, num_processes)
+    starts = [p * base + min(p, more) for p in range(num_processes + 1)]
+    return [range(starts[p], starts[p + 1]) for p in range(num_processes)]
+
+
+def edges_of(w: np.ndarray) -> list[tuple[int, int]]:
+    """The edges (sender j, receiver i) along which W (N, N) has weight, ordered by sender, then receiver."""
+    weighted = w != 0
+    np.fill_diagonal(weighted, False)
+    return [(int(j), int(i)) for j, i in np.argwhere(weighted.T)]
