@@ -1,4 +1,7 @@
-"""What a task hands to the loop: splits of tokenised examples, a collate, and losses by group. Shapes: B rows, L tokens, C labels, G groups."""
+"""What a task hands to the loop: splits of tokenised examples, a collate, and losses by group.
+
+Shapes: B rows, L tokens, C labels, G groups.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,7 +65,7 @@ def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, multiple: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one (B, L) int64 tensor, padded on the right with `value`, and the mask of what is real."""
+    """Rows of different lengths as one (B, L) int64 tensor, filled up on the right with `value`, and what is real."""
     lengths = np.array([len(row) for row in rows])
     width = max(int(lengths.max()), 1)
     if multiple:

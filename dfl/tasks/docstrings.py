@@ -69,7 +69,7 @@ def collect(package: str, limit: int, seen: set[str], masked: bool) -> list[tupl
 
 
 def source_files(package: str) -> list[Path]:
-    """The package's own .py files, in an order that mixes its parts: reading stops early, and a third of torch is one folder."""
+    """The package's own .py files, mixed by digest: reading stops early, and the first folders are not typical."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"data.source = 'docstrings' needs the package {package}, which is not installed")

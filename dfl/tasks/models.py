@@ -1,4 +1,4 @@
-"""Pre-trained models: where they lie, their configuration, their weights. What is wrong becomes one line that names the field."""
+"""Pre-trained models: where they lie, their configuration, their weights. Every error is a line that names the field."""
 
 import contextlib
 import re
@@ -64,7 +64,7 @@ def read_config(model: ModelConfig, source: Source, label_names: list[str] | Non
 
 
 def keep_layers(model: ModelConfig, config: Any) -> None:
-    """Set the configuration to the first `model.layers` layers. ValueError where the architecture does not tell its layers."""
+    """Set the configuration to the first `model.layers` layers. ValueError where it does not tell its layers."""
     have = getattr(config, "num_hidden_layers", None)
     if not isinstance(have, int) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model.layers = {model.layers}: the architecture {config.model_type!r} of model.name = "
