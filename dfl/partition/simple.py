@@ -14,7 +14,7 @@ def dirichlet(examples: Examples, num_peers: int, rng: np.random.Generator, *, a
               min_size: int = 1) -> Part:
     """Each class is dealt in proportions drawn from a Dirichlet distribution; small `alpha`, strong skew.
 
-    Drawn again, up to 100 times, until every peer holds `min_size` examples. Hsu, Qi, Brown, 2019, arXiv 1909.06335.
+    Drawn again, up to 1,000 times, until every peer holds `min_size` examples. Hsu, Qi, Brown, 2019, arXiv 1909.06335.
     """
     check_number("alpha", alpha)
     check_number("min_size", min_size, whole=True)
@@ -22,13 +22,13 @@ def dirichlet(examples: Examples, num_peers: int, rng: np.random.Generator, *, a
         raise ValueError(f"partition.min_size = {min_size} for {num_peers} peers needs {min_size * num_peers} examples, "
                          f"there are {len(examples)}; allowed: up to {len(examples) // num_peers}")
     pools = examples.pools(rng)
-    for _ in range(100):
-        cuts = [cut(pool, rng.dirichlet([alpha] * num_peers)) for pool in pools]
-        parts = [np.concatenate(shares) for shares in zip(*cuts, strict=True)]
-        if min(map(len, parts)) >= min_size:
-            return parts
-    raise ValueError(f"partition.alpha = {alpha} gave no peer-by-peer minimum of {min_size} examples in 100 draws for "
-                     f"{num_peers} peers; raise alpha or lower min_size")
+    for _ in range(1000):
+        weights = rng.dirichlet([alpha] * num_peers, size=len(pools))
+        pieces = [cut(pool, row) for pool, row in zip(pools, weights, strict=True)]
+        if min(sum(map(len, shares)) for shares in zip(*pieces, strict=True)) >= min_size:
+            return [np.concatenate(shares) for shares in zip(*pieces, strict=True)]
+    raise ValueError(f"partition.alpha = {alpha} never gave each of {num_peers} peers {min_size} examples in 1,000 draws; "
+                     "raise alpha, lower min_size or take fewer peers")
 
 
 def shards(examples: Examples, num_peers: int, rng: np.random.Generator, *, shards_per_peer: int = 2) -> Part:

@@ -7,16 +7,17 @@ import numpy as np
 
 from dfl.config import DataConfig, ModelConfig
 from dfl.plugins import did_you_mean, first_line
-from dfl.tasks import docstrings, files, models
+from dfl.tasks import docstrings, files, hub, models
 from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
+from dfl.tasks.images import ImageClassification
 from dfl.tasks.language import CausalLM
 from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
 
 __all__ = ["SOURCES", "TASKS", "Bundle", "Split", "Task", "describe", "load"]
 
-TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM)}
-SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load}
+TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM, ImageClassification)}
+SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load, "hub": hub.load}
 
 
 def describe(table: Mapping[str, Callable] = TASKS) -> dict[str, str]:
@@ -39,7 +40,8 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
     labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64)
               for t in (train, valid)]
     config = models.read_config(model, source, names if kind.labelled else None)
-    processor = models.read_tokenizer(model, source, config, data.max_length)
+    processor = (models.read_tokenizer(model, source, config, data.max_length) if kind.modality == "text"
+                 else models.read_image_processor(model, source))
     splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns)
               for t, y in zip((train, valid), labels, strict=True)]
     net, head, model_facts = models.read_weights(model, source, config, kind.auto_class, seed)

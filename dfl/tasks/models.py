@@ -114,6 +114,14 @@ def read_tokenizer(model: ModelConfig, source: Source, config: Any, max_length: 
     return tokenizer
 
 
+def read_image_processor(model: ModelConfig, source: Source) -> Any:
+    """The image processor that lies beside the model."""
+    from transformers import AutoImageProcessor
+
+    with quiet(), _one_line(model):
+        return _fetch(AutoImageProcessor.from_pretrained, source)
+
+
 def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: str,
                  seed: int) -> tuple[torch.nn.Module, tuple[str, ...], dict[str, Any]]:
     """The frozen model, the names of its head's modules, and facts. New weights depend on `seed` alone."""
