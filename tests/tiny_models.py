@@ -15,10 +15,12 @@ def tokenizer(*, pad: bool = True, encoder: bool = True) -> transformers.PreTrai
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {}
     if encoder:
         core.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    names = {"unk_token": "[UNK]", "eos_token": "</s>"} | ({"pad_token": "[PAD]"} if pad else {})
+        names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    names |= {"unk_token": "[UNK]", "eos_token": "</s>"} | ({"pad_token": "[PAD]"} if pad else {})
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
 
 

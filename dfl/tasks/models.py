@@ -12,6 +12,7 @@ import torch
 from dfl.config import ModelConfig
 from dfl.tasks import embedded, heads
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
 ALLOWED = "'minilm', a folder with config.json and model.safetensors, or the name of a model on the hub"
 
 
@@ -92,8 +93,13 @@ def read_tokenizer(model: ModelConfig, source: Source, config: Any, max_length: 
     """The tokenizer, with a padding token that the configuration agrees on and within the model's positions."""
     from transformers import AutoTokenizer
 
+    if source.local and not any(any(Path(source.name).glob(pattern)) for pattern in TOKENIZER_FILES):
+        # the library would make up an empty one
+        raise ValueError(f"model.name = {model.name!r} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
     with quiet(), _one_line(model):
         tokenizer = _fetch(AutoTokenizer.from_pretrained, source)
+    if getattr(config, "type_vocab_size", 0) < 2:  # not every model takes what a tokenizer of another family adds
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
