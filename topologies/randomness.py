@@ -51,3 +51,38 @@ def uniform(key: np.uint64, i, j) -> np.ndarray:
     low, high = np.minimum(i, j), np.maximum(i, j)
     words = mix(mix(low ^ key) ^ high)
     return (words >> np.uint64(11)) * 2.0**-53
+
+
+class Shuffle:
+    """A random permutation of 0..n-1 that can be asked for one position: O(log n) time, no memory.
+
+    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): in every pass each pair {x, K - x mod n} is swapped on the
+    toss of its coin. Six passes per bit bring it close to uniform. A pass undoes itself, so the inverse is the passes
+    in reverse order.
+
+    >>> shuffle = Shuffle(key(0, 0, "matching"), 5)
+    >>> sorted(int(shuffle(i)) for i in range(5))
+    [0, 1, 2, 3, 4]
+    >>> [int(shuffle.inverse(shuffle(i))) for i in range(5)]
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, key: np.uint64, n: int):
+        self.n = n
+        passes = np.arange(12 + 6 * max(1, n - 1).bit_length(), dtype=np.uint64)
+        self.coin_keys = mix(passes ^ mix(key))
+        self.pivots = (mix(self.coin_keys) % np.uint64(n)).astype(np.int64)
+
+    def __call__(self, x) -> np.ndarray:
+        return self._walk(x, zip(self.pivots, self.coin_keys, strict=True))
+
+    def inverse(self, x) -> np.ndarray:
+        return self._walk(x, zip(self.pivots[::-1], self.coin_keys[::-1], strict=True))
+
+    def _walk(self, x, passes) -> np.ndarray:
+        x = np.asarray(x, dtype=np.int64)
+        for pivot, coin_key in passes:
+            mirror = (pivot - x) % self.n
+            swapped = mix(np.maximum(x, mirror).astype(np.uint64) ^ coin_key) >> np.uint64(63)
+            x = np.where(swapped == 1, mirror, x)
+        return x

@@ -1,0 +1,202 @@
+"""Global weight rules: weights that are an optimum, or a fixed point, over the whole graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import networkx as nx
+import numpy as np
+
+from topologies.lanczos import laplacian_extremes
+from topologies.links import Links
+from topologies.mixing import Entries, Rule, complement
+from topologies.semidefinite import Block, minimise
+
+
+def best_constant() -> Rule:
+    """W = I - alpha L with alpha = 2 / (lambda_2(L) + lambda_n(L)), on each component (Xiao, Boyd 2004)."""
+
+    def solve(links):
+        smallest, largest = laplacian_extremes(links)
+        return _constant(links, 2.0 / (smallest + largest))
+
+    return Rule("best_constant", solve=by_component(solve), nonnegative=False)
+
+
+def laplacian() -> Rule:
+    """W = I - 2 L / (3 lambda_max(L)): eigenvalues in [1/3, 1] (Ghiasvand, Alizadeh, Pedarsani 2025, arXiv 2501.15361)."""
+
+    def solve(links):
+        return _constant(links, 2.0 / (3.0 * laplacian_extremes(links)[1]) if len(links.sender) else 0.0)
+
+    return Rule("laplacian", solve=solve)
+
+
+def _constant(links: Links, alpha: float) -> Entries:
+    weight = np.full(len(links.sender), alpha)
+    return Entries(links, weight, complement(weight, links.receiver, links.num_peers))
+
+
+def fdla() -> Rule:
+    """Minimise ||W - J||_2 over symmetric W with W 1 = 1 on the graph (Xiao, Boyd 2004: fastest distributed averaging)."""
+    return Rule("fdla", solve=by_component(lambda links: _fastest(links, nonnegative=False)), nonnegative=False)
+
+
+def fastest_mixing_chain() -> Rule:
+    """FDLA with W >= 0 (Boyd, Diaconis, Xiao 2004)."""
+    return Rule("fastest_mixing_chain", solve=by_component(lambda links: _fastest(links, nonnegative=True)))
+
+
+def link_reliability(success=1.0) -> Rule:
+    """Minimise lambda_max(E[W^T W] - J) when each message over a link arrives with probability p and else is replaced
+    by the receiver's own: E[W^T W] = (I - sum p w L_e)^2 + sum 2 p (1 - p) w^2 L_e, W >= 0.
+
+    ``success``: a number, or a symmetric (n, n) table of probabilities (Ye, Liang, Li 2021, arXiv 2108.02397).
+    """
+    p = np.asarray(success, dtype=np.float64)
+    if p.ndim not in (0, 2) or not ((p >= 0) & (p <= 1)).all() or (p.ndim == 2 and (p != p.T).any()):
+        raise ValueError("weights='link_reliability' needs success: a probability or a symmetric (n, n) table of them")
+
+    def check(num_peers):
+        if p.ndim == 2 and len(p) != num_peers:
+            raise ValueError(f"weights='link_reliability': success is {p.shape}, the topology has {num_peers} peers")
+
+    def solve(links):
+        # the ids of the whole network are needed to look up p, so the components are solved together
+        i, j = links.edges
+        return _reliable(links, np.broadcast_to(p, (links.num_peers,) * 2)[i, j])
+
+    return Rule("link_reliability", solve=solve, check=check)
+
+
+def by_component(solve: Callable[[Links], Entries]) -> Callable[[Links], Entries]:
+    """``solve`` on each connected component alone, for an optimum over a disconnected graph has no meaning."""
+
+    def solve_all(links: Links) -> Entries:
+        label, place = links.components(), np.zeros(links.num_peers, dtype=np.int64)
+        weight, diagonal = np.zeros(len(links.sender)), np.ones(links.num_peers)
+        for root in np.unique(label[links.receiver]):
+            members, arcs = np.flatnonzero(label == root), label[links.receiver] == root
+            place[members] = np.arange(len(members))
+            part = solve(Links(len(members), place[links.sender[arcs]], place[links.receiver[arcs]]))
+            weight[arcs], diagonal[members] = part.weight, part.diagonal
+        return Entries(links, weight, diagonal)
+
+    return solve_all
+
+
+def edge_laplacians(links: Links) -> np.ndarray:
+    """(edges, n, n): (e_i - e_j)(e_i - e_j)^T for each undirected edge."""
+    i, j = links.edges
+    ends = np.eye(links.num_peers)[i] - np.eye(links.num_peers)[j]
+    return ends[:, :, None] * ends[:, None, :]
+
+
+def _row_limits(links: Links) -> tuple[np.ndarray, np.ndarray]:
+    """w >= 0 and sum of the weights at each peer <= 1, as A (edges + n, edges + 1) and b; the last unknown is free."""
+    i, j = links.edges
+    m, incidence = len(i), np.zeros((links.num_peers, len(i)))
+    incidence[i, np.arange(m)] = incidence[j, np.arange(m)] = 1.0
+    A = np.hstack([np.vstack([-np.eye(m), incidence]), np.zeros((m + links.num_peers, 1))])
+    return A, np.concatenate([np.zeros(m), np.ones(links.num_peers)])
+
+
+def _start(links: Links) -> np.ndarray:
+    """Metropolis weights of the edges: strictly inside every limit."""
+    i, j = links.edges
+    return 1.0 / (1.0 + np.maximum(links.in_degree[i], links.in_degree[j]))
+
+
+def _assemble(links: Links, edge_weight: np.ndarray) -> Entries:
+    i, j = links.edges
+    table = np.zeros((links.num_peers, links.num_peers))
+    table[i, j] = table[j, i] = edge_weight
+    weight = table[links.receiver, links.sender]
+    return Entries(links, weight, complement(weight, links.receiver, links.num_peers))
+
+
+def _fastest(links: Links, nonnegative: bool) -> Entries:
+    """min s with -s I <= W - J <= s I, W = I - sum w_e L_e."""
+    n, L = links.num_peers, edge_laplacians(links)
+    centre, slope = np.eye(n) - 1.0 / n, np.eye(n)[None]
+    blocks = [Block(-centre, np.concatenate([L, slope])), Block(centre, np.concatenate([-L, slope]))]
+    A, b = _row_limits(links) if nonnegative else (np.zeros((0, len(L) + 1)), np.zeros(0))
+    x = minimise(np.eye(len(L) + 1)[-1], blocks, A, b, np.append(_start(links), 2.0))
+    return _assemble(links, x[:-1])
+
+
+def _reliable(links: Links, p: np.ndarray) -> Entries:
+    """min s with s I + J - E[W^T W] >= 0, made linear in w by a Schur complement."""
+    n, L, m = links.num_peers, edge_laplacians(links), len(p)
+    i, j = links.edges
+    if m == 0:
+        return _assemble(links, p)
+    constant = np.eye(2 * n + m)
+    constant[:n, :n] = 1.0 / n
+    constant[:n, n : 2 * n] = constant[n : 2 * n, :n] = np.eye(n)
+    slopes = np.zeros((m + 1, 2 * n + m, 2 * n + m))
+    slopes[:m, :n, n : 2 * n] = slopes[:m, n : 2 * n, :n] = -p[:, None, None] * L
+    spread, e = np.sqrt(2 * p * (1 - p)), np.arange(m)
+    slopes[e, 2 * n + e, i] = slopes[e, i, 2 * n + e] = spread
+    slopes[e, 2 * n + e, j] = slopes[e, j, 2 * n + e] = -spread
+    slopes[m, :n, :n] = np.eye(n)
+    A, b = _row_limits(links)
+    x = minimise(np.eye(m + 1)[-1], [Block(constant, slopes)], A, b, np.append(_start(links), 4.0))
+    return _assemble(links, x[:-1])
+
+
+def sinkhorn(affinity=None, own_affinity: float = 1.0) -> Rule:
+    """Scales a non-negative matrix on the graph to row and column sums of one (Sinkhorn, Knopp 1967).
+
+    ``affinity``: (n, n), its diagonal the self weights; without it, the numbers that came with the links, else ones,
+    and ``own_affinity`` on the diagonal. Symmetric in, symmetric out: W = D M D.
+    """
+    table = None if affinity is None else np.asarray(affinity, dtype=np.float64)
+    if table is not None and (table.ndim != 2 or len(set(table.shape)) > 1 or not np.isfinite(table).all() or (table < 0).any()):
+        raise ValueError("weights='sinkhorn' needs affinity: a square table of finite non-negative numbers")
+
+    def check(num_peers):
+        if table is not None and len(table) != num_peers:
+            raise ValueError(f"weights='sinkhorn': affinity is {table.shape}, the topology has {num_peers} peers")
+
+    def solve(links):
+        own = np.full(links.num_peers, float(own_affinity)) if table is None else np.diag(table).copy()
+        if table is not None:
+            values = table[links.receiver, links.sender]
+        else:
+            values = np.ones(len(links.sender)) if links.affinity is None else links.affinity
+        return _scale(Entries(links, np.where(_on_cycles(links), values, 0.0), own))
+
+    return Rule("sinkhorn", symmetric=False, directed=True, solve=solve, check=check)
+
+
+def _on_cycles(links: Links) -> np.ndarray:
+    """(arcs,) whether an arc lies on a directed cycle; one that does not is zero in every doubly stochastic matrix."""
+    if not links.directed:
+        return np.ones(len(links.sender), dtype=bool)
+    label = np.zeros(links.num_peers, dtype=np.int64)
+    for number, members in enumerate(nx.strongly_connected_components(links.to_networkx())):
+        label[list(members)] = number
+    return label[links.sender] == label[links.receiver]
+
+
+def _scale(M: Entries) -> Entries:
+    links, flipped = M.links, Entries(_reverse(M.links), M.weight, M.diagonal)
+    rows = columns = np.ones(links.num_peers)
+    for _ in range(20_000):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # the root damps the step and keeps rows == columns when M is symmetric
+            rows, columns = np.sqrt(rows / M.apply(columns)), np.sqrt(columns / flipped.apply(rows))
+        error = np.abs(rows * M.apply(columns) - 1).max() + np.abs(columns * flipped.apply(rows) - 1).max()
+        if not error > 1e-14:
+            break
+    if not error < 1e-11:
+        raise ValueError(
+            "weights='sinkhorn' cannot be satisfied: no matrix with these zeros has row and column sums of one; "
+            "give every peer a self weight (own_affinity, or the diagonal of affinity)"
+        )
+    return Entries(links, rows[links.receiver] * M.weight * columns[links.sender], rows * M.diagonal * columns)
+
+
+def _reverse(links: Links) -> Links:
+    return Links(links.num_peers, links.receiver, links.sender, links.directed)
