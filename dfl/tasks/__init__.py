@@ -40,7 +40,7 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
     labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64)
               for t in (train, valid)]
     config = models.read_config(model, source, names if kind.labelled else None)
-    processor = (models.read_tokenizer(model, source, config, data.max_length) if kind.modality == "text"
+    processor = (models.read_tokenizer(model, source, config, data) if kind.modality == "text"
                  else models.read_image_processor(model, source))
     splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns)
               for t, y in zip((train, valid), labels, strict=True)]

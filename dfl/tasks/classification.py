@@ -40,6 +40,9 @@ class SequenceClassification(LabelLoss):
         pairs = None if data.pair is None else texts(table, "pair", data.pair)
         encoded = processor(texts(table, "text", data.text), pairs, truncation=True, max_length=data.max_length,
                             return_attention_mask=False)
+        for line, ids in zip(table.lines, encoded["input_ids"], strict=True):
+            if not ids:  # an encoder puts its own tokens around nothing, a decoder does not
+                raise ValueError(f"data.text = {data.text!r}: line {line} of {table.where} has no token (an empty text?)")
         keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
         return [{**{key: np.array(encoded[key][i], dtype=np.int32) for key in keys}, "labels": int(label)}
                 for i, label in enumerate(labels)]

@@ -45,11 +45,17 @@ def load(data: DataConfig, *, masked: bool, data_seed: int = 0) -> tuple[Table, 
 
 def _sizes(data: DataConfig) -> tuple[int, int]:
     """How many examples of each package, at most, to train and to validate."""
+    for key in ("max_train", "max_valid"):
+        limit = getattr(data, key)
+        if limit is not None and limit < len(PACKAGES):
+            raise ValueError(f"data.{key} = {limit} is less than one docstring of each package; "
+                             f"allowed: {len(PACKAGES)} or more")
+    if data.max_valid is None and data.valid_fraction <= 0:
+        raise ValueError(f"data.valid_fraction = {data.valid_fraction} leaves no validation example; "
+                         "give data.max_valid or another fraction")
     num_train = data.max_train or round(DEFAULT_SIZE * (1 - data.valid_fraction))
     num_valid = data.max_valid or round(num_train * data.valid_fraction / (1 - data.valid_fraction))
-    if not num_valid:
-        raise ValueError("data.valid_fraction = 0 leaves no validation example; give data.max_valid or another fraction")
-    return max(1, num_train // len(PACKAGES)), max(1, num_valid // len(PACKAGES))
+    return num_train // len(PACKAGES), max(1, num_valid // len(PACKAGES))
 
 
 def collect(package: str, limit: int, seen: set[str], masked: bool) -> list[tuple[str, str, str]]:

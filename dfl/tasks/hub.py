@@ -1,6 +1,8 @@
 """Data sets of the Hugging Face hub, or local folders in its formats, as tables."""
 
 import contextlib
+import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ def _splits(data: DataConfig) -> Any:
             return {"train": datasets.load_from_disk(str(folder))}
         return datasets.load_dataset(name, config or None)
     except Exception as error:  # it raises its own, fsspec's, pyarrow's and the hub client's errors
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"data.name = {data.name!r} cannot be loaded: {said[:200]}; allowed: the name of a data set on "
+        said = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"data.name = {data.name!r} cannot be loaded: {said}; allowed: the name of a data set on "
                          "the hub, with an optional :configuration, or a folder with data files") from error
 
 
@@ -57,16 +59,19 @@ def _table(data: DataConfig, key: str, split: str, splits: Any) -> Table:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars for the folders that are read and cached: every process would draw its own."""
+    """No bars for the folders that are read and cached: every process would draw its own. No lines about retries."""
     try:
         from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     except ImportError:
         yield
         return
-    off = are_progress_bars_disabled()
+    off, hub = are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
+    hub_level = hub.level
     disable_progress_bars()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         if not off:
             enable_progress_bars()

@@ -1,7 +1,9 @@
 """Pre-trained models: where they lie, their configuration, their weights. Every error is a line that names the field."""
 
 import contextlib
+import logging
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dfl.config import ModelConfig
+from dfl.config import DataConfig, ModelConfig
 from dfl.tasks import embedded, heads
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
@@ -89,7 +91,7 @@ def set_dropout(model: ModelConfig, config: Any) -> None:
         setattr(config, name, model.dropout)
 
 
-def read_tokenizer(model: ModelConfig, source: Source, config: Any, max_length: int) -> Any:
+def read_tokenizer(model: ModelConfig, source: Source, config: Any, data: DataConfig) -> Any:
     """The tokenizer, with a padding token that the configuration agrees on and within the model's positions."""
     from transformers import AutoTokenizer
 
@@ -108,16 +110,23 @@ def read_tokenizer(model: ModelConfig, source: Source, config: Any, max_length: 
     # decoders find the last token of a text by it
     text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    positions = getattr(text, "max_position_embeddings", None) or max_length
-    if re.search("roberta|camembert|bertweet|longformer", config.model_type):  # their positions start after padding's
-        positions -= config.pad_token_id + 1
-    if max_length > min(positions, tokenizer.model_max_length):
-        raise ValueError(f"data.max_length = {max_length} is more than the {min(positions, tokenizer.model_max_length)} "
-                         f"tokens that model.name = {model.name!r} takes")
+    check_length(model, config, tokenizer, data)
     if max(tokenizer.pad_token_id, len(tokenizer) - 1) >= text.vocab_size:
         raise ValueError(f"model.name = {model.name!r}: its tokenizer has {len(tokenizer)} tokens, the model only "
                          f"{text.vocab_size} embeddings")
     return tokenizer
+
+
+def check_length(model: ModelConfig, config: Any, tokenizer: Any, data: DataConfig) -> None:
+    """ValueError unless data.max_length leaves room for text and fits the model's positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    if re.search("roberta|camembert|bertweet|longformer", config.model_type):  # their positions start after padding's
+        positions -= config.pad_token_id + 1
+    most = min(positions, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=data.pair is not None)
+    if not special < data.max_length <= most:
+        raise ValueError(f"data.max_length = {data.max_length} does not fit model.name = {model.name!r}, which takes up to "
+                         f"{most} tokens, {special} of them its own; allowed: {special + 1} to {most}")
 
 
 def read_image_processor(model: ModelConfig, source: Source) -> Any:
@@ -177,21 +186,24 @@ def _one_line(model: ModelConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... : all mean that this is no usable model
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {said[:200]}; allowed: {ALLOWED}") from error
+        said = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {said}; allowed: {ALLOWED}") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No chatter about weights that are new on purpose, no bars for files of a few megabytes."""
-    from transformers.utils import logging
+    from transformers.utils import logging as chatter
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars, hub = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    hub.setLevel(logging.ERROR)  # eleven lines about retries, where one about the end is enough
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        chatter.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
-            logging.enable_progress_bar()
+            chatter.enable_progress_bar()

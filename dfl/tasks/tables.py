@@ -64,10 +64,7 @@ def label_names(table: Table, name: str) -> list[str]:
     if len(found) == len(table) > 20:
         raise ValueError(f"data.label = {name!r}: each of the {len(table)} rows of {table.where} has a label of its own; "
                          f"name a column of classes; it has: {', '.join(table.columns)}")
-    try:
-        return sorted(found, key=float)
-    except ValueError:
-        return sorted(found)
+    return sorted(found, key=_number if all(_number(text)[0] == _number(text)[0] for text in found) else str)
 
 
 def encode_labels(table: Table, name: str, names: list[str]) -> np.ndarray:
@@ -96,6 +93,14 @@ def subset(table: Table, limit: int | None, rng: np.random.Generator) -> Table:
     if limit is None or limit >= len(table):
         return table
     return table.rows(np.sort(rng.permutation(len(table))[:limit]))
+
+
+def _number(text: str) -> tuple[float, str]:
+    """A key that sorts 2 before 10, and 1 before 1.0; NaN for what is no number."""
+    try:
+        return float(text), text
+    except ValueError:
+        return float("nan"), text
 
 
 def _short(value: object) -> str:

@@ -62,9 +62,12 @@ def test_sizes_are_what_is_asked_for(fields, sizes):
     assert (len(train), len(valid)) == sizes
 
 
-def test_sizes_that_leave_nothing():
-    with pytest.raises(ValueError, match="data.valid_fraction = 0 leaves no validation example"):
+def test_sizes_that_leave_nothing(monkeypatch):
+    with pytest.raises(ValueError, match="data.valid_fraction = 0.0 leaves no validation example"):
         docstrings.load(DataConfig(valid_fraction=0.0), masked=True)
+    with pytest.raises(ValueError, match="data.max_train = 4 is less than one docstring of each package; allowed: 5 or more"):
+        docstrings.load(DataConfig(max_train=4), masked=True)
+    monkeypatch.setattr(docstrings, "PACKAGES", ("peft",))
     with pytest.raises(ValueError, match="data.max_valid = 99999 leaves no docstring to train on; allowed: up to"):
         docstrings.load(DataConfig(max_valid=99999), masked=True)
 

@@ -84,7 +84,9 @@ def test_a_gz_that_is_none_and_missing_files(tmp_path):
 
 
 @pytest.mark.parametrize("labels, names", [(["2", "10", "1"], ["1", "2", "10"]), (["b", "a", "10"], ["10", "a", "b"]),
-                                           (["-1", "0.5", "0"], ["-1", "0", "0.5"])])
+                                           (["-1", "0.5", "0"], ["-1", "0", "0.5"]),
+                                           (["1.0", "2", "1", "01"], ["01", "1", "1.0", "2"]),
+                                           (["nan", "inf", "2", "10"], ["10", "2", "inf", "nan"])])
 def test_label_names_are_sorted_as_numbers_where_they_are_numbers(tmp_path, labels, names):
     got = table(tmp_path / "a.csv", "text,label\n" + "".join(f"x,{label}\n" for label in labels))
     assert label_names(got, "label") == names

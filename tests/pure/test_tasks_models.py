@@ -1,7 +1,10 @@
 """Any model folder: the first k layers of the file, dropout, the same head everywhere, and one line for what is no model."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -184,10 +187,18 @@ def test_weights_that_do_not_fit_the_task(folder):
 
 
 def test_a_text_longer_than_the_model(folder):
-    with pytest.raises(ValueError, match="data.max_length = 65 is more than the 64 tokens that model.name"):
+    with pytest.raises(ValueError, match="data.max_length = 65 does not fit model.name = .*allowed: 3 to 64"):
         bundle(folder, "bert", max_length=65)
-    with pytest.raises(ValueError, match="data.max_length = 60 is more than the 59 tokens"):
+    with pytest.raises(ValueError, match="data.max_length = 60 does not fit .* allowed: 3 to 59"):
         bundle(folder, "roberta", max_length=60)  # its first positions belong to padding
+    with pytest.raises(ValueError, match="data.max_length = 3 does not fit .* allowed: 4 to 64"):
+        bundle(folder, "bert", pair="other", max_length=3)
+
+
+def test_an_empty_text_for_a_decoder(tmp_path):
+    (tmp_path / "data.csv").write_text(DATA + ",the film,no\n")
+    with pytest.raises(ValueError, match="data.text = 'text': line 22 of .*data.csv has no token"):
+        bundle(lambda kind: tiny_models.save(tmp_path / kind, kind), "gpt2")
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
@@ -244,3 +255,29 @@ def test_features_are_cut_to_max_length(folder):
     assert max(len(f["input_ids"]) for f in loaded.train.features) == 4
     assert loaded.train.features[0]["input_ids"][-1] == 2  # the separator stays
     assert isinstance(loaded.train.labels, np.ndarray) and len(loaded.train) == 18 and len(loaded.valid) == 2
+
+
+def test_every_process_gets_the_same_bits(folder):
+    """Text hashing differs between processes, and with it the order of sets."""
+    path = folder("bert")
+    program = DIGEST.format(path=str(path), data=str(path.parent / "data.csv"))
+    other = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=True, env={
+        **os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}).stdout.strip()
+    exec(program, here := {})
+    assert len(other) == 64 and other == here["digest"].hexdigest()
+
+
+DIGEST = """
+import hashlib, json, torch
+from dfl.config import DataConfig, ModelConfig
+from dfl.tasks import load
+torch.randn(torch.initial_seed() % 7)
+data = DataConfig(source="file", train={data!r}, max_length=16)
+bundle = load(ModelConfig({path!r}), data, seed=3)
+digest = hashlib.sha256(json.dumps(bundle.facts).encode())
+for split in (bundle.train, bundle.valid):
+    for feature in split.features:
+        digest.update(repr(sorted((key, str(value)) for key, value in feature.items())).encode())
+for name, value in bundle.model.state_dict().items():
+    digest.update(name.encode() + value.numpy().tobytes())
+print(digest.hexdigest())"""
