@@ -28,6 +28,7 @@ class ModelConfig:
     layers: int | None = None  # keep only the first k transformer layers
     dropout: float | None = None  # the base model's own dropout; None: what its configuration says
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base weights
+    head_std: float | None = None  # of a new head's weights; None: the model's initializer_range
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_POSITIVE = ("peers", "model.layers", "data.max_length", "data.max_train", "data.max_valid", "lora.rank", "lora.alpha",
+_POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid", "lora.rank", "lora.alpha",
              "train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.accumulation",
              "train.lr", "train.eps", "train.clip", "eval.batch_size", "checkpoint.keep", "threads", "timeout")
 _NOT_NEGATIVE = ("seed", "topology_seed", "data_seed", "train.weight_decay", "train.momentum", "eval.every",

@@ -34,16 +34,15 @@ class Toy:
 
     def local_step(self, factors, t: int, trains) -> None:
         a, b = factors["toy"]
-        targets = torch.from_numpy(self.targets)
+        targets = torch.from_numpy(-self.targets)
         noise = torch.from_numpy(self.noise(t))
         for k in range(STEPS):
-            residual = torch.bmm(b, a) - targets
-            grad_a = torch.bmm(b.mT, residual) + noise[k, 0] if "A" in trains else None
-            grad_b = torch.bmm(residual, a.mT) + noise[k, 1].mT if "B" in trains else None
+            residual = torch.baddbmm(targets, b, a)
+            grad_a = torch.baddbmm(noise[k, 0], b.mT, residual) if "A" in trains else None
+            if "B" in trains:
+                b.sub_(torch.baddbmm(noise[k, 1].mT, residual, a.mT), alpha=LR)
             if grad_a is not None:
                 a.sub_(grad_a, alpha=LR)
-            if grad_b is not None:
-                b.sub_(grad_b, alpha=LR)
 
     def peer_loss(self, factors) -> float:
         """mean_i 1/2 ||B_i A_i - mean M||²."""

@@ -71,19 +71,22 @@ class ImageFeatures(Sequence):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[int(i)]
-        if i not in self.kept:
-            self.kept[i] = self._prepare(i)
-            if len(self.kept) * self.kept[i].nbytes > KEPT_BYTES:
+        pixels = self.kept.get(i)
+        if pixels is None:
+            self.kept[i] = pixels = self._prepare(i)
+            while len(self.kept) * pixels.nbytes > KEPT_BYTES:
                 self.kept.popitem(last=False)
-        return {"pixel_values": self.kept[i] if i in self.kept else self._prepare(i), "labels": int(self.labels[i])}
+        return {"pixel_values": pixels, "labels": int(self.labels[i])}
 
     def _prepare(self, i: int) -> np.ndarray:
         where = f"line {self.table.lines[i]} of {self.table.where}"
         try:
             image = open_image(self.images[i], self.table.folder)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # decoders raise whatever they stumble over: SyntaxError, struct.error, ...
             raise ValueError(f"{where}: the image cannot be read: {' '.join(str(error).split())[:200]}") from None
         pixels = self.processor(image, return_tensors="np")["pixel_values"]
         return np.ascontiguousarray(pixels[0], dtype=np.float32)

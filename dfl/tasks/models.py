@@ -150,7 +150,7 @@ def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: st
     _check_layers(model, source, config, info)
     head = heads.modules(net, new) if auto_class != "AutoModelForCausalLM" else ()
     heads.check_new(model, net, new, head)
-    heads.initialise(net, new, config, seed)
+    heads.initialise(net, new, config, seed, model.head_std)
     heads.to_float32(net, head)
     net.requires_grad_(False).eval()
     facts = {"layers": getattr(config, "num_hidden_layers", None), "truncated": model.layers is not None,

@@ -1,0 +1,53 @@
+"""Dropout from one generator per peer, so that a peer's masks do not depend on who is hosted beside it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class PeerDropout(TorchFunctionMode):
+    """While active, every dropout draws the mask of each peer's block of rows from that peer's generator.
+
+    The batch of a forward pass is the equal blocks of `generators`' peers, one after the other. Dropout inside
+    scaled_dot_product_attention is covered too: there the attention is written out, since the kernel draws by itself.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]):
+        super().__init__()
+        self.generators = generators
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and _attention_dropout(*args, **kwargs) > 0:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        mask = torch.empty_like(input)
+        blocks = mask.view(len(self.generators), -1)
+        for block, generator in zip(blocks, self.generators, strict=True):
+            block.bernoulli_(1 - p, generator=generator)
+        return input * mask.div_(1 - p)
+
+    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            scores = (scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min) if attn_mask.dtype == torch.bool
+                      else scores + attn_mask)
+        return self._dropout(scores.softmax(-1), dropout_p) @ value
+
+
+def _attention_dropout(query, key, value, attn_mask=None, dropout_p=0.0, *rest, **kwargs) -> float:
+    return dropout_p

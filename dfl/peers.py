@@ -1,0 +1,211 @@
+"""The hosted peers: their rows, optimisers, data streams, and the local phase of a round."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl.adapters import Adapted
+from dfl.config import TrainConfig
+from dfl.dropout import PeerDropout
+from dfl.executors import Executor
+from dfl.factors import GROUPS, Layout, empty_rows
+from dfl.seeds import derive, permutation
+
+
+class DivergenceError(FloatingPointError):
+    """The loss or the factors of peer `peer` are not finite."""
+
+    def __init__(self, message: str, peer: int = -1):
+        super().__init__(message)
+        self.peer = peer
+
+
+class DataStream:
+    """The batches of one peer, random access: batch number s is a function of (seed, peer, s) alone.
+
+    Every pass over the shard is a new permutation; a batch that meets the end of one goes on in the next.
+    """
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int, peer: int):
+        self.indices, self.batch_size, self.seed, self.peer = indices, batch_size, seed, peer
+        self._epoch, self._order = -1, indices
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def batch(self, number: int) -> np.ndarray:
+        """Example indices (batch_size,) of batch `number`."""
+        positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        epochs, offsets = np.divmod(positions, len(self.indices))
+        return np.concatenate([self._shuffled(e)[offsets[epochs == e]] for e in np.unique(epochs)])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._order = self.indices[permutation(len(self.indices), self.seed, "data", self.peer, epoch)]
+            self._epoch = epoch
+        return self._order
+
+
+class HostedPeers:
+    """The peers of this process: rows x_PD, gradient rows g_PD, optimiser state per peer and factor group."""
+
+    def __init__(self, ids: Sequence[int], adapted: Adapted, streams: Sequence[DataStream], train: TrainConfig, *,
+                 seed: int, device: torch.device):
+        self.ids, self.adapted, self.streams, self.train = list(ids), adapted, list(streams), train
+        self.seed, self.device, self.layout = seed, device, adapted.layout
+        self.x = empty_rows(len(self.ids), self.layout.size, device=device)
+        self.x[:] = adapted.start.to(device)
+        self.g = empty_rows(len(self.ids), self.layout.size, device=device)
+        self.params = [_by_group(row, self.layout) for row in self.x]
+        self.grads = [_by_group(row, self.layout) for row in self.g]
+        self.optimizer = self._make_optimizer()
+        self.generators = [torch.Generator(device) for _ in self.ids]
+        self._active: frozenset[str] = frozenset()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        flat = [p for row in self.params for p in row.values()]
+        train = self.train
+        if train.optimizer == "sgd":
+            return torch.optim.SGD(flat, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True)
+        return torch.optim.AdamW(flat, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
+                                 fused=True)
+
+    def steps(self, row: int) -> int:
+        """Optimiser steps of a round."""
+        if self.train.local_steps is not None:
+            return self.train.local_steps
+        return max(1, math.ceil(self.train.local_epochs * self.streams[row].batches_per_epoch / self.train.accumulation))
+
+    def learning_rate(self, progress: float) -> float:
+        """The rate at `progress` in [0, 1] of the run: linear warm-up, then the schedule."""
+        train = self.train
+        if progress < train.warmup:
+            return train.lr * progress / train.warmup
+        rest = (progress - train.warmup) / (1 - train.warmup)
+        factor = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[train.schedule]
+        return train.lr * factor
+
+    def reset_moments(self, groups=GROUPS) -> None:
+        for row in self.params:
+            for group in set(groups) & set(row):
+                self.optimizer.state.pop(row[group], None)
+
+    def begin_round(self, trains: frozenset[str]) -> None:
+        """Apply the policy for optimiser moments across rounds and at a switch of the trained factor."""
+        if self.train.state == "fresh":
+            self.reset_moments()
+        elif self.train.at_switch == "fresh":
+            self.reset_moments(trains - self._active)
+        self._active = trains
+
+    def local_phase(self, t: int, trains: frozenset[str], task, split, executor: Executor,
+                    corrections: Sequence[Tensor | None]) -> Tensor:
+        """Every hosted peer takes its local steps of round t on the groups in `trains`: the mean loss of each peer (P,).
+
+        DivergenceError names the first peer whose loss is not finite.
+        """
+        self.begin_round(trains)
+        self.adapted.model.train()
+        means = torch.zeros(len(self.ids), device=self.device)
+        for rows in executor.groups(len(self.ids)):
+            for row in rows:
+                self.generators[row].manual_seed(derive(self.seed, "local", self.ids[row], t))
+            with executor.bound(self.adapted, self.x, self.g, rows, trains) as forward:
+                for k in range(max(map(self.steps, rows))):
+                    active = [row for row in rows if k < self.steps(row)]
+                    losses = self._step(t, k, active, trains, task, split, forward, corrections)
+                    means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)
+        self.adapted.model.eval()
+        self._check_finite(means, t)
+        return means
+
+    def _step(self, t, k, active, trains, task, split, forward, corrections) -> Tensor:
+        self._zero_gradients(active)
+        total = torch.zeros(len(active), device=self.device)
+        for micro in range(self.train.accumulation):
+            numbers = [(t * self.steps(row) + k) * self.train.accumulation + micro for row in active]
+            batch = self._collate(task, split, active, numbers)
+            with self._autocast(), PeerDropout([self.generators[row] for row in active]):
+                output = forward(task.inputs(batch), active)
+            losses = task.losses(output, batch, len(active))
+            (losses.sum() / self.train.accumulation).backward()
+            total += losses.detach() / self.train.accumulation
+        self._correct_and_clip(active, trains, corrections)
+        self._set_gradients(active, trains)
+        lr = self.learning_rate((t + k / self.steps(active[0])) / self.train.rounds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return total
+
+    def _collate(self, task, split, active, numbers) -> dict[str, Tensor]:
+        chosen = np.concatenate([self.streams[row].batch(number) for row, number in zip(active, numbers, strict=True)])
+        batch = task.collate([split.features[i] for i in chosen])
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _autocast(self):
+        name = self.train.autocast
+        on = name == "bfloat16" or (name == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def _zero_gradients(self, active: list[int]) -> None:
+        # in place: the gradients are views that autograd accumulates into
+        if len(active) == len(self.g):
+            self.g.zero_()
+        else:
+            for row in active:
+                self.g[row].zero_()
+
+    def _correct_and_clip(self, active, trains, corrections) -> None:
+        for row in active:
+            if corrections[row] is not None:
+                self.g[row] += corrections[row]
+        if self.train.clip is None:
+            return
+        g = self.g if len(active) == len(self.g) else self.g[active]
+        squares = sum(g[:, cut].square().sum(1) for cut in self.layout.columns(trains))
+        factor = (self.train.clip / (squares.sqrt() + 1e-6)).clamp_max(1.0)
+        if len(active) == len(self.g):
+            self.g.mul_(factor[:, None])
+        else:
+            for row, value in zip(active, factor, strict=True):
+                self.g[row].mul_(value)
+
+    def _set_gradients(self, active, trains) -> None:
+        """Only active peers and trained groups take the optimiser's step."""
+        for row, (params, grads) in enumerate(zip(self.params, self.grads, strict=True)):
+            for group, parameter in params.items():
+                parameter.grad = grads[group] if row in active and group in trains else None
+
+    def _check_finite(self, means: Tensor, t: int) -> None:
+        bad = (~(torch.isfinite(means) & torch.isfinite(self.x).all(1))).nonzero().flatten().tolist()
+        if bad:
+            peer = self.ids[bad[0]]
+            raise DivergenceError(f"peer {peer} diverged in round {t + 1}: mean training loss {float(means[bad[0]])}", peer)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's state as named tensors, to be saved; empty when moments do not survive a round."""
+        if self.train.state == "fresh":
+            return {}
+        return {f"{self.ids[row]}.{group}.{key}": value for row, params in enumerate(self.params)
+                for group, p in params.items() for key, value in self.optimizer.state.get(p, {}).items()
+                if isinstance(value, Tensor)}
+
+    def load_moments(self, saved: dict[str, Tensor], last_trained: frozenset[str]) -> None:
+        """Put back what `moments` gave, for the peers hosted here."""
+        rows = {peer: row for row, peer in enumerate(self.ids)}
+        for name, value in saved.items():
+            peer, group, key = name.split(".")
+            if int(peer) in rows:
+                parameter = self.params[rows[int(peer)]][group]
+                on = value if key == "step" and self.device.type == "cpu" else value.to(self.device)
+                self.optimizer.state.setdefault(parameter, {})[key] = on.clone()
+        self._active = last_trained
+
+
+def _by_group(row: Tensor, layout: Layout) -> dict[str, Tensor]:
+    return {name: row[cut] for name, cut in layout.groups.items() if cut.stop > cut.start}

@@ -1,0 +1,177 @@
+"""THE loop: local steps, exchange, mix, measure, evaluate, record, save."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl.codecs import Codec
+from dfl.config import Config
+from dfl.evaluate import Evaluator, consensus, summary
+from dfl.executors import Executor
+from dfl.gossip import Traffic, gossip
+from dfl.measures import measure
+from dfl.peers import DivergenceError, HostedPeers
+from dfl.rules.base import Rule, State
+from dfl.transport.base import Transport
+
+# what processes agree on after every local phase; a diverged peer is _DIVERGED + its id
+_GO, _STOP, _DIVERGED = 0, 1, 2
+_COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes")
+
+
+@dataclass
+class Run:
+    """Everything a round touches. `states` is one rule state per hosted peer."""
+
+    config: Config
+    peers: HostedPeers
+    rule: Rule
+    topology: object
+    codec: Codec
+    transport: Transport
+    executor: Executor
+    task: object
+    split: object
+    evaluator: Evaluator
+    states: list[State] = field(default_factory=list)
+    completed: int = 0
+
+    def __post_init__(self):
+        self.states = self.states or [self.rule.init(row) for row in self.peers.x]
+
+
+class Hooks(NamedTuple):
+    """What happens beside the mathematics: `record` is called on every process, with None where it is not process 0."""
+
+    record: Callable[[dict | None], None]
+    save: Callable[[], None]
+    stop_requested: Callable[[], bool]
+
+
+def run_rounds(run: Run, hooks: Hooks) -> bool:
+    """Run to the last round, from wherever `run.completed` is. False when stopped early by an agreed signal.
+
+    On divergence the rows go back to the start of the round, are saved, and DivergenceError is raised everywhere.
+    """
+    config = run.config
+    if run.completed == 0:
+        hooks.record(_start_record(run))
+    while run.completed < config.train.rounds:
+        t = run.completed
+        before = run.peers.x.clone()
+        started = time.perf_counter()
+        losses, flag = _local(run, t, hooks.stop_requested())
+        local_seconds = time.perf_counter() - started
+        if flag >= _DIVERGED:
+            run.peers.x.copy_(before)
+            hooks.save()
+            raise DivergenceError(f"peer {flag - _DIVERGED} diverged in round {t + 1}: its training loss or its factors are not "
+                                  f"finite; the state after round {t} is saved. A smaller train.lr or train.clip may help")
+        hooks.record(_finish(run, t, losses, local_seconds))
+        run.completed = t + 1
+        if flag == _STOP and run.completed < config.train.rounds:
+            hooks.save()
+            return False
+        if due(config.checkpoint.every, t) or run.completed == config.train.rounds:
+            hooks.save()
+    return True
+
+
+def due(every: int, t: int) -> bool:
+    return bool(every) and (t + 1) % every == 0
+
+
+def _local(run: Run, t: int, stop: bool) -> tuple[Tensor | None, int]:
+    """The local phase; the mean losses (P,) and what all processes agreed to do."""
+    flag, losses = (_STOP if stop else _GO), None
+    corrections = [run.rule.correct(state) for state in run.states]
+    try:
+        losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections)
+    except DivergenceError as error:
+        flag = _DIVERGED + error.peer
+    return losses, run.transport.agree(flag)
+
+
+def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | None:
+    """Exchange, mix, measure, evaluate round t; the round's record on process 0."""
+    w = run.topology.matrix(t)
+    measured = due(run.config.measure.every, t)
+    evaluated = due(run.config.eval.every, t) or t + 1 == run.config.train.rounds
+    before = run.peers.x.clone() if measured else None
+    bytes_before = run.transport.wire_bytes
+    lr = run.peers.learning_rate(t / run.config.train.rounds)
+    traffic = gossip(run.rule, run.codec, run.transport, run.peers.x, run.peers.ids, run.states, w, t, lr=lr,
+                     local_steps=run.peers.steps(0))
+    if run.rule.changes_basis and traffic.edges:
+        run.peers.reset_moments()
+    sent = run.transport.wire_bytes - bytes_before
+    record = _round_record(run, t, lr, losses, local_seconds, traffic, sent)
+    started = time.perf_counter()
+    rows = run.transport.gather(run.peers.x) if measured or evaluated else None
+    if measured:
+        rows_before = run.transport.gather(before)
+        if record is not None:
+            record["measures"] = measure(rows_before, rows, w, run.peers.layout) | _rule_measures(run)
+    measured_at = time.perf_counter()
+    if evaluated:
+        evaluation = evaluate(run, rows)
+        if record is not None:
+            record["eval"] = evaluation
+    if record is not None:
+        record["seconds"] |= {"measure": measured_at - started, "evaluate": time.perf_counter() - measured_at}
+    return record
+
+
+def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent: int) -> dict | None:
+    """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process."""
+    table = torch.zeros(len(run.peers.ids), len(_COLUMNS), dtype=torch.float64)
+    table[:, 0] = losses.cpu()
+    table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
+    table[0, 5] = sent
+    table = run.transport.gather(table)
+    if table is None:
+        return None
+    seconds = dict(zip(_COLUMNS[1:5], table[:, 1:5].amax(0).tolist(), strict=True))
+    return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
+            "train_loss": summary(table[:, 0].tolist()), "train_loss_peers": table[:, 0].tolist(),
+            "edges": traffic.edges, "message_bytes": traffic.message_bytes, "wire_bytes": int(table[:, 5].sum()),
+            "control_bytes": run.transport.control_bytes, "seconds": seconds}
+
+
+def _rule_measures(run: Run) -> dict[str, float]:
+    """Mean over the peers of process 0 of what a rule measures itself (DeCAF's truncation error)."""
+    names = [name for name, value in run.states[0].items() if value.dim() == 0]
+    return {name: float(np.mean([float(state[name]) for state in run.states])) for name in names}
+
+
+def evaluate(run: Run, rows: Tensor | None) -> dict | None:
+    """Every peer's own model where it is hosted, the consensus model on process 0; the results there, None elsewhere.
+
+    rows: X_ND on process 0.
+    """
+    sums = run.transport.gather(run.evaluator.sums(run.peers.x, run.executor))
+    if sums is None:
+        return None
+    peers = run.evaluator.metrics(sums)
+    names = list(peers[0])
+    result = {name: summary([p[name] for p in peers]) for name in names}
+    result["peers"] = {name: [p[name] for p in peers] for name in names}
+    if run.config.eval.consensus:
+        row = consensus(rows, run.peers.layout, run.rule.product)
+        result["consensus"] = run.evaluator.metrics(run.evaluator.sums(row[None], run.executor))[0]
+    return result
+
+
+def _start_record(run: Run) -> dict | None:
+    """The evaluation before the first round: all peers are equal, so one is evaluated."""
+    if 0 not in run.peers.ids:
+        return None
+    metrics = run.evaluator.metrics(run.evaluator.sums(run.peers.x[:1], run.executor))[0]
+    num = run.config.peers
+    return {"round": 0, "eval": {**{k: summary([v]) for k, v in metrics.items()},
+                                 "peers": {k: [v] * num for k, v in metrics.items()}, "consensus": metrics}}

@@ -1,0 +1,115 @@
+"""The process and its company: rank and size from torchrun or Slurm, device, threads, process group, signals."""
+
+import os
+import re
+import signal
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dfl.config import Config
+from dfl.seeds import derive
+from dfl.transport import Distributed, InProcess, Transport, hosting
+
+
+class Place(NamedTuple):
+    """Which of how many processes this is, and which on its node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+class Runtime(NamedTuple):
+    place: Place
+    device: torch.device
+    transport: Transport
+    hosted: range  # the peers of this process
+
+
+def place_from_environment(env=os.environ) -> Place:
+    """From torchrun's variables, else from Slurm's (`srun` starts one task a process), else a single process."""
+    if "RANK" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        per_node = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))[0])
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), per_node)
+    return Place()
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-05,9],cpu1` -> `gpu03`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodelist)
+    if not match:
+        raise ValueError(f"SLURM_JOB_NODELIST = {nodelist!r} is not a list of hosts")
+    prefix, numbers = match.groups()
+    return prefix + (re.split(r"[-,]", numbers)[0] if numbers else "")
+
+
+def _rendezvous_from_slurm(env) -> None:
+    env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def choose_device(config: Config, place: Place) -> torch.device:
+    """ValueError when the recipe asks for an accelerator that is not there."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device = 'cuda' is not available here; allowed: auto, cpu")
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+
+
+def choose_backend(config: Config, device: torch.device, place: Place) -> str:
+    """gloo on CPUs; NCCL on GPUs, unless several processes share one and the installed NCCL was not told to allow it."""
+    if config.backend != "auto":
+        if config.backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"backend = 'nccl' needs device 'cuda', got {device.type!r}; allowed: auto, gloo")
+        return config.backend
+    if device.type == "cpu":
+        return "gloo"
+    shared = place.local_size > torch.cuda.device_count() and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"
+    return "gloo" if shared else "nccl"
+
+
+def start(config: Config) -> Runtime:
+    """Join the other processes and choose device, threads and transport. ValueError for what cannot work."""
+    place = place_from_environment()
+    hosted = hosting(config.peers, place.size)[place.rank]
+    device = choose_device(config, place)
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // place.local_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if place.size == 1:
+        return Runtime(place, device, InProcess(), hosted)
+    backend = choose_backend(config, device, place)
+    if "RANK" not in os.environ:
+        _rendezvous_from_slurm(os.environ)
+    dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=config.timeout),
+                            device_id=device if backend == "nccl" else None)
+    wire = device if backend == "nccl" else torch.device("cpu")
+    transport = Distributed(config.peers, device=device, wire=wire, timeout=config.timeout,
+                            run=derive(config.seed, config.output))
+    transport.agree(0)  # NCCL makes its communicator in the first collective, and all ranks must be there
+    return Runtime(place, device, transport, hosted)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop at the round's end; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = 0
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number, frame) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = int(number)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
