@@ -33,7 +33,8 @@ def bundle(folder, **fields):
 def test_images_become_batches_and_losses(pictures):
     loaded = bundle(pictures, layers=2)
     assert loaded.head_modules == ("classifier",) and loaded.facts["label_names"] == ["dark", "light"]
-    assert (len(loaded.train), len(loaded.valid)) == (12, 4) and len(loaded.model.vit.layers) == 2
+    assert (len(loaded.train), len(loaded.valid)) == (12, 4)
+    assert loaded.facts["num_parameters"] < bundle(pictures).facts["num_parameters"]
     batch = loaded.task.collate([loaded.train.features[i] for i in np.arange(4)])
     assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
     with torch.no_grad():
@@ -55,14 +56,17 @@ def test_few_images_are_kept_and_all_are_prepared_alike(pictures, monkeypatch):
     assert len(loaded.train.features.kept) == 3
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert np.array_equal(loaded.train.features[-1]["pixel_values"], first[-1])
+    assert [f["labels"] for f in loaded.train.features[2:5]] == loaded.train.labels[2:5].tolist()
     with pytest.raises(IndexError):
         loaded.train.features[12]
 
 
 @pytest.mark.parametrize("line, message", [
     ("png/none.png,dark", "data.image = 'image': line 18 of .*pictures.csv names 'png/none.png', which is not a file in"),
+    ("png/cut.png,dark", "line 18 of .*pictures.csv: the image cannot be read: "),
     ("pictures.csv,dark", "line 18 of .*pictures.csv: the image cannot be read: cannot identify")])
 def test_what_is_no_image(pictures, line, message):
+    (pictures / "png" / "cut.png").write_bytes((pictures / "png" / "0.png").read_bytes()[:200])
     with open(pictures / "pictures.csv", "a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=message) as caught:

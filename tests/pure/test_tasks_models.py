@@ -105,6 +105,7 @@ def test_a_new_head_depends_on_the_seed_alone(folder):
     assert torch.equal(torch.random.get_rng_state(), state) and not torch.equal(before, state)
     spread = torch.cat([head(seed).flatten() for seed in range(8)]).std()
     assert 0.015 < spread < 0.025  # initializer_range
+    torch.testing.assert_close(bundle(folder, "llama", head_std=0.2).model.score.weight, 10 * one)
 
 
 def test_new_biases_are_zero_and_a_missing_pooler_belongs_to_the_head(folder, tmp_path):
