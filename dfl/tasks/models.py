@@ -111,9 +111,10 @@ def read_tokenizer(model: ModelConfig, source: Source, config: Any, data: DataCo
     text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     check_length(model, config, tokenizer, data)
-    if max(tokenizer.pad_token_id, len(tokenizer) - 1) >= text.vocab_size:
+    embeddings = getattr(text, "vocab_size", None) or len(tokenizer)
+    if len(tokenizer) > embeddings:
         raise ValueError(f"model.name = {model.name!r}: its tokenizer has {len(tokenizer)} tokens, the model only "
-                         f"{text.vocab_size} embeddings")
+                         f"{embeddings} embeddings")
     return tokenizer
 
 
@@ -150,8 +151,8 @@ def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: st
     _check_layers(model, source, config, info)
     head = heads.modules(net, new) if auto_class != "AutoModelForCausalLM" else ()
     heads.check_new(model, net, new, head)
+    heads.to_float32(net, head)  # before the draw, so that a half-precision base gets the same head
     heads.initialise(net, new, config, seed, model.head_std)
-    heads.to_float32(net, head)
     net.requires_grad_(False).eval()
     facts = {"layers": getattr(config, "num_hidden_layers", None), "truncated": model.layers is not None,
              "new_weights": sorted(new), "num_parameters": sum(p.numel() for p in net.parameters())}

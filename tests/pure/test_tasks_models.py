@@ -136,6 +136,8 @@ def test_a_bfloat16_base_keeps_its_head_in_float32(folder, kind):
     loaded = bundle(folder, kind, dtype="bfloat16")
     types = {name.split(".")[0]: p.dtype for name, p in loaded.model.named_parameters()}
     assert types.pop(loaded.model.base_model_prefix) == torch.bfloat16 and set(types.values()) == {torch.float32}
+    whole = bundle(folder, kind).model.state_dict()
+    assert all(torch.equal(loaded.model.state_dict()[name], whole[name]) for name in loaded.facts["new_weights"])
     batch = loaded.task.collate(loaded.train.features[:4])
     with torch.no_grad():
         output = loaded.model(**loaded.task.inputs(batch))
