@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    """One line; the whole trace with DFL_TRACEBACK=1. All processes refuse alike, so the first speaks for them; what happened to one it says itself."""
+    """One line; the whole trace with DFL_TRACEBACK=1.
+
+    All processes refuse alike, so the first speaks for them; what happened to one it says itself.
+    """
     if os.environ.get("DFL_TRACEBACK") == "1":
         raise error
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -1,6 +1,8 @@
 """A run is one file: frozen dataclasses, read from YAML with dotted overrides, validated before anything is loaded."""
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -138,9 +140,26 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         tree = read_yaml(Path(path))
     for key, value in parse_overrides(list(overrides)):
         _set(tree, key, value)
-    config = _build(Config, tree, "")
+    config = _expand_paths(_build(Config, tree, ""))
     validate(config)
     return config
+
+
+def _expand_paths(config: Config) -> Config:
+    """`$NAME` and `~` in the fields that may be paths. ValueError names a variable that is not set."""
+    def expand(where: str, value: str | None) -> str | None:
+        if value is None:
+            return None
+        expanded = os.path.expandvars(os.path.expanduser(value))
+        left = re.search(r"\$\{?(\w+)", expanded)
+        if left:
+            raise ValueError(f"{where} = {value!r}: the environment variable {left[1]} is not set")
+        return expanded
+
+    data = dataclasses.replace(config.data, train=expand("data.train", config.data.train),
+                               valid=expand("data.valid", config.data.valid))
+    model = dataclasses.replace(config.model, name=expand("model.name", config.model.name))
+    return dataclasses.replace(config, data=data, model=model, output=expand("output", config.output))
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -308,9 +327,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid", "lora.rank", "lora.alpha",
-             "train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.accumulation",
-             "train.lr", "train.eps", "train.clip", "eval.batch_size", "checkpoint.keep", "threads", "timeout")
+_POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid",
+             "lora.rank", "lora.alpha", "train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size",
+             "train.accumulation", "train.lr", "train.eps", "train.clip", "eval.batch_size", "checkpoint.keep", "threads", "timeout")
 _NOT_NEGATIVE = ("seed", "topology_seed", "data_seed", "train.weight_decay", "train.momentum", "eval.every",
                  "measure.every", "checkpoint.every")
 _FRACTION = ("model.dropout", "lora.dropout", "train.warmup", "data.valid_fraction")

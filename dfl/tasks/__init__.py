@@ -40,10 +40,12 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
     labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64)
               for t in (train, valid)]
     config = models.read_config(model, source, names if kind.labelled else None)
-    processor = (models.read_tokenizer(model, source, config, data) if kind.modality == "text"
-                 else models.read_image_processor(model, source))
+    text = kind.modality == "text"
+    processor = models.read_tokenizer(model, source, config, data) if text else models.read_image_processor(model, source)
     splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns)
               for t, y in zip((train, valid), labels, strict=True)]
+    if text:
+        models.check_ids(model, config, processor.pad_token_id, splits[0].features + splits[1].features)
     net, head, model_facts = models.read_weights(model, source, config, kind.auto_class, seed)
     facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": names,
              "num_train": len(train), "num_valid": len(valid), **facts}

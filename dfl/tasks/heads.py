@@ -27,7 +27,9 @@ def check_new(model: ModelConfig, net: torch.nn.Module, new: set[str], head: tup
 
 @torch.no_grad()
 def initialise(net: torch.nn.Module, new: set[str], config: Any, seed: int, std: float | None = None) -> None:
-    """Draw new matrices from N(0, std²) in float32, in the order of their names; biases 0, scales 1.
+    """Draw new matrices from N(0, std²) in float32.
+
+    In the order of their names; biases 0, scales 1.
 
     `std` is the model's initializer_range unless given. An explicit generator on the CPU: every process gets the same
     bits, whatever was drawn before.

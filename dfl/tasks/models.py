@@ -111,11 +111,16 @@ def read_tokenizer(model: ModelConfig, source: Source, config: Any, data: DataCo
     text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     check_length(model, config, tokenizer, data)
-    embeddings = getattr(text, "vocab_size", None) or len(tokenizer)
-    if len(tokenizer) > embeddings:
-        raise ValueError(f"model.name = {model.name!r}: its tokenizer has {len(tokenizer)} tokens, the model only "
-                         f"{embeddings} embeddings")
     return tokenizer
+
+
+def check_ids(model: ModelConfig, config: Any, pad_id: int, features: list[dict]) -> None:
+    """ValueError for a token that the model has no embedding for; one that no text uses does no harm."""
+    embeddings = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max([pad_id, *(int(feature["input_ids"].max()) for feature in features)])
+    if embeddings is not None and highest >= embeddings:
+        raise ValueError(f"model.name = {model.name!r}: its tokenizer made token {highest}, the model has only "
+                         f"{embeddings} embeddings")
 
 
 def check_length(model: ModelConfig, config: Any, tokenizer: Any, data: DataConfig) -> None:

@@ -1,0 +1,152 @@
+"""Rules on real text: TREC-6 and SST-2 with label skew, ten peers, edge activation. Writes one stamped JSON a study.
+
+    DFL_DATA=... python benchmarks/real_input.py rates --jobs 2     # learning rate of each rule at p = 0.5
+    DFL_DATA=... python benchmarks/real_input.py grid --jobs 2      # rules x p x seeds with those rates
+    python benchmarks/real_input.py table                           # the README's table from the committed results
+
+A finished run is skipped, so that an interrupted study goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RATES = (2e-3, 5e-3, 1e-2)
+INTERVALS = (1, 5, 15)
+RULES = ("lora", "ffa", "rolora", "decaf")
+_lock = Lock()
+
+
+def main() -> None:
+    args = parse()
+    if args.study == "table":
+        print(table())
+        return
+    path = RESULTS / f"real_input_{args.study}.json"
+    runs = plan_rates(args.task) if args.study == "rates" else plan_grid(args.task, args.seeds)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    todo = [run for run in runs if run["name"] not in stored]
+    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in pool.map(lambda run: execute(run, args.scratch), todo):
+            stored[done["name"]] = done
+            with _lock:
+                path.write_text(json.dumps(stored, indent=1) + "\n")
+            print(done["name"], done["final"]["mean"], flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("rates", "grid", "table"))
+    parser.add_argument("--task", choices=("trec6", "sst2", "both"), default="both")
+    parser.add_argument("--seeds", type=int, default=3, help="for lora and the best tad at p = 0.02")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "dfl-real-input")
+    return parser.parse_args()
+
+
+def plan_rates(task: str) -> list[dict]:
+    """Short runs on TREC-6 at strong connectivity, where the papers choose the rate."""
+    return [{"name": f"{rule}-lr{lr:g}", "task": "trec6",
+             "overrides": {"rule": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.rounds": 30, "eval.every": 0}}
+            for rule in ("lora", "ffa", "rolora", "tad", "decaf") for lr in RATES]
+
+
+def rule_text(rule: str, interval: int = 5) -> str:
+    return f"{{name: tad, T: {interval}}}" if rule == "tad" else rule
+
+
+def chosen_rates() -> dict[str, float]:
+    """The rate with the best final mean accuracy over peers, for each rule; `local` takes that of lora."""
+    stored = json.loads((RESULTS / "real_input_rates.json").read_text())
+    best: dict[str, tuple[float, float]] = {}
+    for run in stored.values():
+        rule, lr = run["name"].split("-lr")
+        best[rule] = max(best.get(rule, (0.0, 0.0)), (run["final"]["mean"], float(lr)))
+    rates = {rule: lr for rule, (_, lr) in best.items()}
+    return rates | {"local": rates["lora"]}
+
+
+def plan_grid(task: str, seeds: int) -> list[dict]:
+    rates = chosen_rates()
+    methods = [(rule, rule, rule_text(rule)) for rule in RULES] + [(f"tad{T}", "tad", rule_text("tad", T)) for T in INTERVALS]
+
+    def run(task, label, rule, text, p, seed):
+        return {"name": f"{task}-{label}-p{p:g}-s{seed}", "task": task,
+                "overrides": {"rule": text, "topology.p": p, "train.lr": rates[rule], "seed": seed}}
+
+    runs = []
+    if task in ("trec6", "both"):
+        runs += [run("trec6", *m, p, 0) for p in (0.02, 0.1) for m in methods]
+        runs.append(run("trec6", "local", "local", "local", 0.02, 0))
+        best = os.environ.get("DFL_BEST_TAD", "15")
+        repeated = [methods[0], (f"tad{best}", "tad", rule_text("tad", int(best)))]
+        runs += [run("trec6", *m, 0.02, seed) for seed in range(1, seeds) for m in repeated]
+    if task in ("sst2", "both"):
+        runs += [run("sst2", *m, 0.02, 0) for m in [*methods, ("local", "local", "local")]]
+    return runs
+
+
+def execute(run: dict, scratch: Path) -> dict:
+    """One run in a process of its own: what came out of it, and how it was made."""
+    output = scratch / run["name"]
+    command = [sys.executable, "-m", "dfl", "train", f"launch/recipes/{run['task']}.yaml", "--overwrite", "--threads", "1",
+               "--output", str(output)]
+    for key, value in run["overrides"].items():
+        command += [f"--{key}", str(value)]
+    started = time.time()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return summarise(run, output, command, time.time() - started)
+
+
+def summarise(run: dict, output: Path, command: list[str], seconds: float) -> dict:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    about = json.loads((output / "run.json").read_text())
+    evaluated = [r for r in records if "eval" in r]
+    rounds = [r for r in records if r["round"]]
+    late = [r["measures"] for r in rounds[-len(rounds) // 3:]]
+    phases = {key: sum(r["seconds"].get(key, 0.0) for r in rounds) for key in ("local", "encode", "exchange", "mix", "measure",
+                                                                                 "evaluate")}
+    return {**run, "command": " ".join(["python", *command[1:]]).replace(str(output), f"runs/{run['name']}"),
+            "before": evaluated[0]["eval"]["accuracy"]["mean"], "final": evaluated[-1]["eval"]["accuracy"],
+            "best": max(r["eval"]["accuracy"]["mean"] for r in evaluated),
+            "consensus": evaluated[-1]["eval"]["consensus"]["accuracy"],
+            "last_third": {key: float(np.mean([m[key] for m in late])) for key in late[0]},
+            "edges": sum(r["edges"] for r in rounds), "message_bytes": sum(r["message_bytes"] for r in rounds),
+            "seconds": {"all": round(seconds, 1), **{k: round(v, 4) for k, v in phases.items()}},
+            **{key: about[key] for key in ("versions", "hardware", "git_commit", "started")}}
+
+
+def table() -> str:
+    """Final mean accuracy over peers (and minimum, consensus) by rule and p, from the committed grid."""
+    stored = json.loads((RESULTS / "real_input_grid.json").read_text())
+    cells: dict[tuple, list[dict]] = {}
+    for run in stored.values():
+        task, label, p, _ = run["name"].rsplit("-", 3)
+        cells.setdefault((task, p.removeprefix("p"), label), []).append(run)
+    lines = ["| data | p | rule | lr | peers' mean | worst peer | consensus | cross term (relative) | MB sent |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for (task, p, label), runs in cells.items():
+        means = [100 * r["final"]["mean"] for r in runs]
+        spread = f" ± {np.std(means, ddof=1):.1f} ({len(means)} seeds)" if len(means) > 1 else ""
+        lines.append(f"| {task} | {'–' if label == 'local' else p} | {label} | {runs[0]['overrides']['train.lr']:g} "
+                     f"| {np.mean(means):.1f}{spread} | {100 * np.mean([r['final']['min'] for r in runs]):.1f} "
+                     f"| {100 * np.mean([r['consensus'] for r in runs]):.1f} "
+                     f"| {np.mean([r['last_third']['cross_term_relative'] for r in runs]):.3f} "
+                     f"| {np.mean([r['message_bytes'] for r in runs]) / 1e6:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
