@@ -14,8 +14,8 @@ class Links:
     """Arcs ``sender -> receiver`` without self loops, sorted by (receiver, sender), each once.
 
     An undirected graph holds both arcs of every edge. Shapes: ``sender`` and ``receiver`` are int64 of shape (arcs,);
-    ``affinity`` is float64 of the same shape or None: numbers that came with the links, for the rules that use them. ``draw``: which draw of a random
-    family this is, for those that are redrawn until connected.
+    ``affinity`` is float64 of the same shape or None: numbers that came with the links, for the rules that use them.
+    ``draw``: which draw of a random family this is, for those that are redrawn until connected.
 
     >>> Links.from_arcs(3, [0, 1], [1, 2]).senders(1)
     array([0, 2])

@@ -98,6 +98,10 @@ class Topology(ABC):
         """The links of round t; an arc (u, v) of a directed graph means that u sends to v."""
         return self.entries(t).links.to_networkx()
 
+    def eigenvalues(self, t: int) -> np.ndarray | None:
+        """(n,) eigenvalues of W(t), that of the constant vector first, where a closed form is known; else None."""
+        return None
+
     def law(self) -> Iterable[tuple[float, Entries]] | None:
         """All values of W with their probabilities, when rounds are independent draws from few values; else None."""
         return None
@@ -169,6 +173,13 @@ class StaticTopology(GraphTopology):
     def senders(self, t, i):
         return self.base.senders(i)
 
+    def eigenvalues(self, t):
+        if not isinstance(self.base, Lattice) or self.rule.link is None or self.rule.name == "target":
+            return None
+        degree = len(self.base.steps)
+        weight = float(self.rule.link(0, 1, degree, degree)) if degree else 0.0
+        return 1.0 - degree * weight + weight * self.base.adjacency_eigenvalues()
+
 
 class LazyTopology(Topology):
     """(I + W(t)) / 2 of another topology."""
@@ -187,6 +198,10 @@ class LazyTopology(Topology):
 
     def _column(self, t, j, alive):
         return self.inner._column(t, j, alive)
+
+    def eigenvalues(self, t):
+        closed = self.inner.eigenvalues(t)
+        return None if closed is None else (1.0 + closed) / 2
 
     def law(self):
         law = self.inner.law()

@@ -9,6 +9,7 @@ from topologies.weights import RULES
 
 FROM_FILES = {"edge_list", "graphml", "networkx", "contact_trace", "mobility_trace"}
 NAMES = [name for name in TOPOLOGIES if name not in FROM_FILES]
+EXPENSIVE = ("fdla", "fastest_mixing_chain", "link_reliability")
 ROUNDS = (0, 1, 2, 7)
 VARIANTS = [(name, dict(TOPOLOGIES[name].example)) for name in NAMES] + [
     ("exponential", {"symmetric": True}),
@@ -167,7 +168,7 @@ def rule_params(rule, n):
 @pytest.mark.parametrize("name", [name for name in STATIC if name not in FROM_FILES])
 def test_every_static_graph_with_every_rule(name, rule):
     small = (1, 2, 3, 4, 6, 8, 9, 10, 13, 16)
-    params, expensive = dict(TOPOLOGIES[name].example), rule in ("fdla", "fastest_mixing_chain", "link_reliability")
+    params, expensive = dict(TOPOLOGIES[name].example), rule in EXPENSIVE
     for n in small[:8] if expensive else small:
         directed = name in ("directed_ring", "exponential")
         if not can_be_built(name, params, n):
@@ -185,7 +186,7 @@ def test_every_static_graph_with_every_rule(name, rule):
         check_matrix(topology, 0, alive)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("given", "fdla", "fastest_mixing_chain", "link_reliability")])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("given", *EXPENSIVE)])
 def test_every_rule_on_links_that_come_and_go(rule):
     for n in (1, 2, 3, 7, 10):
         topology = topologies.build("edge_activation", n, p=0.3, weights=rule_params(rule, n))

@@ -85,6 +85,6 @@ def mobility_trace(num_peers: int, *, path: str, radius: float, seconds: float |
 
 
 SEQUENCES: dict[str, Entry] = {
-    "contact_trace": Entry(contact_trace, "recorded contacts, lines `start end i j` (path, seconds)"),
-    "mobility_trace": Entry(mobility_trace, "recorded positions, lines `time node x y`, linked below radius (path, radius, seconds)"),
+    "contact_trace": Entry(contact_trace, "recorded contacts, `start end i j` (path, seconds)"),
+    "mobility_trace": Entry(mobility_trace, "recorded positions, `time node x y` (path, radius, seconds)"),
 }
