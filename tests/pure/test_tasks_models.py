@@ -210,7 +210,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
     net = transformers.BertModel(transformers.BertConfig(**{**config, "vocab_size": 20}))
     net.save_pretrained(path)
     (tmp_path / "data.csv").write_text(DATA)
-    with pytest.raises(ValueError, match="its tokenizer has 27 tokens, the model only 20 embeddings"):
+    with pytest.raises(ValueError, match="its tokenizer made token 25, the model has only 20 embeddings"):
         bundle(lambda kind: path, "bert")
 
 
