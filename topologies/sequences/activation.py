@@ -125,6 +125,7 @@ def in_order(meetings: EdgeActivation, t: int, alive) -> np.ndarray:
 
 
 def edge_activation(num_peers: int, *, p: float, base="complete", rule, static_graph, seed: int = 0) -> Topology:
+    """Each link of ``base`` is on in round t with probability ``p``; weights are those of the links that are on."""
     return EdgeActivation(static_graph(base, num_peers), rule, p=p, seed=seed, whole=base == "complete")
 
 

@@ -179,6 +179,8 @@ class BaseGraph(Topology):
 
 
 def base_graph(num_peers: int, *, k: int = 1) -> Topology:
+    """The Base-(k+1) graph of Takezawa et al. 2023 (arXiv 2305.11420): at most ``k`` neighbours a round, and exact
+    consensus for every n in at most 2 log_{k+1} n + 2 rounds."""
     if k < 1:
         raise refuse("base_graph", "k (most neighbours a round) of at least 1", k)
     return BaseGraph(num_peers, k)

@@ -110,12 +110,14 @@ class RandomWalk(Topology):
 
 
 def el_local(num_peers: int, *, s: int = 2, rule, seed: int = 0) -> Topology:
+    """EL-Local: every peer pushes to ``s`` random others, receivers average; row-stochastic (de Vos et al. 2023)."""
     _check("el_local", num_peers, s)
     rule = make("uniform") if rule.name == "metropolis" else rule
     return ELLocal(num_peers, min(s, num_peers - 1), rule, seed)
 
 
 def el_oracle(num_peers: int, *, s: int = 2, rule, seed: int = 0) -> Topology:
+    """EL-Oracle: a random ``s``-regular graph each round (de Vos et al. 2023, arXiv 2310.01972)."""
     _check("el_oracle", num_peers, s)
     if num_peers > 1 and num_peers * s % 2:
         raise refuse("el_oracle", "num_peers x s even", f"s={s}, num_peers={num_peers}")
@@ -128,6 +130,7 @@ def _check(name: str, num_peers: int, s: int) -> None:
 
 
 def random_walk(num_peers: int, *, base="ring", moves: str = "metropolis", static_graph, seed: int = 0) -> Topology:
+    """A token walks over ``base``; W(t) hands it over. moves="metropolis": visits tend to 1/n; "uniform": to deg_i / sum deg."""
     if moves not in ("metropolis", "uniform"):
         raise refuse("random_walk", "moves 'metropolis' or 'uniform'", repr(moves))
     return RandomWalk(static_graph(base, num_peers), moves, seed)

@@ -114,22 +114,27 @@ def equidyn(num_peers: int, *, directed: bool, eta: float, seed: int) -> Topolog
 
 
 def one_peer_exponential(num_peers: int) -> Topology:
+    """Shift by 2^(t mod tau) with weight 1/2, tau = ceil(log2 n); exact after tau rounds iff n = 2^tau (arXiv 2110.13363)."""
     return OnePeerExponential(num_peers)
 
 
 def d_equistatic(num_peers: int, *, num_shifts: int | None = None, seed: int = 0) -> Topology:
+    """D-EquiStatic: the mean of ``num_shifts`` random shifts, ceil(log2 n) by default (Song et al. 2022, arXiv 2210.07881)."""
     return equistatic(num_peers, directed=True, num_shifts=num_shifts, seed=seed)
 
 
 def u_equistatic(num_peers: int, *, num_shifts: int | None = None, seed: int = 0) -> Topology:
+    """U-EquiStatic: as D-EquiStatic, with every shift's transpose; symmetric (Song et al. 2022, arXiv 2210.07881)."""
     return equistatic(num_peers, directed=False, num_shifts=num_shifts, seed=seed)
 
 
 def od_equidyn(num_peers: int, *, eta: float = 0.5, seed: int = 0) -> Topology:
+    """OD-EquiDyn: W = (1 - eta) I + eta A_a for one random shift a a round (Song et al. 2022, arXiv 2210.07881)."""
     return equidyn(num_peers, directed=True, eta=eta, seed=seed)
 
 
 def ou_equidyn(num_peers: int, *, eta: float = 0.5, seed: int = 0) -> Topology:
+    """OU-EquiDyn: pairs (i, i + a) for a random shift a a round; symmetric (Song et al. 2022, arXiv 2210.07881)."""
     return equidyn(num_peers, directed=False, eta=eta, seed=seed)
 
 

@@ -122,10 +122,14 @@ class Hierarchical(Topology):
 
 
 def grid_all_reduce(num_peers: int, *, group_size: int = 2) -> Topology:
+    """Ids are d digits in base ``group_size``; in round t those that differ in digit t mod d average; exact after d rounds
+    (the mixing of Moshpit SGD, Ryabinin et al. 2021, arXiv 2103.03239)."""
     return GridAllReduce(num_peers, group_size)
 
 
 def hierarchical(num_peers: int, *, node_size: int, between="one_peer_exponential", every: int = 2, build) -> Topology:
+    """Averages inside nodes of ``node_size`` peers; every ``every``-th round peers of equal local rank mix between nodes by
+    the topology ``between`` (a name, or a mapping with name and parameters)."""
     if node_size < 1 or num_peers % node_size:
         fits = [m for m in range(1, num_peers + 1) if num_peers % m == 0]
         raise refuse("hierarchical", "node_size that divides num_peers", f"{node_size} for {num_peers}", f"try {fits}")

@@ -129,6 +129,6 @@ SEQUENCES: dict[str, Entry] = {
     "matcha": Entry(
         matcha,
         "matchings of a base graph on at random under a budget (base, budget, matchings, optimise, clip)",
-        {"base": "torus"},
+        {"base": {"name": "exponential", "symmetric": True}},
     ),
 }

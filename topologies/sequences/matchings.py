@@ -145,22 +145,27 @@ class EdgeCycle(OneEdge):
 
 
 def hypercube_matching(num_peers: int) -> Topology:
+    """In round t, ids that differ in bit t mod d meet and average; exact after d rounds; n = 2^d."""
     return HypercubeMatching(num_peers)
 
 
 def alternating_ring(num_peers: int) -> Topology:
+    """The links of a ring in turn: (0,1)(2,3).., then (1,2)..(n-1,0); for odd n the idle peer moves round the ring."""
     return AlternatingRing(num_peers)
 
 
 def random_matching(num_peers: int, *, seed: int = 0) -> Topology:
+    """A uniform pairing each round; contraction (n-2) / (2 (n-1)) for even n, 1/2 for odd n."""
     return RandomMatching(num_peers, seed)
 
 
 def pairwise_gossip(num_peers: int, *, base="complete", static_graph, seed: int = 0) -> Topology:
+    """One uniform edge of ``base`` each round (Boyd et al. 2006); E[W^T W] = I - L / (2 edges)."""
     return PairwiseGossip(static_graph(base, num_peers), base == "complete", seed)
 
 
 def edge_cycle(num_peers: int, *, base="ring", static_graph) -> Topology:
+    """The edges of ``base`` one after the other: the sparsest sequence that is connected over B = edges rounds."""
     ids = np.arange(num_peers)
     if base == "ring" and num_peers > 2:  # round the ring
         return EdgeCycle(num_peers, (ids, (ids + 1) % num_peers))

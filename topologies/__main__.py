@@ -1,0 +1,7 @@
+"""python -m topologies"""
+
+import sys
+
+from topologies.cli import main
+
+sys.exit(main())
