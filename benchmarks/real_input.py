@@ -14,18 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RATES = (2e-3, 5e-3, 1e-2)
+RATES = (5e-3, 1e-2, 2e-2)
 INTERVALS = (1, 5, 15)
 RULES = ("lora", "ffa", "rolora", "decaf")
-_lock = Lock()
 
 
 def main() -> None:
@@ -35,14 +33,15 @@ def main() -> None:
         return
     path = RESULTS / f"real_input_{args.study}.json"
     runs = plan_rates(args.task) if args.study == "rates" else plan_grid(args.task, args.seeds)
+    path.parent.mkdir(exist_ok=True)
     stored = json.loads(path.read_text()) if path.exists() else {}
     todo = [run for run in runs if run["name"] not in stored]
     print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in pool.map(lambda run: execute(run, args.scratch), todo):
+        for future in as_completed([pool.submit(execute, run, args.scratch) for run in todo]):
+            done = future.result()
             stored[done["name"]] = done
-            with _lock:
-                path.write_text(json.dumps(stored, indent=1) + "\n")
+            path.write_text(json.dumps({run["name"]: stored[run["name"]] for run in runs if run["name"] in stored}, indent=1) + "\n")
             print(done["name"], done["final"]["mean"], flush=True)
 
 

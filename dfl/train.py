@@ -91,8 +91,9 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
 
 def check_same_start(peers: HostedPeers, bundle, transport) -> None:
     """Every peer must start from the same A and the same head. ValueError names the first that differs from peer 0."""
-    head = [p.detach().float().cpu().numpy().tobytes() for name in bundle.head_modules
-            for p in bundle.model.get_submodule(name).parameters()]
+    # a trained head is part of the row
+    frozen = () if peers.adapted.head else bundle.head_modules
+    head = [p.detach().float().cpu().numpy().tobytes() for name in frozen for p in bundle.model.get_submodule(name).parameters()]
     digests = [hashlib.sha256(b"".join([row.cpu().numpy().tobytes(), *head])).digest() for row in peers.x]
     rows = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])[:, None]
     rows = transport.gather(rows)

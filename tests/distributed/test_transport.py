@@ -1,0 +1,162 @@
+"""One scenario for every transport: what arrives, what it costs, what is refused."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_processes
+
+import topologies
+from dfl import codecs, rules
+from dfl.factors import empty_rows, make_layout
+from dfl.gossip import gossip
+from dfl.transport import Distributed, InProcess, edges_of, hosting
+
+pytestmark = pytest.mark.distributed
+NUM_PEERS, ROUNDS = 7, 6
+LAYOUT = make_layout([("q", 3, 8, 6, 2.0), ("v", 3, 8, 6, 2.0), ("o", 2, 5, 9, 0.5)], [("classifier.weight", (4, 5))])
+
+
+def graph():
+    """Sparse and changing; in most rounds somebody is alone."""
+    return topologies.build("edge_activation", NUM_PEERS, p=0.15, base="complete", seed=3)
+
+
+def start_rows() -> torch.Tensor:
+    x = empty_rows(NUM_PEERS, LAYOUT.size)
+    return x.copy_(torch.randn(NUM_PEERS, LAYOUT.size, generator=torch.Generator().manual_seed(0)))
+
+
+def cpu_transport(num_peers: int = NUM_PEERS, **options) -> Distributed:
+    return Distributed(num_peers, device=torch.device("cpu"), wire=torch.device("cpu"), **options)
+
+
+def mix_rounds(transport, hosted, rule_name: str, codec: str, params: dict) -> torch.Tensor:
+    rule, wire = rules.build(rule_name, LAYOUT, **params), codecs.build(codec)
+    x = empty_rows(len(hosted), LAYOUT.size)
+    x.copy_(start_rows()[list(hosted)])
+    states = [rule.init(row) for row in x]
+    for t in range(ROUNDS):
+        gossip(rule, wire, transport, x, hosted, states, graph().matrix(t), t)
+    return x
+
+
+def gossip_worker(rank: int, *args) -> tuple:
+    transport = cpu_transport()
+    x = mix_rounds(transport, transport.hosted, *args)
+    gathered = transport.gather(x)
+    return transport.wire_bytes, None if gathered is None else gathered.numpy()
+
+
+RULES = {"lora": {}, "ffa": {}, "rolora": {}, "adf": {"T": 2}, "tad": {"T": 3}, "local": {}, "decaf": {}}
+
+
+@pytest.mark.parametrize("head", ["frozen", "mixed", "local"])
+@pytest.mark.parametrize("name", RULES)
+def test_hosting_does_not_matter(name, head):
+    params = RULES[name] | {"head": head}
+    alone = mix_rounds(InProcess(), range(NUM_PEERS), name, "none", params).numpy()
+    for num_processes in (2, 3):
+        (_, together), *_ = run_processes(gossip_worker, num_processes, name, "none", params)
+        np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "decaf"])
+def test_learning_rate_zero_is_the_product_of_the_matrices(name):
+    rule = rules.build(name, LAYOUT, **RULES[name], head="mixed")
+    expected = start_rows().double().numpy()
+    alone_somewhere = False
+    for t in range(ROUNDS):
+        w = graph().matrix(t)
+        alone_somewhere |= bool((np.diag(w) == 1).any())
+        for cut in LAYOUT.columns(rule.sends(t)):
+            expected[:, cut] = w @ expected[:, cut]
+    assert alone_somewhere
+    (_, got), *_ = run_processes(gossip_worker, 4, name, "none", RULES[name] | {"head": "mixed"})
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_bytes_are_what_the_edges_need(codec):
+    results = run_processes(gossip_worker, 3, "lora", codec, {})
+    hosts = hosting(NUM_PEERS, 3)
+    size = codecs.build(codec).size(rules.build("lora", LAYOUT).length(0), torch.float32)
+    expected = 0
+    for t in range(ROUNDS):
+        pairs = {}  # a message travels once to a process, however many of its peers hear it
+        for sender, receiver in edges_of(graph().matrix(t)):
+            a, b = ([p for p, peers in enumerate(hosts) if peer in peers][0] for peer in (sender, receiver))
+            if a != b:
+                pairs.setdefault((a, b), set()).add(sender)
+        expected += sum(-(-(32 + 16 * len(senders)) // 16) * 16 + len(senders) * size for senders in pairs.values())
+    assert sum(sent for sent, _ in results) == expected
+
+
+@pytest.mark.parametrize("codec, error", [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_wire_precision_is_bounded(codec, error):
+    exact = mix_rounds(InProcess(), range(NUM_PEERS), "lora", "none", {})
+    rounded = mix_rounds(InProcess(), range(NUM_PEERS), "lora", codec, {})
+    assert 0 < (exact - rounded).abs().max() < error * ROUNDS
+    assert (exact.mean(0) - rounded.mean(0)).abs().max() < error * ROUNDS
+
+
+def foreign_worker(rank: int, field: str) -> str:
+    """Process 1 sends what process 0 must refuse."""
+    transport = cpu_transport(2, run=7 + (rank if field == "run" else 0))
+    t = rank if field == "round" else 0
+    size = 12
+    if field == "peers":
+        pack = transport._pack
+        transport._pack = lambda t, outbox, peers, size: pack(t, {p + 1: m for p, m in outbox.items()}, [p + 1 for p in peers], size)
+    try:
+        transport.exchange(t, {rank: torch.zeros(size, dtype=torch.uint8)}, [(0, 1), (1, 0)], size)
+    except ConnectionError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("field", ["run", "round", "peers"])
+def test_a_message_that_does_not_belong_is_refused(field):
+    said = run_processes(foreign_worker, 2, field)[0]
+    assert "process 1 sent" in said and field in said
+
+
+def agree_worker(rank: int) -> tuple:
+    transport = cpu_transport()
+    rows = torch.full((len(transport.hosted), 2), float(rank))
+    gathered = transport.gather(rows)
+    return transport.agree(5 if rank == 1 else 2), None if gathered is None else gathered[:, 0].tolist()
+
+
+def test_processes_agree_and_gather_in_peer_order():
+    results = run_processes(agree_worker, 3)
+    assert [agreed for agreed, _ in results] == [5, 5, 5]
+    assert results[0][1] == [0, 0, 0, 1, 1, 2, 2] and results[1][1] is None
+
+
+def silent_worker(rank: int) -> str:
+    if rank == 1:  # is there, but never joins the exchange
+        time.sleep(2)
+        dist.destroy_process_group()
+        return ""
+    transport = cpu_transport(2, timeout=1.0)
+    try:
+        transport.exchange(4, {0: torch.zeros(8, dtype=torch.uint8)}, [(1, 0)], 8)
+    except ConnectionError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return "no error"
+
+
+def test_a_silent_neighbour_is_named():
+    said = run_processes(silent_worker, 2)[0]
+    assert "round 4" in said and "{1: [1]}" in said
+
+
+def test_hosting_is_even_and_refuses_more_processes_than_peers():
+    assert [list(r) for r in hosting(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    with pytest.raises(ValueError, match="peers = 3 is fewer than the 4 processes"):
+        hosting(3, 4)

@@ -1,0 +1,72 @@
+"""Several gloo processes for a test: forked from a server that has torch loaded already, meeting at a file."""
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def run_processes(function, num_processes: int, *args, timeout: float = 60.0) -> list:
+    """`function(rank, *args)` in `num_processes` processes of one gloo group: what each returned. Fails with their traces."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dfl.train", "processes"])
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.SimpleQueue()
+        workers = [context.Process(target=_work, args=(queue, function, rank, num_processes, f"{folder}/store", args), daemon=True)
+                   for rank in range(num_processes)]
+        for worker in workers:
+            worker.start()
+        try:
+            results = dict(_receive(queue, workers, timeout) for _ in workers)
+        finally:
+            for worker in workers:
+                worker.join(5)
+                if worker.is_alive():
+                    worker.kill()
+        failures = [text for ok, text in results.values() if not ok]
+        assert not failures, "\n".join(failures)
+        return [results[rank][1] for rank in range(num_processes)]
+
+
+def _receive(queue, workers, timeout: float):
+    reader = queue._reader
+    assert reader.poll(timeout), f"no answer within {timeout} s from {[w.name for w in workers if w.is_alive()]}"
+    return queue.get()
+
+
+def _work(queue, function, rank: int, size: int, store: str, args) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
+                                timeout=timedelta(seconds=30))
+        result = function(rank, *args)
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        queue.put((rank, (True, result)))
+    except BaseException:
+        queue.put((rank, (False, f"process {rank}:\n{traceback.format_exc()}")))
+
+
+def bring_loopback_up() -> None:
+    """In a fresh network namespace even the loopback interface is down."""
+    import fcntl
+    import socket
+    import struct
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        fcntl.ioctl(handle, 0x8914, struct.pack("16sH14x", b"lo", 0x1 | 0x40))  # SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
+
+
+def loopback_bytes() -> int:
+    """What the loopback interface of this network namespace has sent; its file system view may be another namespace's."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[8])
+    raise AssertionError("no loopback interface")
