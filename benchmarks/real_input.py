@@ -41,7 +41,8 @@ def main() -> None:
         for future in as_completed([pool.submit(execute, run, args.scratch) for run in todo]):
             done = future.result()
             stored[done["name"]] = done
-            path.write_text(json.dumps({run["name"]: stored[run["name"]] for run in runs if run["name"] in stored}, indent=1) + "\n")
+            ordered = {run["name"]: stored[run["name"]] for run in runs if run["name"] in stored}
+            path.write_text(json.dumps(ordered, indent=1) + "\n")
             print(done["name"], done["final"]["mean"], flush=True)
 
 
@@ -105,7 +106,9 @@ def execute(run: dict, scratch: Path) -> dict:
     for key, value in run["overrides"].items():
         command += [f"--{key}", str(value)]
     started = time.time()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return summarise(run, output, command, time.time() - started)
 
 

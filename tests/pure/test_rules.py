@@ -1,0 +1,357 @@
+"""One table that every rule passes, and what each rule promises on its own."""
+
+import numpy as np
+import pytest
+import torch
+from toy import Toy
+
+import topologies
+from dfl import codecs, rules, simulate
+from dfl.evaluate import consensus
+from dfl.factors import a_view, b_view, empty_rows, make_layout
+from dfl.gossip import gossip
+from dfl.rules.alternating import phase
+from dfl.transport import InProcess
+
+NUM = 6
+LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)], [("head", (3, 4))])
+PARAMS = {"lora": {}, "ffa": {}, "rolora": {}, "adf": {"T": 2}, "tad": {"T": 3}, "decaf": {}, "local": {}}
+CODEC = codecs.build("none")
+
+
+def random_rows(seed=0, num=NUM) -> torch.Tensor:
+    x = empty_rows(num, LAYOUT.size, dtype=torch.float64)
+    return x.copy_(torch.randn(num, LAYOUT.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+def mix_once(name: str, x: torch.Tensor, w: np.ndarray, t: int = 0, **params) -> torch.Tensor:
+    rule = rules.build(name, LAYOUT, **{**PARAMS[name], **params})
+    out = x.clone()
+    gossip(rule, CODEC, InProcess(), out, range(len(x)), [rule.init(row) for row in x], w, t)
+    return out
+
+
+def product(x: torch.Tensor) -> torch.Tensor:
+    """All products of a row, one after the other: (N, sum O I)."""
+    return torch.cat([p.scaling * (b_view(x, p) @ a_view(x, p)).flatten(-2) for p in LAYOUT.pairs], -1)
+
+
+def ring() -> np.ndarray:
+    return topologies.build("ring", NUM).matrix(0)
+
+
+def complete() -> np.ndarray:
+    return topologies.build("complete", NUM).matrix(0)
+
+
+everywhere = pytest.mark.parametrize("name", PARAMS)
+
+
+def test_the_table_is_complete():
+    assert PARAMS.keys() == rules.RULES.keys() == rules.describe().keys()
+
+
+@everywhere
+def test_messages_have_the_announced_length(name):
+    rule = rules.build(name, LAYOUT, head="mixed", **PARAMS[name])
+    x = random_rows()
+    for t in range(6):
+        if rule.length(t):
+            message, _ = rule.send(x[0], rule.init(x[0]), rules.Round(t, 0, {0: 1.0}))
+            assert message.shape == (rule.length(t),)
+        assert rule.trains(t) <= {"A", "B", "head"} and "head" in rule.trains(t)
+
+
+@everywhere
+def test_nobody_to_hear_changes_no_bit(name):
+    x = random_rows()
+    assert torch.equal(mix_once(name, x, np.eye(NUM)), x)
+
+
+@everywhere
+def test_one_peer_is_local_training(name):
+    x = random_rows(num=1)
+    assert torch.equal(mix_once(name, x, np.ones((1, 1))), x)
+
+
+@everywhere
+def test_consensus_is_a_fixed_point(name):
+    x = random_rows(num=1).expand(NUM, -1).clone()
+    mixed = mix_once(name, x, ring())
+    if name == "decaf":  # the product is; the factors may turn
+        torch.testing.assert_close(product(mixed), product(x), rtol=0, atol=1e-12)
+    else:
+        torch.testing.assert_close(mixed, x, rtol=0, atol=1e-15)
+
+
+@everywhere
+def test_the_mean_is_kept(name):
+    x = random_rows()
+    kept = product if name == "decaf" else (lambda rows: rows)
+    if name == "decaf":  # exact as long as the rank suffices: one nonzero direction a peer, at most two are heard
+        for pair in LAYOUT.pairs:
+            b_view(x, pair)[..., 1:] = 0
+        w = topologies.build("alternating_ring", NUM).matrix(0) if "alternating_ring" in topologies.names() else pairing()
+    else:
+        w = ring()
+    torch.testing.assert_close(kept(mix_once(name, x, w, head="mixed")).mean(0), kept(x).mean(0), rtol=0, atol=1e-12)
+
+
+def pairing() -> np.ndarray:
+    return np.kron(np.eye(NUM // 2), np.full((2, 2), 0.5))
+
+
+@everywhere
+def test_renaming_peers_renames_the_result(name):
+    x, w, order = random_rows(), ring(), [3, 0, 5, 1, 4, 2]
+    renamed = mix_once(name, x[order], w[np.ix_(order, order)])
+    torch.testing.assert_close(product(renamed), product(mix_once(name, x, w)[order]), rtol=0, atol=1e-10)
+
+
+@everywhere
+def test_what_does_not_travel_keeps_its_bits(name):
+    x, rule = random_rows(), rules.build(name, LAYOUT, head="local", **PARAMS[name])
+    for t in range(2):
+        mixed = mix_once(name, x, ring(), t, head="local")
+        for group in {"A", "B", "head"} - rule.sends(t):
+            cut = LAYOUT.groups[group]
+            assert torch.equal(mixed[:, cut], x[:, cut])
+        for group in rule.sends(t):
+            assert not torch.equal(mixed[:, LAYOUT.groups[group]], x[:, LAYOUT.groups[group]])
+
+
+@pytest.mark.parametrize("name", ["lora", "adf", "tad"])
+def test_full_averaging_makes_peers_equal(name):
+    mixed = mix_once(name, random_rows(), complete(), head="mixed")
+    torch.testing.assert_close(mixed, mixed.mean(0).expand_as(mixed), rtol=0, atol=1e-14)
+    torch.testing.assert_close(mixed[0], consensus(random_rows(), LAYOUT, product=False), rtol=0, atol=1e-14)
+
+
+def test_disagreement_contracts_by_rho_on_average():
+    topology = topologies.build("edge_activation", NUM, p=0.3, base="complete", seed=0)
+    rho = topologies.spectrum.contraction(topology)
+    x = random_rows()
+    ratios = []
+    for t in range(300):
+        mixed = mix_once("lora", x, topology.matrix(t))
+        ratios.append(float((mixed - mixed.mean(0)).square().sum() / (x - x.mean(0)).square().sum()))
+    # the factors only; the frozen head does not mix
+    share = float((x - x.mean(0))[:, LAYOUT.groups["head"]].square().sum() / (x - x.mean(0)).square().sum())
+    assert np.mean(ratios) <= rho * (1 - share) + share + 0.02
+
+
+def test_phases_are_a_function_of_the_global_round():
+    assert "".join(phase(t, 1) for t in range(6)) == "BABABA"
+    assert "".join(phase(t, 2) for t in range(8)) == "BBAABBAA"
+    assert "".join(phase(t, 5) for t in range(12)) == "BBBBBAAAAABB"
+
+
+def test_automatic_interval_follows_the_gap():
+    intervals = []
+    for p in (0.5, 0.1, 0.02):
+        topology = topologies.build("edge_activation", 10, p=p, base="complete")
+        rho = topologies.spectrum.contraction(topology)
+        rule = rules.build("tad", LAYOUT, contraction=rho)
+        assert rule.facts["T"] == max(1, round(3.0 / (1 - rho) ** 0.5)) and "spectral gap" in rule.facts["reason"]
+        intervals.append(rule.facts["T"])
+    assert intervals == sorted(intervals) and intervals[1] == 5  # calibrated there
+    with pytest.raises(ValueError, match="needs a topology that mixes"):
+        rules.build("tad", LAYOUT, contraction=1.0)
+
+
+@pytest.mark.parametrize("params, message", [({"T": 0}, "rule.T = 0"), ({"T": 2.5}, "rule.T = 2.5"), ({"T": True}, "rule.T = True"),
+                                             ({"calibration": -1, "contraction": 0.5}, "rule.calibration = -1")])
+def test_bad_intervals_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        rules.build("tad", LAYOUT, **params)
+
+
+def simulated(name, topology, rounds=6, **params):
+    toy = Toy(0)
+    return simulate(name, topology, toy.factors(), toy.local_step, rounds, **params)
+
+
+def activation(p=0.2):
+    return topologies.build("edge_activation", 10, p=p, base="complete", seed=1)
+
+
+def assert_same(one, other, atol=1e-12):
+    for a, b in zip(one.factors["toy"], other.factors["toy"], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_tad_with_an_endless_phase_is_ffa():
+    assert_same(simulated("tad", activation(), T=100), simulated("ffa", activation()))
+
+
+def test_tad_and_rolora_agree_at_full_connectivity():
+    full = topologies.build("complete", 10)
+    assert_same(simulated("tad", full, T=1), simulated("rolora", full))
+
+
+def test_adf_and_tad_are_one_algorithm():
+    assert_same(simulated("adf", activation(), T=3), simulated("tad", activation(), T=3), atol=0)
+
+
+@pytest.mark.parametrize("name, params", [("lora", {}), ("decaf", {})])
+def test_without_edges_everything_is_local(name, params):
+    assert_same(simulated(name, activation(0.0), **params), simulated("local", activation(0.0)), atol=0)
+
+
+def test_ffa_has_no_cross_term_and_rolora_keeps_the_frozen_disagreement():
+    assert max(m["cross_term"] for m in simulated("ffa", activation()).measures) < 1e-10
+    history = simulated("rolora", activation(), rounds=8).measures
+    for before, after in zip(history, history[1:], strict=False):
+        frozen = "A" if after["round"] % 2 == 0 else "B"
+        assert after[f"consensus_distance_{frozen}"] == before[f"consensus_distance_{frozen}"]
+
+
+def test_the_frozen_factor_contracts_inside_a_phase():
+    history = simulated("tad", activation(0.5), rounds=20, T=10).measures
+    inside_a_phase = [m["consensus_distance_B"] for m in history[10:20]]
+    assert inside_a_phase == sorted(inside_a_phase, reverse=True)
+
+
+def test_different_starts_give_ffa_a_cross_term():
+    toy = Toy(0)
+    factors = toy.factors()
+    factors["toy"][0].copy_(torch.randn(factors["toy"][0].shape, generator=torch.Generator().manual_seed(0)))
+    assert max(m["cross_term"] for m in simulate("ffa", activation(), factors, toy.local_step, 5).measures) > 1e-3
+
+
+def test_a_first_phase_on_a_would_be_wasted():
+    toy, factors = Toy(0), Toy(0).factors()
+    toy.noise = lambda t: np.zeros((20, 2, 10, 4, 32))
+    before = factors["toy"][0].clone()
+    toy.local_step(factors, 0, {"A"})
+    assert torch.equal(factors["toy"][0], before)
+
+
+def turned(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The same products in other bases: B G, G^-1 A, another G for each peer."""
+    out = x.clone()
+    for pair in LAYOUT.pairs:
+        a_view(out, pair).copy_(torch.linalg.solve(g, a_view(x, pair)))
+        b_view(out, pair).copy_(b_view(x, pair) @ g)
+    return out
+
+
+def test_products_do_not_see_the_basis_and_factors_do():
+    x = random_rows()
+    g = torch.randn(NUM, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    other = turned(x, g)
+    torch.testing.assert_close(product(other), product(x), rtol=0, atol=1e-9)
+    torch.testing.assert_close(product(mix_once("decaf", x, ring())), product(mix_once("decaf", other, ring())), rtol=0, atol=1e-9)
+    assert (product(mix_once("lora", x, ring())) - product(mix_once("lora", other, ring()))).abs().max() > 0.1
+
+
+class TestDecaf:
+    def test_is_the_dense_truncation(self):
+        x, w = random_rows(), ring()
+        mixed = mix_once("decaf", x, w)
+        for pair in LAYOUT.pairs:
+            dense = np.einsum("ij,jok->iok", w, (b_view(x, pair) @ a_view(x, pair)).numpy())
+            u, s, vh = np.linalg.svd(dense, full_matrices=False)
+            best = (u[..., :2] * s[:, None, :2]) @ vh[:, :2]
+            np.testing.assert_allclose(b_view(mixed, pair) @ a_view(mixed, pair), best, atol=1e-10)
+
+    def test_reports_its_truncation_error(self):
+        x, w, rule = random_rows(), ring(), rules.build("decaf", LAYOUT)
+        states, mixed = [rule.init(row) for row in x], x.clone()
+        gossip(rule, CODEC, InProcess(), mixed, range(NUM), states, w, 0)
+        expected = (torch.from_numpy(w) @ product(x) - product(mixed)).norm(dim=1)
+        torch.testing.assert_close(torch.stack([s["truncation_error"] for s in states]), expected, rtol=0, atol=1e-10)
+
+    def test_splits(self):
+        x = random_rows()
+        balanced, left = mix_once("decaf", x, ring()), mix_once("decaf", x, ring(), split="left")
+        torch.testing.assert_close(product(balanced), product(left), rtol=0, atol=1e-10)
+        for pair in LAYOUT.pairs:
+            a, b = a_view(balanced, pair), b_view(balanced, pair)
+            torch.testing.assert_close(b.mT @ b, a @ a.mT, rtol=0, atol=1e-10)
+            a = a_view(left, pair)
+            torch.testing.assert_close(a @ a.mT, torch.eye(2, dtype=a.dtype).expand(NUM, 2, 2), rtol=0, atol=1e-10)
+        with pytest.raises(ValueError, match="rule.split = 'right'"):
+            rules.build("decaf", LAYOUT, split="right")
+
+    @pytest.mark.parametrize("split", ["balanced", "left"])
+    def test_a_zero_product_does_not_kill_the_adapter(self, split):
+        x = random_rows()
+        x[:, LAYOUT.groups["B"]] = 0
+        mixed = mix_once("decaf", x, ring(), split=split)
+        assert (mixed[:, LAYOUT.groups["B"]] == 0).all()
+        for pair in LAYOUT.pairs:
+            assert (torch.linalg.matrix_rank(a_view(mixed, pair)) == 2).all()
+
+    @pytest.mark.parametrize("split", ["balanced", "left"])
+    def test_a_null_direction_stays_trainable(self, split):
+        x = random_rows()
+        for pair in LAYOUT.pairs:
+            b_view(x, pair)[..., 1] = 0
+        x[:] = x[0]  # rank 1 everywhere
+        mixed = mix_once("decaf", x, ring(), split=split)
+        torch.testing.assert_close(product(mixed), product(x), rtol=0, atol=1e-10)
+        for pair in LAYOUT.pairs:
+            assert (a_view(mixed, pair).norm(dim=-1) > 0.1).all()
+
+    def test_sufficient_rank_is_exact(self):
+        x = random_rows()
+        for pair in LAYOUT.pairs:
+            b_view(x, pair)[..., 1] = 0
+        torch.testing.assert_close(product(mix_once("decaf", x, pairing())), torch.from_numpy(pairing()) @ product(x),
+                                   rtol=0, atol=1e-10)
+
+    def test_shared_a_loses_nothing(self):
+        x = random_rows()
+        x[:, LAYOUT.groups["A"]] = x[0, LAYOUT.groups["A"]]
+        torch.testing.assert_close(product(mix_once("decaf", x, ring())), product(mix_once("ffa", x, ring())), rtol=0, atol=1e-10)
+
+    def test_training_from_zero_goes_on(self):
+        result = simulated("decaf", activation(), rounds=10)
+        a, b = result.factors["toy"]
+        assert ((b @ a).norm(dim=(1, 2)) > 0.5).all()
+
+
+def test_consensus_of_products():
+    x = random_rows()
+    row = consensus(x, LAYOUT, product=True)
+    for pair in LAYOUT.pairs:
+        dense = (b_view(x, pair) @ a_view(x, pair)).mean(0).numpy()
+        u, s, vh = np.linalg.svd(dense, full_matrices=False)
+        np.testing.assert_allclose(b_view(row, pair) @ a_view(row, pair), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-10)
+
+
+class TestSimulate:
+    def test_undoes_what_a_step_does_to_a_frozen_factor(self):
+        def vandal(factors, t, trains):
+            for a, b in factors.values():
+                a.add_(1.0)
+                b.add_(1.0)
+        toy = Toy(0)
+        result = simulate("ffa", activation(), toy.factors(), vandal, 1)
+        assert torch.equal(result.factors["toy"][0], toy.factors()["toy"][0])
+
+    def test_leaves_the_callers_factors_alone(self):
+        toy = Toy(0)
+        factors = toy.factors()
+        simulate("lora", activation(), factors, toy.local_step, 2)
+        assert (factors["toy"][1] == 0).all()
+
+    def test_refuses_what_does_not_fit(self):
+        toy = Toy(0)
+        with pytest.raises(ValueError, match="10 peers, the topology 5"):
+            simulate("lora", topologies.build("ring", 5), toy.factors(), toy.local_step, 1)
+        with pytest.raises(ValueError, match="did you mean 'lora'"):
+            simulate("lore", activation(), toy.factors(), toy.local_step, 1)
+        with pytest.raises(ValueError, match="rule.Tee = 3"):
+            simulate("tad", activation(), toy.factors(), toy.local_step, 1, Tee=3)
+        with pytest.raises(ValueError, match="shapes A"):
+            simulate("lora", activation(), {"q": (torch.zeros(10, 2, 3), torch.zeros(10, 3, 4))}, toy.local_step, 1)
+
+    def test_tad_measures_the_topology_itself(self):
+        assert len(simulated("tad", activation()).measures) == 6
+
+    def test_no_edges_no_bytes(self):
+        assert all(m["edges"] == m["message_bytes"] == 0 for m in simulated("lora", activation(0.0)).measures)
+        full = simulated("lora", topologies.build("complete", 10)).measures[0]
+        assert full["edges"] == 90 and full["message_bytes"] == 90 * 8 * (4 * 32 + 32 * 4)
