@@ -7,7 +7,7 @@ import math
 
 from topologies import spectrum
 from topologies.catalogue import TOPOLOGIES, build
-from topologies.predict import Network, predict
+from topologies.predict import DEFAULT, Network, predict
 from topologies.registry import parameters
 from topologies.rounds import b_connectivity
 from topologies.topology import Topology
@@ -30,7 +30,7 @@ def candidates(num_peers: int, names=None, seed: int = 0, node_size: int = 1) ->
     return found
 
 
-def compare(num_peers: int, network: Network = Network(), tolerance: float = 1e-3, names=None, seed: int = 0) -> list[dict]:
+def compare(num_peers: int, network: Network = DEFAULT, tolerance: float = 1e-3, names=None, seed: int = 0) -> list[dict]:
     """Ranked by predicted seconds to ``tolerance``; sequences without consensus, or that lose the mean, come last."""
     rows = []
     for name, params, topology in candidates(num_peers, names, seed, network.node_size):
@@ -55,7 +55,7 @@ def compare(num_peers: int, network: Network = Network(), tolerance: float = 1e-
 
 def table(rows: list[dict]) -> str:
     """The comparison as text."""
-    lines = [f"{'':3} {'topology':22} {'rounds':>7} {'seconds':>9} {'rate':>7} {'msgs/round':>10} {'busiest':>7} {'MB in all':>9}  found by"]
+    lines = ["    topology                rounds   seconds    rate msgs/round busiest MB in all  found by"]
     for rank, row in enumerate(rows, 1):
         rounds, seconds = ("never", "never") if row["rounds"] is None else (f"{row['rounds']:.0f}", f"{row['seconds']:.3g}")
         megabytes = "-" if row["bytes_to_consensus"] is None else f"{row['bytes_to_consensus'] / 1e6:.4g}"

@@ -38,7 +38,7 @@ def positions(topology: Topology) -> dict[int, np.ndarray]:
     if name in ("grid", "torus"):
         return _bowed(graph, topology.base.shape[1] if name == "torus" else _columns(graph), 0.12 if name == "torus" else 0.0)
     if name in ("petersen", "circular_ladder"):
-        return nx.shell_layout(graph, [range(n // 2), range(n // 2, n)], rotate=0)
+        return nx.shell_layout(graph, [range(n // 2, n), range(n // 2)], rotate=0)
     if name == "complete_bipartite":
         return nx.bipartite_layout(graph, [i for i in graph if graph.has_edge(i, n - 1)])
     if name in SPRING:
@@ -53,8 +53,10 @@ def _bowed(graph: nx.Graph, columns: int, bow: float) -> dict[int, np.ndarray]:
     return {i: np.array([x[i], -y[i]]) for i in graph}
 
 
-SPRING = {"path", "star", "tree", "binomial_tree", "random_tree", "barbell", "caveman", "lollipop", "karate_club", "davis_women",
-          "barabasi_albert", "random_geometric", "stochastic_block", "erdos_renyi", "edge_list", "graphml", "networkx", "wheel"}  # fmt: skip
+# Static graphs without a form of their own.
+SPRING = {"path", "star", "wheel", "tree", "binomial_tree", "random_tree", "barbell", "caveman", "lollipop", "karate_club"}
+SPRING |= {"davis_women", "barabasi_albert", "random_geometric", "stochastic_block", "erdos_renyi"}
+SPRING |= {"edge_list", "graphml", "networkx"}
 
 
 def _columns(graph: nx.Graph) -> int:
@@ -65,7 +67,8 @@ def _columns(graph: nx.Graph) -> int:
 def draw_graph(axes, topology: Topology, t: int, place: dict) -> None:
     """Nodes and links of round t; a link is as wide as its weight."""
     graph, entries = topology.graph(t), topology.entries(t)
-    weight = dict(zip(zip(entries.links.sender.tolist(), entries.links.receiver.tolist(), strict=True), entries.weight, strict=True))
+    arcs = zip(entries.links.sender.tolist(), entries.links.receiver.tolist(), strict=True)
+    weight = dict(zip(arcs, entries.weight, strict=True))
     widths = [0.4 + 3.0 * abs(weight[edge]) for edge in graph.edges()]
     size = max(6.0, 700.0 / max(8, len(graph)))
     nx.draw_networkx_nodes(graph, place, ax=axes, node_size=size, node_color=INK)

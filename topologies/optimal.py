@@ -165,7 +165,9 @@ def sinkhorn(affinity=None, own_affinity: float = 1.0) -> Rule:
             values = table[links.receiver, links.sender]
         else:
             values = np.ones(len(links.sender)) if links.affinity is None else links.affinity
-        return _scale(Entries(links, np.where(_on_cycles(links), values, 0.0), own))
+        values = np.where(_on_cycles(links), values, 0.0)
+        alone = np.bincount(links.receiver, weights=values, minlength=links.num_peers) == 0
+        return _scale(Entries(links, values, np.where(alone, 1.0, own)))
 
     return Rule("sinkhorn", symmetric=False, directed=True, solve=solve, check=check)
 
@@ -184,10 +186,10 @@ def _scale(M: Entries) -> Entries:
     links, flipped = M.links, Entries(_reverse(M.links), M.weight, M.diagonal)
     rows = columns = np.ones(links.num_peers)
     for _ in range(20_000):
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             # the root damps the step and keeps rows == columns when M is symmetric
             rows, columns = np.sqrt(rows / M.apply(columns)), np.sqrt(columns / flipped.apply(rows))
-        error = np.abs(rows * M.apply(columns) - 1).max() + np.abs(columns * flipped.apply(rows) - 1).max()
+            error = np.abs(rows * M.apply(columns) - 1).max() + np.abs(columns * flipped.apply(rows) - 1).max()
         if not error > 1e-14:
             break
     if not error < 1e-11:

@@ -23,6 +23,9 @@ class Network(NamedTuple):
     node_bandwidth: float = math.inf
 
 
+DEFAULT = Network()
+
+
 class Prediction(NamedTuple):
     """``rate``: factor by which |x - mean| shrinks a round in the long run; ``rounds`` and ``seconds`` to tolerance."""
 
@@ -48,7 +51,7 @@ def rate(topology: Topology, rounds: int = 200) -> tuple[float, str]:
     return math.sqrt(max(0.0, estimate.value)), f"contraction, {estimate.how}"
 
 
-def predict(topology: Topology, network: Network = Network(), tolerance: float = 1e-3, rounds: int = 200) -> Prediction:
+def predict(topology: Topology, network: Network = DEFAULT, tolerance: float = 1e-3, rounds: int = 200) -> Prediction:
     """``rounds``: how many are sampled where no closed form is known. Infinite when there is no consensus."""
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
