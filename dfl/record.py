@@ -1,6 +1,7 @@
 """What a run leaves behind beside its adapters: JSON lines, a description of itself, a progress line, trackers."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -11,36 +12,55 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-TRACKERS = ("tensorboard", "wandb", "mlflow")
+from dfl.plugins import did_you_mean
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 
 
 class JsonLines:
     """Append-only `metrics.jsonl`, flushed line by line: what a killed run wrote is valid."""
 
     def __init__(self, path: Path, keep_before: int | None = None):
-        """keep_before: drop the rounds from this one on (they are about to be run again), and any torn last line."""
+        """keep_before: drop the rounds from this one on (they are about to be run again), and any torn last line.
+
+        OSError names the file.
+        """
         if keep_before is not None and path.exists():
             kept = [line for line in read_lines(path) if line["round"] < keep_before]
             replacement = path.with_suffix(".tmp")
             replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
             replacement.replace(path)
-        self._file = path.open("a")
+        # unbuffered: after a failed write nothing is left that close would try to write again
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+        try:
+            while line:  # a disk that fills up takes a part, and refuses the rest
+                line = line[self._file.write(line):]
+        except OSError as error:
+            raise OSError(error.errno, f"the record could not be written: {error.strerror}", str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()
 
 
+def finite(value):
+    """JSON has no infinity and no NaN: null stands for both."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_lines(path: Path) -> list[dict]:
     """The records of a metrics file; a line torn by a kill is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or bytes that are no text
             break
     return records
 
@@ -69,12 +89,16 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+def _git_commit(source: Path = Path(__file__)) -> str | None:
+    """The commit of the checkout that `source` belongs to; None for an installed copy, which may lie in another's checkout."""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=source.parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", source.name) else None
 
 
 class Console:
@@ -114,11 +138,15 @@ def _clock(seconds: float) -> str:
 def check_trackers(names) -> None:
     """ValueError for a tracker we do not know or that is not installed."""
     for name in names:
+        if name == "none":
+            continue
         if name not in TRACKERS:
-            raise ValueError(f"report_to = {name!r} is not known; allowed: {', '.join(TRACKERS)}")
+            raise ValueError(f"report_to = {name!r} is not known{did_you_mean(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}")
         try:
-            import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+            module = import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except ImportError:
+            module = None
+        if getattr(module, "__file__", None) is None:  # a mere folder of that name, such as W&B leaves behind, imports too
             raise ValueError(f"report_to = {name!r}: the package is not installed; pip install {name}") from None
 
 
@@ -126,7 +154,8 @@ class Trackers:
     """Numbers of each round to TensorBoard, Weights & Biases or MLflow, imported only when asked for."""
 
     def __init__(self, names, folder: Path, config: dict):
-        self.sinks = [_SINKS[name](folder, config) for name in names]
+        """ValueError for a tracker that will not start (no account, no server)."""
+        self.sinks = [_start(name, folder, config) for name in names if name != "none"]
 
     def log(self, t: int, record: dict) -> None:
         numbers = flatten(record)
@@ -138,13 +167,20 @@ class Trackers:
             close()
 
 
+def _start(name: str, folder: Path, config: dict):
+    try:
+        return _SINKS[name](folder, config)
+    except Exception as error:  # each has errors of its own
+        raise ValueError(f"report_to = {name!r} does not start: {' '.join(str(error).split())[:200]}") from error
+
+
 def flatten(record: dict, prefix: str = "") -> dict[str, float]:
-    """Nested numbers as `a/b` keys; lists and texts are left out."""
+    """Nested numbers as `a/b` keys; lists, texts and what is not finite are left out."""
     flat: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             flat[prefix + key] = value
     return flat
 
