@@ -1,6 +1,7 @@
 """A run is one file: frozen dataclasses, read from YAML with dotted overrides, validated before anything is loaded."""
 
 import dataclasses
+import math
 import os
 import re
 import types
@@ -56,7 +57,7 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] | str | None = None  # None: PEFT's own choice for the architecture
+    targets: str | tuple[str, ...] | None = None  # None: PEFT's own choice for the architecture
     rslora: bool = False
     head: Literal["frozen", "mixed", "local"] = "frozen"
 
@@ -119,7 +120,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     baseline: Literal["local"] | None = None  # also train without mixing, for the closing table
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb, mlflow; one name or a list
     output: str = "runs/run"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -169,13 +170,26 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     return config
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: of two `train:` sections the first would be lost silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1 and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"recipe {str(path)!r} is not a file")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
         raise ValueError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {str(path)!r} must hold a mapping of fields, got {type(tree).__name__}")
     return tree
@@ -194,8 +208,8 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
                 raise ValueError(f"override --{key} lacks a value; write --{key} value")
             text = rest.pop(0)
         try:
-            pairs.append((key, _number(yaml.safe_load(text))))
-        except yaml.YAMLError:
+            pairs.append((key, yaml.safe_load(text)))
+        except (yaml.YAMLError, ValueError):
             raise ValueError(f"override --{key} = {text!r} is not a valid YAML value") from None
     return pairs
 
@@ -203,10 +217,7 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 as a string; people mean a number."""
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        return float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) else value
     if isinstance(value, list):
         return [_number(v) for v in value]
     if isinstance(value, dict):
@@ -220,6 +231,8 @@ def _set(tree: dict, dotted: str, value: Any) -> None:
         child = tree.get(key)
         if isinstance(child, str):  # `rule: tad` then --rule.T 5
             child = {"name": child}
+        if not isinstance(child, (dict, type(None))):
+            raise ValueError(f"override --{dotted} = {value!r}: {key} = {child!r} has no fields of its own")
         tree[key] = child = dict(child or {})
         tree = child
     tree[last] = value
@@ -293,6 +306,8 @@ def _coerce_union(hint: Any, value: Any, where: str) -> Any:
 
 def _coerce_tuple(hint: Any, value: Any, where: str) -> tuple:
     inner = typing.get_args(hint)
+    if isinstance(value, str) and inner[-1] is Ellipsis:
+        value = [value]  # one name is a list of one
     if isinstance(value, str) or not isinstance(value, (list, tuple)):
         raise _wrong(where, value, "a list")
     if inner[-1] is not Ellipsis and len(value) != len(inner):
@@ -304,8 +319,8 @@ def _coerce_tuple(hint: Any, value: Any, where: str) -> tuple:
 def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str) and isinstance(_number(value), float):
-        return _number(value)
+    if hint in (int, float) and isinstance(value, str) and isinstance(_number(value), float):
+        return _coerce_scalar(hint, _number(value), where)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint is bool and isinstance(value, bool) or hint in (int, str) and type(value) is hint:
@@ -347,11 +362,11 @@ def validate(config: Config) -> None:
     for key in _POSITIVE:
         value = _get(config, key)
         # a learning rate of zero is the cheapest oracle of the mixing: allowed
-        if value is not None and (value < 0 or (value == 0 and key != "train.lr") or value != value):
+        if value is not None and not (0 < value < math.inf or (value == 0 and key == "train.lr")):
             raise _wrong(key, value, "a positive number")
     for key in _NOT_NEGATIVE:
         value = _get(config, key)
-        if value is not None and not value >= 0:
+        if value is not None and not 0 <= value < math.inf:
             raise _wrong(key, value, "zero or a positive number")
     for key in _FRACTION:
         value = _get(config, key)

@@ -1,0 +1,45 @@
+"""Whole runs on a tiny random model and a few words: recipes and their pieces, for tests of what a run leaves behind."""
+
+from pathlib import Path
+
+import tiny_models
+
+from dfl import config as configuration
+from dfl import train
+from dfl.runtime import start
+
+SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
+             ("the graph of peer is good", "yes"), ("a bad node and a bad array", "no")]
+
+
+def write_data(folder: Path, copies: int = 8) -> Path:
+    """A table of `copies` times six labelled sentences, no two alike in length and order."""
+    lines = [f"{text} {tiny_models.WORDS[k % len(tiny_models.WORDS)]},{label}" for k in range(copies) for text, label in SENTENCES]
+    path = folder / "data.csv"
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def arguments(model: Path, data: Path, output: Path, **fields) -> list[str]:
+    """The overrides of a run of a second: four peers on a ring, two steps a round. `train__lr=0.1` sets train.lr."""
+    tree = {"peers": 4, "model.name": model, "data.source": "file", "data.train": data, "data.max_length": 16,
+            "data.valid_fraction": 0.25, "lora.rank": 2, "rule": "lora", "topology": "ring", "train.rounds": 4,
+            "train.local_steps": 2, "train.batch_size": 4, "eval.every": 2, "output": output, "device": "cpu", "threads": 1}
+    tree |= {key.replace("__", "."): value for key, value in fields.items()}
+    return [f"--{key}={_yaml(value)}" for key, value in tree.items()]
+
+
+def _yaml(value) -> str:
+    return "null" if value is None else str(value)
+
+
+def make_config(model: Path, data: Path, output: Path, **fields) -> configuration.Config:
+    return configuration.load(None, arguments(model, data, output, **fields))
+
+
+def make_run(config: configuration.Config):
+    """The assembled run of a configuration in this process, and what was loaded for it."""
+    topology = train.check(config)
+    runtime = start(config)
+    loaded = train.load(config, runtime.device)
+    return train.assemble(config, runtime, loaded, topology), loaded
