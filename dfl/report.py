@@ -1,5 +1,6 @@
 """Lines and tables that people read."""
 
+import math
 from pathlib import Path
 
 import yaml
@@ -30,32 +31,49 @@ def evaluations(run: Path) -> list[dict]:
 
 def best(records: list[dict], primary: str) -> dict:
     """The evaluation with the best mean over peers."""
-    choose = max if primary == "accuracy" else min
-    return choose(records, key=lambda r: r["eval"][primary]["mean"])
+    sign = 1 if primary == "accuracy" else -1
+
+    def goodness(record: dict) -> float:
+        mean = record["eval"][primary]["mean"]
+        return -math.inf if mean is None else sign * mean  # null: it was not finite
+
+    return max(records, key=goodness)
 
 
 def closing_table(run: Path) -> str:
-    """Before, after and best of every peer and of the consensus; against local training alone where that was run too."""
+    """Before, after and best of every peer and of the consensus; against local training alone where that was run too.
+
+    ValueError for a folder without an evaluation.
+    """
     records = evaluations(run)
+    if not records:
+        raise ValueError(f"{str(run)!r} holds no evaluation yet")
     primary = "accuracy" if "accuracy" in records[0]["eval"] else "perplexity"
     first, last, top = records[0]["eval"], records[-1]["eval"], best(records, primary)
     rule = yaml.safe_load((run / "recipe.yaml").read_text())["rule"]["name"]
     alone = run / "baseline-local"
-    baseline = evaluations(alone)[-1]["eval"] if (alone / "metrics.jsonl").exists() else None
-    columns = [("before", first), (f"after {rule}", last)] + ([("local alone", baseline)] if baseline else [])
+    baseline = evaluations(alone)[-1:] if (alone / "metrics.jsonl").exists() else []
+    columns = [("before", first), (f"after {rule}", last), *(("local alone", record["eval"]) for record in baseline)]
     rows = [["peer"] + [name for name, _ in columns]]
     for peer in range(len(last["peers"][primary])):
-        rows.append([str(peer)] + [f"{e['peers'][primary][peer]:.4f}" for _, e in columns])
-    rows.append(["mean"] + [f"{e[primary]['mean']:.4f}" for _, e in columns])
+        rows.append([str(peer)] + [_cell(e["peers"][primary][peer]) for _, e in columns])
+    rows.append(["mean"] + [_cell(e[primary]["mean"]) for _, e in columns])
     if "consensus" in last:
-        rows.append(["consensus"] + [f"{e['consensus'][primary]:.4f}" for _, e in columns])
+        # a continued run may have switched this evaluation on or off
+        rows.append(["consensus"] + [_cell(e.get("consensus", {}).get(primary)) for _, e in columns])
     lines = [f"{primary} on the evaluation examples", align(rows),
-             f"best mean over peers {top['eval'][primary]['mean']:.4f}, after round {top['round']}"]
+             f"best mean over peers {_cell(top['eval'][primary]['mean'])}, after round {top['round']}"]
     return "\n".join(["", *lines, *how_to_load(run)])
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def how_to_load(run: Path) -> list[str]:
     folder = latest(run)
+    if folder is None:
+        return ["adapters: none, the run has no complete checkpoint"]
     return [f"adapters: {folder}/peer-*, consensus in {folder}/consensus", "load one:",
             f"  python -m dfl eval {run}",
             f"  PeftModel.from_pretrained(base_model, {str(folder / 'consensus')!r})   # base_model: see run.json, facts.base"]

@@ -1,0 +1,101 @@
+"""The line of a round and the closing table, from records as a run writes them."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from dfl import report
+from dfl.record import JsonLines
+
+
+def evaluation(values, consensus=None, primary="accuracy"):
+    result = {primary: {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}, "peers": {primary: values}}
+    return result | ({} if consensus is None else {"consensus": {primary: consensus}})
+
+
+def write_run(folder, records, rule="tad"):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"rule": {"name": rule}}))
+    lines = JsonLines(folder / "metrics.jsonl")
+    for record in records:
+        lines.write(record)
+    lines.close()
+    return folder
+
+
+RECORDS = [{"round": 0, "eval": evaluation([0.2, 0.2], 0.2)}, {"round": 1, "train_loss": {}},
+           {"round": 5, "eval": evaluation([0.9, 0.8], 0.87)}, {"round": 10, "eval": evaluation([0.7, 0.9], 0.81)}]
+
+
+def cells(table, first):
+    (line,) = [line for line in table.splitlines() if line.startswith(first)]
+    return line.split()[len(first.split()):]
+
+
+def test_closing_table_shows_before_after_and_best_of_peers_and_consensus(tmp_path):
+    table = report.closing_table(write_run(tmp_path / "run", RECORDS))
+    assert cells(table, "peer") == ["before", "after", "tad"]
+    assert cells(table, "0 ") == ["0.2000", "0.7000"] and cells(table, "1 ") == ["0.2000", "0.9000"]
+    assert cells(table, "mean") == ["0.2000", "0.8000"] and cells(table, "consensus") == ["0.2000", "0.8100"]
+    assert "best mean over peers 0.8500, after round 5" in table
+
+
+def test_local_training_alone_has_a_column_of_its_own(tmp_path):
+    run = write_run(tmp_path / "run", RECORDS)
+    write_run(run / "baseline-local", [RECORDS[0], {"round": 10, "eval": evaluation([0.3, 0.4], 0.35)}], rule="local")
+    table = report.closing_table(run)
+    assert cells(table, "peer") == ["before", "after", "tad", "local", "alone"]
+    assert cells(table, "mean") == ["0.2000", "0.8000", "0.3500"]
+
+
+def test_a_baseline_that_has_not_come_to_an_evaluation_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run", RECORDS)
+    write_run(run / "baseline-local", [])
+    assert cells(report.closing_table(run), "mean") == ["0.2000", "0.8000"]
+
+
+def test_perplexity_is_better_when_smaller_and_may_be_infinite(tmp_path):
+    run = write_run(tmp_path / "run", [{"round": t, "eval": evaluation([v, v], v, "perplexity")}
+                                       for t, v in enumerate((math.inf, 3.0, 4.0))])
+    table = report.closing_table(run)
+    assert table.lstrip().startswith("perplexity") and cells(table, "mean") == ["-", "4.0000"]
+    assert "best mean over peers 3.0000, after round 1" in table
+
+
+def test_consensus_evaluation_may_be_off_or_begin_later(tmp_path):
+    table = report.closing_table(write_run(tmp_path / "off", [{"round": t, "eval": evaluation([0.1])} for t in (0, 1)]))
+    assert "\nconsensus" not in table
+    late = [{"round": 0, "eval": evaluation([0.1])}, {"round": 1, "eval": evaluation([0.1], 0.4)}]
+    assert cells(report.closing_table(write_run(tmp_path / "late", late)), "consensus") == ["-", "0.4000"]
+
+
+def test_a_run_without_an_evaluation_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="run' holds no evaluation yet"):
+        report.closing_table(write_run(tmp_path / "run", [{"round": 1}]))
+
+
+def test_the_way_to_load_names_the_last_whole_checkpoint(tmp_path):
+    run = write_run(tmp_path / "run", RECORDS)
+    assert "no complete checkpoint" in report.closing_table(run)
+    for rounds in (5, 10):
+        folder = run / "checkpoints" / f"round-{rounds:05}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"rounds": rounds, "sha256": {}}))
+    table = report.closing_table(run)
+    assert f"adapters: {run}/checkpoints/round-00010/peer-*" in table and f"dfl eval {run}" in table
+    assert f"PeftModel.from_pretrained(base_model, '{run}/checkpoints/round-00010/consensus')" in table
+
+
+def test_round_line_shows_what_the_round_measured():
+    record = {"train_loss": {"mean": 0.51234}, "trains": "A+B", "edges": 8}
+    assert report.round_line(record, "accuracy") == "loss 0.512  trains A+B  edges 8"
+    record |= {"measures": {"consensus_distance": 0.012345}, "eval": evaluation([0.5, 1.0], 0.75)}
+    assert report.round_line(record, "accuracy").endswith(
+        "edges 8  apart 0.0123  accuracy 0.7500 (0.5000 to 1.0000), consensus 0.7500")
+
+
+def test_columns_are_aligned():
+    text = report.align([["peer", "before"], ["0", "0.25"], ["consensus", "0.5"]])
+    assert text.splitlines() == ["peer       before", "-----------------", "0            0.25", "consensus     0.5"]
