@@ -33,7 +33,8 @@ class Runtime(NamedTuple):
 def place_from_environment(env=os.environ) -> Place:
     """From torchrun's variables, else from Slurm's (`srun` starts one task a process), else a single process."""
     if "RANK" in env:
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)))
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)),
+                     int(env.get("LOCAL_WORLD_SIZE", 1)))
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         per_node = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))[0])
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), per_node)
@@ -88,8 +89,9 @@ def start(config: Config) -> Runtime:
     backend = choose_backend(config, device, place)
     if "RANK" not in os.environ:
         _rendezvous_from_slurm(os.environ)
-    dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=config.timeout),
-                            device_id=device if backend == "nccl" else None)
+    if not dist.is_initialized():  # a caller may bring a group of its own
+        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=config.timeout),
+                                device_id=device if backend == "nccl" else None)
     wire = device if backend == "nccl" else torch.device("cpu")
     transport = Distributed(config.peers, device=device, wire=wire, timeout=config.timeout,
                             run=derive(config.seed, config.output))

@@ -81,7 +81,8 @@ class Distributed:
         expected = (_MAGIC, _VERSION, len(peers), self.run, t, len(buffer))
         for name, got, want in zip(("magic", "version", "messages", "run", "round", "bytes"), found, expected, strict=True):
             if got != want:
-                raise ConnectionError(f"process {process} sent a message with {name} = {got!r} in round {t}; expected {want!r}")
+                raise ConnectionError(f"process {process} sent a message with {name} = {got!r} in round {t}; "
+                                      f"expected {want!r}")
         entries = [_ENTRY.unpack_from(raw, _HEADER.size + _ENTRY.size * k) for k in range(len(peers))]
         if entries != [(peer, 0, size) for peer in peers]:
             raise ConnectionError(f"process {process} sent messages (peer, flags, bytes) {entries} in round {t}; "
@@ -122,7 +123,7 @@ class Distributed:
             self.control_bytes += mine.nbytes
             _wait(dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, 0)]))
             return None
-        parts = [mine] + [torch.empty(len(peers), rows.shape[1], dtype=rows.dtype, device=self.wire) for peers in self.hosts[1:]]
+        parts = [mine] + [mine.new_empty(len(peers), rows.shape[1]) for peers in self.hosts[1:]]
         if self.size > 1:
             _wait(dist.batch_isend_irecv([dist.P2POp(dist.irecv, part, q) for q, part in enumerate(parts) if q]))
         return torch.cat(parts).to(rows.device)
