@@ -35,6 +35,10 @@ class _Colouring:
         return next(colour for colour in range(self.colours) if colour not in self.at[u])
 
     def add(self, u: int, v: int) -> None:
+        shared = next((c for c in range(self.colours) if c not in self.at[u] and c not in self.at[v]), None)
+        if shared is not None:  # the simple case also keeps the number of colours low
+            self.at[u][shared], self.at[v][shared] = v, u
+            return
         fan = self._fan(u, v)
         c, d = self.free(u), self.free(fan[-1])
         if c != d:

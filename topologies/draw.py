@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import networkx as nx
@@ -119,16 +120,20 @@ def draw(topology: Topology, rounds: int = 4, simulated: int = 30):
 
 
 def save(figure, path, dpi: int = 100) -> Path:
-    """PNG or SVG by the file's ending. The bytes depend on the picture alone: no date, and SVG ids from a fixed salt."""
+    """PNG or SVG by the file's ending. The bytes depend on the picture alone."""
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"output must end in .png or .svg, got {str(path)!r}")
-    import matplotlib
-
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": "topologies"}):
-        figure.savefig(path, dpi=dpi, metadata=metadata)
+    figure.savefig(path, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    if path.suffix == ".svg":
+        path.write_text(_numbered(path.read_text()))
     return path
+
+
+def _numbered(svg: str) -> str:
+    """The ids that matplotlib derives from memory addresses, replaced by numbers in the order they appear."""
+    order: dict[str, str] = {}
+    return re.sub(r"\b(?:[a-z]|image)[0-9a-f]{10}\b", lambda found: order.setdefault(found[0], f"id{len(order)}"), svg)
 
 
 def save_small(figure, path, dpi: int = 75, colours: int = 32) -> Path:

@@ -51,7 +51,6 @@ SIZES = {
 
 
 def can_be_built(name, params, n):
-    base = params.get("base", "complete")
     if name == "grid_all_reduce":
         size = params.get("group_size", 2)
         return n in [size**d for d in range(6)]
@@ -60,9 +59,7 @@ def can_be_built(name, params, n):
     if name in ("el_local", "el_oracle"):
         s = params.get("s", 2)
         return n == 1 or s < n
-    if name == "erdos_renyi":
-        return True
-    return SIZES.get(base if name == "matcha" else name, lambda n: True)(n)
+    return SIZES.get(name, lambda n: True)(n)
 
 
 def build_all(name, params, weights="metropolis", sizes=range(1, 18)):

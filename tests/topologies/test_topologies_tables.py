@@ -281,8 +281,8 @@ def test_random_matchings():
         assert rho("random_matching", n) == pytest.approx(expected, abs=1e-4)
     for n in (4, 7):  # the shuffle is near enough to uniform: every pair is matched equally often
         topology = topologies.build("random_matching", n, seed=1)
-        mean = np.mean([topology.matrix(t) for t in range(4000)], axis=0)
-        np.testing.assert_allclose(mean, topology.second_moment(), atol=0.025)
+        mean = np.mean([topology.matrix(t) for t in range(1500)], axis=0)
+        np.testing.assert_allclose(mean, topology.second_moment(), atol=0.04)
 
 
 def test_pairwise_gossip():
