@@ -30,7 +30,8 @@ class PeerDropout(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
-        mask = torch.empty_like(input)
+        # contiguous, so that the outermost blocks are the peers' also where the input is a transposed view
+        mask = torch.empty_like(input, memory_format=torch.contiguous_format)
         blocks = mask.view(len(self.generators), -1)
         for block, generator in zip(blocks, self.generators, strict=True):
             block.bernoulli_(1 - p, generator=generator)

@@ -41,8 +41,8 @@ class Sequential:
 class Stacked:
     """All peers in one pass: base layers are read once, adapter products are batched over the rows of X_PD.
 
-    The leading dimension of every adapted layer's input must be the batch, peer after peer, as it is in transformers.
-    Gradients of x's rows accumulate in the rows of g.
+    The leading dimension of every adapted layer's input must be the batch, peer after peer, as it is in most of
+    transformers; ValueError where it is not. Gradients of x's rows accumulate in the rows of g.
     """
 
     def groups(self, num_rows: int) -> list[list[int]]:
@@ -62,7 +62,7 @@ class Stacked:
             site.module.forward = partial(_head_forward, _check_head(site.module), tensors, selected)
 
         def forward(inputs, rows):
-            selected.rows = rows
+            selected.rows, selected.batch = rows, len(next(iter(inputs.values())))
             return adapted.model(**inputs)
 
         try:
@@ -76,7 +76,13 @@ class _Selection:
     """The rows of the current pass; all of them need no gather."""
 
     def __init__(self, num_rows: int):
-        self.num_rows, self.rows = num_rows, list(range(num_rows))
+        self.num_rows, self.rows, self.batch = num_rows, list(range(num_rows)), 0
+
+    def check(self, x: Tensor) -> None:
+        """A layer fed with something that all examples share (relative positions) cannot be split by peers."""
+        if len(x) % self.batch:
+            raise ValueError(f"train.executor = 'stacked' cannot adapt a layer whose input {tuple(x.shape)} does not lead with "
+                             f"the batch of {self.batch}; allowed: 'sequential', or other lora.targets")
 
     def take(self, stacked: Tensor) -> Tensor:
         return stacked if len(self.rows) == self.num_rows else stacked[self.rows]
@@ -92,6 +98,7 @@ def _leaf(view: Tensor, g: Tensor | None, gradient_view, trained: bool) -> Tenso
 
 def _lora_forward(module, a_all: Tensor, b_all: Tensor, scaling: float, selected: _Selection, x: Tensor, *args, **kwargs):
     """y = base(x) + s (dropout(x) A^T) B^T, with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
+    selected.check(x)
     result = module.base_layer(x, *args, **kwargs)
     a, b = selected.take(a_all), selected.take(b_all)
     hidden = module.lora_dropout[ADAPTER](x).to(a.dtype).reshape(len(a), -1, a.shape[-1])
