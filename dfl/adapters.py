@@ -1,5 +1,6 @@
 """PEFT's LoRA on a Hugging Face model, with its parameters as views of a peer's row."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dfl.config import LoraConfig
 from dfl.factors import HeadTensor, Layout, Pair, a_view, b_view, empty_rows, head_view, make_layout
@@ -44,14 +46,16 @@ def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence
     """Put LoRA on `model` and freeze the rest. A ~ U(-1/sqrt(I), 1/sqrt(I)) from `seed`, B = 0.
 
     The head modules become part of the saved adapter, trained or not: a head that was drawn at random has to
-    travel with it. ValueError when `lora.targets` matches nothing, or something that is not linear.
+    travel with it. ValueError when a name in `lora.targets` matches nothing, or something that is not linear.
     """
-    wrapped = _wrap(model, lora, task, head_modules)
+    linear = _linear_names(model)
+    wrapped = _wrap(model, lora, task, head_modules, linear)
     wrapped.requires_grad_(False)
     # the layers' dropouts act only in training; everything else was put to eval by whoever loaded the model
     layers = [(name, module) for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
     for name, module in layers:
         _check_linear(name, module)
+    _check_all_match(lora.targets, [name for name, _ in layers], linear)
     specs = [(_short(name), m.r[ADAPTER], m.lora_A[ADAPTER].in_features, m.lora_B[ADAPTER].out_features, m.scaling[ADAPTER])
              for name, m in layers]
     head = _head_parameters(wrapped, head_modules) if lora.head != "frozen" else []
@@ -62,7 +66,7 @@ def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence
     return Adapted(wrapped, layout, sites, placed, start)
 
 
-def _wrap(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str]) -> peft.PeftModel:
+def _wrap(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], linear: set[str]) -> peft.PeftModel:
     targets = lora.targets if isinstance(lora.targets, str) or lora.targets is None else list(lora.targets)
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
                              use_rslora=lora.rslora, task_type=_PEFT_TASKS.get(task),
@@ -71,10 +75,23 @@ def _wrap(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about layouts it sets itself (fan_in_fan_out)
             return peft.get_peft_model(model, config)
-    except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ValueError(f"lora.targets = {lora.targets!r} does not fit the model ({' '.join(str(error).split())[:160]}); "
-                         f"its linear layers are: {', '.join(linear)}") from None
+    except (ValueError, re.error) as error:
+        raise _no_fit(lora.targets, " ".join(str(error).split())[:160], linear) from None
+
+
+def _no_fit(targets, why: str, linear: set[str]) -> ValueError:
+    return ValueError(f"lora.targets = {targets!r} does not fit the model ({why}); its linear layers are: {', '.join(sorted(linear))}")
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def _check_all_match(targets, names: list[str], linear: set[str]) -> None:
+    """PEFT is content when one name of a list matches; a typing error in another would go unseen."""
+    for target in targets if isinstance(targets, tuple) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise _no_fit(targets, f"{target!r} matches none of them outside the head", linear)
 
 
 def _short(name: str) -> str:
