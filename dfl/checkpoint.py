@@ -9,13 +9,14 @@
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,22 +62,24 @@ class Checkpointer:
         """
         target = folder_of(self.run, rounds)
         draft = target.with_name(f".{target.name}.draft")
-        error = None
         if self.process == 0:
             shutil.rmtree(draft, ignore_errors=True)
         self.transport.agree(0)
+        self._together(draft, target, lambda: self._write(draft, adapted, peers, x, tensors, consensus))
+        self._together(draft, target, lambda: self._publish(draft, target, rounds) if self.process == 0 else None)
+        return target
+
+    def _together(self, draft: Path, target: Path, step: Callable[[], None]) -> None:
+        """One step of every process. Where one fails none goes on, and no draft is left."""
+        error = None
         try:
-            self._write(draft, adapted, peers, x, tensors, consensus)
-        except OSError as failure:
+            step()
+        except (OSError, SafetensorError) as failure:  # safetensors has its own word for a full disk
             error = failure
         if self.transport.agree(int(error is not None)):
             if self.process == 0:
                 shutil.rmtree(draft, ignore_errors=True)
             raise OSError(f"checkpoint {target} could not be written: {error or 'another process failed'}") from error
-        if self.process == 0:
-            self._publish(draft, target, rounds)
-        self.transport.agree(0)
-        return target
 
     def _write(self, draft: Path, adapted, peers, x, tensors, consensus) -> None:
         draft.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,10 @@ class Checkpointer:
         if target.exists():
             shutil.rmtree(target)
         os.replace(draft, target)
-        for old in complete(self.run)[:-self.keep]:
+        published = complete(self.run)
+        # later rounds are left from before a return to an earlier checkpoint: the run has not come there yet
+        later = [folder for folder in published if _rounds(folder) > rounds]
+        for old in later + [folder for folder in published if folder not in later][:-self.keep]:
             shutil.rmtree(old)
 
 
@@ -112,7 +118,12 @@ def _digest(path: Path) -> str:
 
 def complete(run: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("round-*") if (p / "manifest.json").is_file())
+    found = (p for p in (run / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d+", p.name))
+    return sorted((p for p in found if (p / "manifest.json").is_file()), key=_rounds)
+
+
+def _rounds(folder: Path) -> int:
+    return int(folder.name.removeprefix("round-"))
 
 
 def latest(run: Path) -> Path | None:
@@ -131,7 +142,9 @@ def verify(folder: Path) -> int:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         rounds, digests = int(manifest["rounds"]), manifest["sha256"].items()
-    except (OSError, ValueError, KeyError) as error:
+        if rounds != _rounds(folder):
+            raise ValueError(f"it is of round {rounds}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnreadableError(f"checkpoint {folder} has no readable manifest: {error}") from None
     for name, digest in digests:
         path = folder / name

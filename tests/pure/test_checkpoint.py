@@ -1,0 +1,364 @@
+"""What is saved is what was evaluated, damage is noticed, and a run that was stopped goes on as if it had not been."""
+
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_runs
+import torch
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dfl import checkpoint, train
+from dfl.record import read_lines
+from dfl.transport import InProcess
+
+CLASSIFY, GENERATE, IMAGES = "sequence_classification", "causal_lm", "image_classification"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny_runs.write_data(folder)
+    return folder
+
+
+def make_config(root, output, kind="bert", data="data.csv", **fields):
+    folder = root / kind
+    if not folder.exists():
+        tiny_models.save(folder, kind)
+    fields = {"lora__targets": "all-linear", "train__lr": 0.03, "checkpoint__keep": 3} | fields
+    return tiny_runs.make_config(folder, root / data, output, **fields)
+
+
+def stock(root, kind, task, folder, **changes):
+    """What somebody without this project does: the base model from its folder, the adapter with PEFT."""
+    auto = {CLASSIFY: "AutoModelForSequenceClassification", GENERATE: "AutoModelForCausalLM",
+            IMAGES: "AutoModelForImageClassification"}[task]
+    config = transformers.AutoConfig.from_pretrained(root / kind, **changes)
+    if task == CLASSIFY:
+        config.pad_token_id = transformers.AutoTokenizer.from_pretrained(root / kind).convert_tokens_to_ids(
+            "</s>" if kind in ("gpt2", "llama") else "[PAD]")
+    torch.manual_seed(99)  # a head drawn anew, which the adapter's has to replace
+    base = getattr(transformers, auto).from_pretrained(root / kind, config=config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+@torch.no_grad()
+def stock_metrics(model, run):
+    sums = {"loss_sum": 0.0, "correct": 0.0, "count": 0.0}
+    for batch in run.evaluator.batches:
+        for key, value in run.task.score(model(**run.task.inputs(batch)), batch, 1).items():
+            sums[key] += float(value)
+    return run.task.metrics(sums)
+
+
+@pytest.mark.parametrize("kind, task, head, rule", [
+    ("bert", CLASSIFY, "frozen", "lora"), ("bert", CLASSIFY, "mixed", "tad"), ("bert", CLASSIFY, "local", "rolora"),
+    ("bert", CLASSIFY, "mixed", "decaf"), ("roberta", CLASSIFY, "mixed", "lora"), ("gpt2", CLASSIFY, "local", "decaf"),
+    ("llama", GENERATE, "frozen", "lora"), ("gpt2", GENERATE, "frozen", "ffa")])
+def test_stock_peft_loads_what_the_run_evaluated(root, tmp_path, kind, task, head, rule):
+    config = make_config(root, tmp_path / "run", kind, model__task=task, lora__head=head, rule=rule, train__rounds=2)
+    assert train.train(config) == 0
+    run, _ = tiny_runs.make_run(config)
+    check_stock(root, kind, task, tmp_path / "run", run)
+
+
+def check_stock(root, kind, task, output, run, **changes):
+    folder = checkpoint.latest(output)
+    recorded = read_lines(output / "metrics.jsonl")[-1]["eval"]
+    if task != GENERATE:
+        changes |= {"num_labels": 2}
+    found = [stock_metrics(stock(root, kind, task, folder / f"peer-{peer}", **changes), run) for peer in range(4)]
+    for name, values in recorded["peers"].items():
+        assert [metrics[name] for metrics in found] == values  # to the last bit
+        assert len(set(values)) > 1 or name == "accuracy"  # the peers differ
+    assert stock_metrics(stock(root, kind, task, folder / "consensus", **changes), run) == recorded["consensus"]
+
+
+def test_stock_peft_loads_a_model_cut_to_fewer_layers(root, tmp_path):
+    config = make_config(root, tmp_path / "run", model__layers=2, train__rounds=2, lora__rslora=True)
+    train.train(config)
+    check_stock(root, "bert", CLASSIFY, tmp_path / "run", tiny_runs.make_run(config)[0], num_hidden_layers=2)
+
+
+def test_stock_peft_loads_image_adapters(root, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for k in range(16):
+        image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / f"{k}.png")
+    (root / "images.jsonl").write_text("\n".join(json.dumps({"image": f"{k}.png", "label": "ab"[k % 2]}) for k in range(16)))
+    config = make_config(root, tmp_path / "run", "vit", "images.jsonl", model__task=IMAGES, train__rounds=2, lora__head="mixed")
+    train.train(config)
+    check_stock(root, "vit", IMAGES, tmp_path / "run", tiny_runs.make_run(config)[0])
+
+
+def test_a_saved_adapter_names_its_base_and_is_ready_for_inference(root, tmp_path):
+    config = make_config(root, tmp_path / "run", train__rounds=1, rule="decaf")
+    train.train(config)
+    folder = checkpoint.latest(tmp_path / "run")
+    about = json.loads((folder / "peer-3" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == str(root / "bert") and about["inference_mode"] is True
+    assert about["peft_type"] == "LORA" and about["r"] == 2
+    assert "product" in json.loads((folder / "consensus" / "consensus.json").read_text())["consensus"]
+
+
+def test_there_is_nothing_but_safetensors_and_json(root, tmp_path):
+    train.train(make_config(root, tmp_path / "run", train__rounds=2, checkpoint__every=1, train__state="carried"))
+    files = [p for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json"}
+    for path in files:
+        load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+    adapter = next(p for p in files if p.name == "adapter_model.safetensors")
+    held = sum(t.nbytes for t in load_file(adapter).values())
+    assert adapter.stat().st_size < held + 8000  # a view does not carry the rows beside it
+
+
+class StopAfter:
+    """In the place of the signal handler: asks for a stop in round `rounds` (counted from the call's first)."""
+
+    def __init__(self, rounds):
+        self.left = rounds
+
+    @property
+    def received(self):
+        self.left -= 1
+        return int(self.left <= 0)
+
+    def restore(self):
+        pass
+
+
+def halted_and_resumed(config, monkeypatch, *stops):
+    for number, rounds in enumerate(stops):
+        monkeypatch.setattr(train, "StopSignal", lambda rounds=rounds: StopAfter(rounds))
+        assert train.train(config, resume=number > 0) == train.STOPPED
+    monkeypatch.undo()
+    assert train.train(config, resume=True) == 0
+
+
+def state_of(output):
+    return load_file(checkpoint.latest(output) / "state-0.safetensors")
+
+
+def assert_same_run(one, other):
+    """The same bits in rows, rule states and moments, the same adapters, the same records but for the clock."""
+    assert checkpoint.latest(one).name == checkpoint.latest(other).name
+    first, second = state_of(one), state_of(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    for path in checkpoint.latest(one).glob("*/adapter_model.safetensors"):
+        assert path.read_bytes() == (checkpoint.latest(other) / path.parent.name / path.name).read_bytes()
+    lines = [[{k: v for k, v in record.items() if k not in ("seconds",)} for record in read_lines(run / "metrics.jsonl")]
+             for run in (one, other)]
+    assert lines[0] == lines[1]
+
+
+CARRIED = {"train__state": "carried"}
+RESUMED = {
+    "adf, in mid phase": {"rule": "{name: adf, T: 3}"},
+    "adf, moments across rounds": {"rule": "{name: adf, T: 3}", **CARRIED},
+    "tad, moments across a switch": {"rule": "{name: tad, T: 2}", **CARRIED, "train__at_switch": "carried"},
+    "rolora with a local head": {"rule": "rolora", **CARRIED, "lora__head": "local"},
+    "decaf": {"rule": "decaf", **CARRIED, "lora__head": "mixed"},
+    "sgd with momentum": {"rule": "lora", **CARRIED, "train__optimizer": "sgd", "train__momentum": 0.9},
+    "sgd without": {"rule": "lora", **CARRIED, "train__optimizer": "sgd"},
+    "schedule": {"rule": "lora", "train__schedule": "cosine", "train__warmup": 0.3},
+    "dropout": {"rule": "lora", "model__dropout": 0.2, "lora__dropout": 0.2},
+    "random graph, epochs": {"rule": "ffa", "topology": "{name: erdos_renyi, p: 0.4}", "train__local_steps": None,
+                             "train__local_epochs": 1, "partition": "{name: quantity, skew: 1.0}"},
+    "stacked": {"rule": "{name: adf, T: 3}", **CARRIED, "train__executor": "stacked"},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_stopped_and_resumed_is_never_stopped(root, tmp_path, monkeypatch, case):
+    fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query, value]"} | RESUMED[case]
+    straight = make_config(root, tmp_path / "straight", **fields)
+    assert train.train(straight) == 0
+    halted_and_resumed(make_config(root, tmp_path / "halted", **fields), monkeypatch, 2, 3)  # after rounds 2 and 5
+    assert_same_run(tmp_path / "straight", tmp_path / "halted")
+
+
+def test_the_moments_make_a_difference(root, tmp_path):
+    """Else the cases above would show nothing."""
+    rows = []
+    for number, fields in enumerate([{}, CARRIED, CARRIED | {"train__at_switch": "carried"}]):
+        train.train(make_config(root, tmp_path / str(number), rule="{name: tad, T: 2}", train__rounds=5, **fields))
+        rows.append(state_of(tmp_path / str(number))["x.0"])
+    assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+
+
+def test_a_resumed_run_may_be_made_longer(root, tmp_path):
+    fields = {"rule": "{name: adf, T: 2}", **CARRIED, "eval__every": 1}
+    train.train(make_config(root, tmp_path / "straight", train__rounds=5, **fields))
+    train.train(make_config(root, tmp_path / "longer", train__rounds=3, **fields))
+    train.train(make_config(root, tmp_path / "longer", train__rounds=5, **fields), resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "longer")
+
+
+def test_resume_of_a_finished_run_changes_nothing(root, tmp_path):
+    config = make_config(root, tmp_path / "run", train__rounds=2)
+    train.train(config)
+    before = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()}
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train.train(config, resume=True) == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()} == before
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def flip(path, at=-3):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", ["bit", "missing", "cut", "manifest", "empty manifest", "other round", "a list"])
+def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, tmp_path, damage):
+    fields = {"train__rounds": 4, "checkpoint__every": 1, "rule": "{name: tad, T: 2}", **CARRIED}
+    train.train(make_config(root, tmp_path / "straight", **fields))
+    config = make_config(root, tmp_path / "run", **fields)
+    train.train(config)
+    assert checkpoint.latest(tmp_path / "run").name == "round-00004"
+    broken = tmp_path / "run" / "checkpoints" / "round-00004"
+    adapter, manifest = broken / "peer-2" / "adapter_model.safetensors", broken / "manifest.json"
+    if damage == "bit":
+        flip(adapter)
+    elif damage == "missing":
+        adapter.unlink()
+    elif damage == "cut":
+        adapter.write_bytes(adapter.read_bytes()[:-10])
+    elif damage == "manifest":
+        manifest.write_bytes(manifest.read_bytes()[:40])
+    elif damage == "empty manifest":
+        manifest.write_text("")
+    elif damage == "other round":
+        manifest.write_text(manifest.read_text().replace('"rounds": 4', '"rounds": 5'))
+    else:
+        manifest.write_text("[]")
+    with pytest.raises(checkpoint.UnreadableError, match="round-00004"):
+        checkpoint.verify(broken)
+    assert checkpoint.latest(tmp_path / "run").name == "round-00003"
+    assert train.train(config, resume=True) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_only_the_newest_are_kept(root, tmp_path):
+    train.train(make_config(root, tmp_path / "run", train__rounds=5, checkpoint__every=2, checkpoint__keep=2))
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["round-00004", "round-00005"]
+
+
+def saver(root, folder, keep=2):
+    """Saves the state of an assembled run under a number of rounds of our choice."""
+    run, loaded = tiny_runs.make_run(make_config(root, folder))
+    writer = checkpoint.Checkpointer(folder, InProcess(), 0, "base", keep)
+    return lambda rounds: writer.save(rounds, loaded.adapted, run.peers.ids, run.peers.x, {}, (run.peers.x[0], "mean"))
+
+
+def published(folder):
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def test_rounds_are_ordered_as_numbers(root, tmp_path):
+    save = saver(root, tmp_path)
+    for rounds in (99_998, 99_999, 100_000):
+        save(rounds)
+    (tmp_path / "checkpoints" / "round-00001.copy").mkdir()  # somebody's own
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["round-99999", "round-100000"]
+    assert checkpoint.latest(tmp_path).name == "round-100000"
+
+
+def test_a_damaged_later_checkpoint_does_not_displace_a_new_one(root, tmp_path):
+    save = saver(root, tmp_path, keep=1)
+    save(20)
+    flip(tmp_path / "checkpoints" / "round-00020" / "state-0.safetensors")
+    save(10)  # the run went on from before
+    assert published(tmp_path) == ["round-00010"] and checkpoint.latest(tmp_path).name == "round-00010"
+
+
+def test_a_draft_is_never_taken_for_a_checkpoint(root, tmp_path, monkeypatch):
+    save = saver(root, tmp_path)
+    save(1)
+    whole = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
+    for step in ("replace", "fsync"):  # killed before the name is given, and while the manifest is written
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                save(2)
+        assert published(tmp_path) == [".round-00002.draft", "round-00001"]
+        assert checkpoint.latest(tmp_path).name == "round-00001"
+    save(2)
+    assert published(tmp_path) == ["round-00001", "round-00002"]
+    assert {p: p.read_bytes() for p in whole} == whole
+
+
+@pytest.mark.parametrize("fails", ["adapter", "state", "manifest", "publish"])
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_draft(root, tmp_path, monkeypatch, fails):
+    save = saver(root, tmp_path)
+    save(1)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def full_disk_as_safetensors_says_it(tensors, path, **kwargs):
+        if fails in path:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, **kwargs)
+
+    if fails == "manifest":
+        monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+    elif fails == "publish":
+        monkeypatch.setattr(checkpoint.os, "replace", full_disk)
+    else:
+        monkeypatch.setattr(checkpoint, "save_file", full_disk_as_safetensors_says_it)
+    with pytest.raises(OSError, match="round-00002 could not be written.*No space left"):
+        save(2)
+    assert published(tmp_path) == ["round-00001"]
+    assert checkpoint.verify(checkpoint.latest(tmp_path)) == 1
+
+
+class OtherFails(InProcess):
+    """Another process reports a failure in the first agreement that asks for one."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def agree(self, value):
+        self.asked += 1
+        return max(value, int(self.asked == 2))
+
+
+def test_when_another_process_fails_nothing_is_published(root, tmp_path):
+    run, loaded = tiny_runs.make_run(make_config(root, tmp_path))
+    writer = checkpoint.Checkpointer(tmp_path, OtherFails(), 0, "base")
+    with pytest.raises(OSError, match="another process failed"):
+        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, {}, None)
+    assert published(tmp_path) == []
+
+
+def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
+    train.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", **CARRIED))
+    folder = checkpoint.latest(tmp_path / "run")
+    whole = load_file(folder / "state-0.safetensors")
+    for process, peers in enumerate((("0", "1", "2"), ("3",))):
+        save_file({k: v for k, v in whole.items() if k.split(".")[1] in peers}, folder / f"state-{process}.safetensors")
+    found = checkpoint.read_state(folder, [1, 3])
+    assert found.keys() == {name for name in whole if name.split(".")[1] in "13"}
+    assert all(torch.equal(found[name], whole[name]) for name in found)
+    assert torch.equal(checkpoint.rows_of(folder, 4), torch.stack([whole[f"x.{peer}"] for peer in range(4)]))
+    with pytest.raises(checkpoint.UnreadableError, match="lacks peer 4"):
+        checkpoint.read_state(folder, [3, 4])
+
+
+def test_evaluating_a_run_again_gives_its_last_numbers(root, tmp_path):
+    train.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", lora__head="local"))
+    again = train.evaluate_run(tmp_path / "run")
+    recorded = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["eval"]
+    assert {key: again[key] for key in recorded} == recorded and again["round"] == 2
