@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 
 import numpy as np
@@ -18,6 +19,7 @@ from dfl import checkpoint, train
 from dfl.record import read_lines
 from dfl.transport import InProcess
 
+pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey", "ignore:.*is_gradient_checkpointing")
 CLASSIFY, GENERATE, IMAGES = "sequence_classification", "causal_lm", "image_classification"
 
 
@@ -180,7 +182,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, monkeypatch, case):
-    fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query, value]"} | RESUMED[case]
+    fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query, value]", "model__layers": 1} | RESUMED[case]
     straight = make_config(root, tmp_path / "straight", **fields)
     assert train.train(straight) == 0
     halted_and_resumed(make_config(root, tmp_path / "halted", **fields), monkeypatch, 2, 3)  # after rounds 2 and 5
@@ -191,7 +193,7 @@ def test_the_moments_make_a_difference(root, tmp_path):
     """Else the cases above would show nothing."""
     rows = []
     for number, fields in enumerate([{}, CARRIED, CARRIED | {"train__at_switch": "carried"}]):
-        train.train(make_config(root, tmp_path / str(number), rule="{name: tad, T: 2}", train__rounds=5, **fields))
+        train.train(make_config(root, tmp_path / str(number), rule="{name: tad, T: 2}", train__rounds=5, model__layers=1, **fields))
         rows.append(state_of(tmp_path / str(number))["x.0"])
     assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
 
@@ -220,12 +222,19 @@ def flip(path, at=-3):
     path.write_bytes(raw)
 
 
+DAMAGED = {"train__rounds": 4, "checkpoint__every": 1, "rule": "{name: tad, T: 2}", **CARRIED, "model__layers": 1}
+
+
+@pytest.fixture(scope="module")
+def straight(root, tmp_path_factory):
+    output = tmp_path_factory.mktemp("straight") / "run"
+    train.train(make_config(root, output, **DAMAGED))
+    return output
+
+
 @pytest.mark.parametrize("damage", ["bit", "missing", "cut", "manifest", "empty manifest", "other round", "a list"])
-def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, tmp_path, damage):
-    fields = {"train__rounds": 4, "checkpoint__every": 1, "rule": "{name: tad, T: 2}", **CARRIED}
-    train.train(make_config(root, tmp_path / "straight", **fields))
-    config = make_config(root, tmp_path / "run", **fields)
-    train.train(config)
+def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, straight, tmp_path, damage):
+    shutil.copytree(straight, tmp_path / "run")
     assert checkpoint.latest(tmp_path / "run").name == "round-00004"
     broken = tmp_path / "run" / "checkpoints" / "round-00004"
     adapter, manifest = broken / "peer-2" / "adapter_model.safetensors", broken / "manifest.json"
@@ -246,8 +255,8 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, tmp_path, da
     with pytest.raises(checkpoint.UnreadableError, match="round-00004"):
         checkpoint.verify(broken)
     assert checkpoint.latest(tmp_path / "run").name == "round-00003"
-    assert train.train(config, resume=True) == 0
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert train.train(make_config(root, tmp_path / "run", **DAMAGED), resume=True) == 0
+    assert_same_run(straight, tmp_path / "run")
 
 
 def test_only_the_newest_are_kept(root, tmp_path):
