@@ -1,0 +1,98 @@
+"""The scripts and commands people start with, through the real launchers."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = "launch/recipes/quickstart.yaml"
+SHORT = ["--train.rounds", "2", "--train.local_steps", "3", "--data.max_valid", "40", "--threads", "1"]
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VENV": sys.prefix,
+               "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return run("torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "dfl", *arguments, **options)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    last = max((folder / "checkpoints").glob("round-*"))
+    return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*/adapter_model.safetensors"))}
+
+
+def test_quickstart_script(tmp_path):
+    done = run("bash", "launch/quickstart.sh", *SHORT, "--output", str(tmp_path / "run"))
+    table = done.stdout
+    assert re.search(r"peer +before +after tad +local alone", table)
+    assert len(re.findall(r"^[0-7] +0\.\d{4} +0\.\d{4} +0\.\d{4}$", table, re.M)) == 8
+    assert "consensus" in table and "PeftModel.from_pretrained" in table
+    assert len(digests(tmp_path / "run")) == 9
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["facts"]["processes"] == 2 and about["facts"]["rule"]["reason"].startswith("spectral gap")
+    again = json.loads(run("python", "-m", "dfl", "eval", str(tmp_path / "run")).stdout)
+    recorded = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["eval"]
+    assert again["accuracy"] == recorded["accuracy"] and again["consensus"] == recorded["consensus"]
+
+
+def test_hosting_does_not_matter(tmp_path):
+    found = []
+    for processes in (1, 2, 4):
+        output = str(tmp_path / f"by{processes}")
+        torchrun(processes, "train", QUICKSTART, *SHORT, "--baseline", "null", "--output", output)
+        found.append(digests(Path(output)))
+    assert len(found[0]) == 9
+    assert found[0] == found[1] == found[2]
+
+
+def test_plain_python_is_the_same_run(tmp_path):
+    for name, start in (("plain", ["python", "-m"]), ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"])):
+        run(*start, "dfl", "train", QUICKSTART, *SHORT, "--baseline", "null", "--rule", "lora", "--output", str(tmp_path / name))
+    assert digests(tmp_path / "plain") == digests(tmp_path / "torchrun")
+
+
+def test_srun_environment(tmp_path):
+    """What `srun -n 2` sets on one node is enough for two processes to meet."""
+    port = 20000 + os.getpid() % 20000
+    shared = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(port - 20000), "SLURM_STEP_NODELIST": "localhost", "SLURM_TASKS_PER_NODE": "2"}
+    command = ["python", "-m", "dfl", "train", QUICKSTART, *SHORT, "--baseline", "null", "--output", str(tmp_path / "run")]
+    tasks = [subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | shared | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for k in range(2)]
+    outputs = [task.communicate(timeout=300)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "2 process(es)" in outputs[0] and len(digests(tmp_path / "run")) == 9
+
+
+def test_more_processes_than_peers_is_one_line(tmp_path):
+    done = torchrun(2, "train", QUICKSTART, "--peers", "1", "--output", str(tmp_path / "run"), status=1)
+    said = [line for line in done.stderr.splitlines() if line.startswith("dfl: ")]
+    assert said == ["dfl: peers = 1 is fewer than the 2 processes; allowed: at least 2 peers, or at most 1 processes"]
+    assert not (tmp_path / "run").exists()
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme(tmp_path):
+    """In the README's order, as written; the two scripts are given arguments that shorten them."""
+    commands = readme_commands()
+    assert len(commands) > 6
+    for command in commands:
+        short = {"bash launch/quickstart.sh": f" {' '.join(SHORT)} --output {tmp_path}/quickstart",
+                 "bash launch/test.sh": " --collect-only -q"}.get(command, "")
+        overwrite = " --overwrite" if "train" in command and "--resume" not in command and "--dry-run" not in command else ""
+        run("bash", "-c", command + short + overwrite)
