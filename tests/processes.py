@@ -17,8 +17,8 @@ def run_processes(function, num_processes: int, *args, timeout: float = 60.0) ->
     context.set_forkserver_preload(["torch", "dfl.train", "processes"])
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
-        workers = [context.Process(target=_work, args=(queue, function, rank, num_processes, f"{folder}/store", args), daemon=True)
-                   for rank in range(num_processes)]
+        given = [(queue, function, rank, num_processes, f"{folder}/store", args) for rank in range(num_processes)]
+        workers = [context.Process(target=_work, args=one, daemon=True) for one in given]
         for worker in workers:
             worker.start()
         try:

@@ -62,7 +62,8 @@ def test_gram_is_the_dense_one():
 def rows(num=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     factors = {name: (torch.randn(num, 2, i, dtype=torch.float64, generator=generator),
-                      torch.randn(num, o, 2, dtype=torch.float64, generator=generator)) for name, i, o in (("q", 6, 5), ("v", 4, 7))}
+                      torch.randn(num, o, 2, dtype=torch.float64, generator=generator)) 
+               for name, i, o in (("q", 6, 5), ("v", 4, 7))}
     return *pack(factors), {name: (a.numpy(), b.numpy()) for name, (a, b) in factors.items()}
 
 

@@ -159,8 +159,9 @@ def test_automatic_interval_follows_the_gap():
         rules.build("tad", LAYOUT, contraction=1.0)
 
 
-@pytest.mark.parametrize("params, message", [({"T": 0}, "rule.T = 0"), ({"T": 2.5}, "rule.T = 2.5"), ({"T": True}, "rule.T = True"),
-                                             ({"calibration": -1, "contraction": 0.5}, "rule.calibration = -1")])
+@pytest.mark.parametrize("params, message", [
+    ({"T": 0}, "rule.T = 0"), ({"T": 2.5}, "rule.T = 2.5"), ({"T": True}, "rule.T = True"),
+    ({"calibration": -1, "contraction": 0.5}, "rule.calibration = -1")])
 def test_bad_intervals_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         rules.build("tad", LAYOUT, **params)
@@ -241,7 +242,8 @@ def test_products_do_not_see_the_basis_and_factors_do():
     g = torch.randn(NUM, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     other = turned(x, g)
     torch.testing.assert_close(product(other), product(x), rtol=0, atol=1e-9)
-    torch.testing.assert_close(product(mix_once("decaf", x, ring())), product(mix_once("decaf", other, ring())), rtol=0, atol=1e-9)
+    mixed, mixed_other = mix_once("decaf", x, ring()), mix_once("decaf", other, ring())
+    torch.testing.assert_close(product(mixed), product(mixed_other), rtol=0, atol=1e-9)
     assert (product(mix_once("lora", x, ring())) - product(mix_once("lora", other, ring()))).abs().max() > 0.1
 
 

@@ -4,9 +4,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-import topologies
 from toy import LR, PEERS, STEPS, Toy
 
+import topologies
 from dfl import simulate
 
 ROUNDS = 150
