@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import tiny_models
+import yaml
 
 from dfl import config as configuration
 from dfl import train
@@ -26,11 +27,15 @@ def arguments(model: Path, data: Path, output: Path, **fields) -> list[str]:
             "data.valid_fraction": 0.25, "lora.rank": 2, "rule": "lora", "topology": "ring", "train.rounds": 4,
             "train.local_steps": 2, "train.batch_size": 4, "eval.every": 2, "output": output, "device": "cpu", "threads": 1}
     tree |= {key.replace("__", "."): value for key, value in fields.items()}
-    return [f"--{key}={_yaml(value)}" for key, value in tree.items()]
+    return [word for key, value in tree.items() for word in _words(key, value)]
 
 
-def _yaml(value) -> str:
-    return "null" if value is None else str(value)
+def _words(key: str, value) -> list[str]:
+    """`{name: tad, T: 5}` as --rule=tad --rule.T=5."""
+    if isinstance(value, str) and value.startswith("{"):
+        fields = yaml.safe_load(value)
+        return [f"--{key}={fields.pop('name')}", *(f"--{key}.{name}={inner}" for name, inner in fields.items())]
+    return [f"--{key}={'null' if value is None else value}"]
 
 
 def make_config(model: Path, data: Path, output: Path, **fields) -> configuration.Config:

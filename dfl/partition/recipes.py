@@ -27,8 +27,10 @@ def majority(examples: Examples, num_peers: int, rng: np.random.Generator, *, fr
 
     `leave_out` classes, a number of the rarest ones or their names, are nobody's majority. Equal shards, as `proportions`.
     """
-    if not 0 < fraction <= 1:
+    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise wrong("fraction", fraction, "a number above 0, up to 1")
+    if peers_per_class is not None:
+        check_number("peers_per_class", peers_per_class, whole=True)
     counts = examples.counts()
     chosen = [c for c in range(len(counts)) if c not in left_out(examples, leave_out)]
     each = num_peers // max(len(chosen), 1) if peers_per_class is None else peers_per_class

@@ -54,7 +54,7 @@ def quantity(examples: Examples, num_peers: int, rng: np.random.Generator, *, sk
 
 def column(examples: Examples, num_peers: int, rng: np.random.Generator, *, column: str) -> Part:
     """All examples with the same value in a column belong to one peer; the largest groups are dealt first."""
-    if column not in examples.columns:
+    if not isinstance(column, str) or column not in examples.columns:
         raise wrong("column", column, ", ".join(examples.columns) or "nothing, the data has no columns")
     groups: dict[str, list[int]] = {}
     for i, value in enumerate(examples.columns[column]):

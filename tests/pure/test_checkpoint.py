@@ -182,7 +182,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, monkeypatch, case):
-    fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query, value]", "model__layers": 1} | RESUMED[case]
+    fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query,value]", "model__layers": 1} | RESUMED[case]
     straight = make_config(root, tmp_path / "straight", **fields)
     assert train.train(straight) == 0
     halted_and_resumed(make_config(root, tmp_path / "halted", **fields), monkeypatch, 2, 3)  # after rounds 2 and 5
