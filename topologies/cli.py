@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 
@@ -192,6 +193,9 @@ def main(argv=None) -> int:
     args = parser().parse_args(argv)
     try:
         globals()[f"run_{args.command}"](args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, ``head`` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import numpy as np
 from topologies.lanczos import laplacian_extremes
 from topologies.links import Links
 from topologies.mixing import Entries, Rule, complement
-from topologies.semidefinite import Block, minimise
+from topologies.semidefinite import Block, EdgeBlock, minimise
 
 
 def best_constant() -> Rule:
@@ -117,11 +117,11 @@ def _assemble(links: Links, edge_weight: np.ndarray) -> Entries:
 
 def _fastest(links: Links, nonnegative: bool) -> Entries:
     """min s with -s I <= W - J <= s I, W = I - sum w_e L_e."""
-    n, L = links.num_peers, edge_laplacians(links)
-    centre, slope = np.eye(n) - 1.0 / n, np.eye(n)[None]
-    blocks = [Block(-centre, np.concatenate([L, slope])), Block(centre, np.concatenate([-L, slope]))]
-    A, b = _row_limits(links) if nonnegative else (np.zeros((0, len(L) + 1)), np.zeros(0))
-    x = minimise(np.eye(len(L) + 1)[-1], blocks, A, b, np.append(_start(links), 2.0))
+    (i, j), n = links.edges, links.num_peers
+    centre, ends = np.eye(n) - 1.0 / n, np.eye(n)[i] - np.eye(n)[j]
+    blocks = [EdgeBlock(-centre, ends, 1.0), EdgeBlock(centre, ends, -1.0)]
+    A, b = _row_limits(links) if nonnegative else (np.zeros((0, len(ends) + 1)), np.zeros(0))
+    x = minimise(np.eye(len(ends) + 1)[-1], blocks, A, b, np.append(_start(links), 2.0))
     return _assemble(links, x[:-1])
 
 

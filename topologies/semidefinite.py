@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Entries of the largest array the Hessian needs; beyond it the problem wants a first-order method.
-LARGEST = 4e7
+LARGEST = 4e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +21,52 @@ class Block:
     constant: np.ndarray
     slopes: np.ndarray
 
+    @property
+    def cost(self) -> int:
+        return self.slopes.size
+
     def at(self, x: np.ndarray) -> np.ndarray:
         return self.constant + np.tensordot(x, self.slopes, axes=1)
 
+    def derivatives(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradient and Hessian of -logdet F."""
+        products = np.linalg.inv(self.at(x)) @ self.slopes
+        flat = products.reshape(len(x), -1)
+        return -np.trace(products, axis1=1, axis2=2), flat @ products.transpose(0, 2, 1).reshape(len(x), -1).T
 
-def minimise(cost, blocks: list[Block], A, b, x, gap: float = 1e-10) -> np.ndarray:
+
+@dataclass(frozen=True, eq=False)
+class EdgeBlock:
+    """F(w, s) = constant + sign sum_e w_e b_e b_e^T + s I with b_e a row of ``ends`` (edges, n): slopes of rank one, so
+    that the Hessian is the elementwise square of one small product."""
+
+    constant: np.ndarray
+    ends: np.ndarray
+    sign: float
+
+    @property
+    def cost(self) -> int:
+        return 4 * len(self.ends) ** 2
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        return self.constant + self.sign * (self.ends.T * x[:-1]) @ self.ends + x[-1] * np.eye(len(self.constant))
+
+    def derivatives(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradient and Hessian of -logdet F."""
+        inverse = np.linalg.inv(self.at(x))
+        half = self.ends @ inverse
+        across, spread = half @ self.ends.T, self.sign * (half**2).sum(axis=1)
+        hessian = np.block([[across**2, spread[:, None]], [spread[None], np.array([[(inverse**2).sum()]])]])
+        return -np.append(self.sign * np.diag(across), np.trace(inverse)), hessian
+
+
+def minimise(cost, blocks: list[Block | EdgeBlock], A, b, x, gap: float = 1e-9) -> np.ndarray:
     """argmin cost @ x with every block positive definite and A x < b, from a strictly feasible x (unknowns,).
 
     The value is within ``gap`` of the optimum. Raises ValueError when the problem is too large.
     """
-    if sum(block.slopes.size for block in blocks) > LARGEST:
-        raise ValueError(f"optimal weights for {len(x)} links are too large a problem; take weights='best_constant'")
+    if max(block.cost for block in blocks) > LARGEST:
+        raise ValueError(f"optimal weights for {len(x) - 1} links are too large a problem; take weights='best_constant'")
     barriers, sharpness = sum(len(block.constant) for block in blocks) + len(b), 1.0
     while True:
         x = _centre(sharpness * np.asarray(cost), blocks, A, b, x)
@@ -44,14 +79,14 @@ def _centre(cost, blocks, A, b, x) -> np.ndarray:
     """Newton's method on cost @ x - sum logdet F(x) - sum log(b - A x)."""
     for _ in range(60):
         gradient, hessian = _derivatives(cost, blocks, A, b, x)
-        step = -np.linalg.lstsq(hessian, gradient, rcond=None)[0]
+        step = -_solve(hessian, gradient)
         decrement = -gradient @ step
-        if decrement < 1e-9:
+        if decrement < 1e-6:  # of the barrier: the objective is then within 1e-6 / sharpness of the centre
             break
         length, value = 1.0, _value(cost, blocks, A, b, x)
         while not _value(cost, blocks, A, b, x + length * step) <= value - 0.1 * length * decrement:
             length /= 2
-            if length < 1e-12:  # rounding has eaten the descent: this is the centre
+            if length < 1e-6:  # rounding has eaten the descent: this is the centre
                 return x
         x = x + length * step
     return x
@@ -74,8 +109,13 @@ def _derivatives(cost, blocks, A, b, x) -> tuple[np.ndarray, np.ndarray]:
     pull = 1.0 / (b - A @ x)
     gradient, hessian = cost + A.T @ pull, (A.T * pull**2) @ A
     for block in blocks:
-        products = np.linalg.inv(block.at(x)) @ block.slopes
-        gradient = gradient - np.trace(products, axis1=1, axis2=2)
-        flat = products.reshape(len(x), -1)
-        hessian = hessian + flat @ products.transpose(0, 2, 1).reshape(len(x), -1).T
+        more_gradient, more_hessian = block.derivatives(x)
+        gradient, hessian = gradient + more_gradient, hessian + more_hessian
     return gradient, hessian
+
+
+def _solve(hessian: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    try:
+        return np.linalg.solve(hessian, gradient)
+    except np.linalg.LinAlgError:  # flat directions
+        return np.linalg.lstsq(hessian, gradient, rcond=None)[0]

@@ -73,6 +73,9 @@ def contraction_estimate(topology: Topology, rounds: int = 200) -> Estimate:
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}")
+    invariant = topology.invariant_contraction()
+    if invariant is not None:
+        return Estimate(invariant, 0.0, "closed form")
     closed = topology.second_moment()
     if closed is not None:
         return Estimate(distance(closed), 0.0, "closed form")

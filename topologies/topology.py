@@ -106,9 +106,18 @@ class Topology(ABC):
         """All values of W with their probabilities, when rounds are independent draws from few values; else None."""
         return None
 
+    def invariant_contraction(self) -> float | None:
+        """rho of E[W^T W] = J + rho (I - J), the form it has when the law does not change as peers are permuted, where a
+        closed form is known; else None."""
+        return None
+
     def second_moment(self) -> np.ndarray | None:
         """E[W^T W], (n, n), where a closed form is known; else None."""
-        return None
+        rho = self.invariant_contraction()
+        if rho is None:
+            return None
+        J = np.full((self.num_peers, self.num_peers), 1.0 / self.num_peers)
+        return J + rho * (np.eye(self.num_peers) - J)
 
     def check_peer(self, i: int) -> int:
         if not 0 <= i < self.num_peers:

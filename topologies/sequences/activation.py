@@ -11,7 +11,7 @@ from topologies.links import Lattice, Links
 from topologies.mixing import Entries, Rule
 from topologies.randomness import key, uniform
 from topologies.registry import Entry, refuse
-from topologies.sequences.matchings import Matching, invariant_moment
+from topologies.sequences.matchings import Matching
 from topologies.topology import GraphTopology, Topology
 
 # Links up to which all 2^links outcomes of a round are enumerated for exact expectations.
@@ -29,7 +29,7 @@ class EdgeActivation(GraphTopology):
         super().__init__("edge_activation", base.num_peers, rule)
         if not 0.0 <= p <= 1.0:
             raise refuse("edge_activation", "p in [0, 1]", p)
-        self.base, self.p, self.seed, self.exchangeable = base, float(p), seed, whole and rule.name != "target"
+        self.base, self.p, self.seed, self.exchangeable = base, float(p), seed, whole and rule.check is None
 
     def links(self, t):
         base = self.base.links
@@ -48,10 +48,9 @@ class EdgeActivation(GraphTopology):
         links = Links.from_arcs(self.num_peers, i[list(on)], j[list(on)], self.base.directed)
         return self.p ** sum(on) * (1 - self.p) ** (len(on) - sum(on)), self.rule(links)
 
-    def second_moment(self):
-        if self.exchangeable and self.rule.name == "metropolis":
-            return invariant_moment(self.num_peers, activation_contraction(self.num_peers, self.p))
-        return None
+    def invariant_contraction(self):
+        known = self.exchangeable and self.rule.name == "metropolis"
+        return activation_contraction(self.num_peers, self.p) if known else None
 
 
 def activation_contraction(n: int, p: float) -> float:

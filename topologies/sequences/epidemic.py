@@ -9,7 +9,6 @@ from topologies.links import Lattice, Links
 from topologies.mixing import Entries, Rule
 from topologies.randomness import generator
 from topologies.registry import Entry, refuse
-from topologies.sequences.matchings import invariant_moment
 from topologies.topology import GraphTopology, Topology
 from topologies.weights import make
 
@@ -20,11 +19,9 @@ class ELLocal(GraphTopology):
     Row-stochastic only: the mean wanders (de Vos et al. 2023, arXiv 2310.01972). weights "push_sum" keep it.
     """
 
-    exchangeable = True
-
     def __init__(self, num_peers: int, s: int, rule: Rule, seed: int):
         super().__init__("el_local", num_peers, rule)
-        self.s, self.seed = s, seed
+        self.s, self.seed, self.exchangeable = s, seed, rule.check is None
 
     def links(self, t):
         n, rng = self.num_peers, generator(self.seed, t, "peers")
@@ -34,13 +31,13 @@ class ELLocal(GraphTopology):
         ids = np.arange(n)[:, None]
         return Links.from_arcs(n, np.repeat(ids, targets.shape[1], axis=1), targets + (targets >= ids), directed=True)
 
-    def second_moment(self):
-        """E[1 / (1 + Bin(n-1, q))] = (1 - (1-q)^n) / (n q), q = s / (n-1)."""
+    def invariant_contraction(self):
+        """(E|W|_F^2 - 1) / (n - 1) with E[1 / (1 + Bin(n-1, q))] = (1 - (1-q)^n) / (n q), q = s / (n-1)."""
         n = self.num_peers
         if self.rule.name != "uniform" or n == 1:
-            return None if n > 1 else np.eye(1)
+            return None if n > 1 else 0.0
         q = self.s / (n - 1)
-        return invariant_moment(n, ((1 - (1 - q) ** n) / q - 1) / (n - 1))
+        return ((1 - (1 - q) ** n) / q - 1) / (n - 1)
 
 
 def _with_repeats(rows: np.ndarray) -> np.ndarray:
@@ -51,21 +48,17 @@ def _with_repeats(rows: np.ndarray) -> np.ndarray:
 class ELOracle(GraphTopology):
     """A fresh random s-regular graph each round; Metropolis weights are 1 / (s + 1)."""
 
-    exchangeable = True
-
     def __init__(self, num_peers: int, s: int, rule: Rule, seed: int):
         super().__init__("el_oracle", num_peers, rule)
-        self.s, self.seed = s, seed
+        self.s, self.seed, self.exchangeable = s, seed, rule.check is None
 
     def links(self, t):
         seed = int(generator(self.seed, t, "peers").integers(2**31))
         return Links.from_networkx(nx.random_regular_graph(self.s, self.num_peers, seed=seed))
 
-    def second_moment(self):
+    def invariant_contraction(self):
         n = self.num_peers
-        if self.rule.name != "metropolis":
-            return None
-        return invariant_moment(n, (n / (self.s + 1) - 1) / max(1, n - 1))
+        return (n / (self.s + 1) - 1) / max(1, n - 1) if self.rule.name == "metropolis" else None
 
 
 class RandomWalk(Topology):

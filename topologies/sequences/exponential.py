@@ -9,7 +9,7 @@ import numpy as np
 from topologies.circulant import Shifts, StaticShifts
 from topologies.randomness import generator
 from topologies.registry import Entry, refuse
-from topologies.sequences.matchings import Matching, invariant_moment
+from topologies.sequences.matchings import Matching
 from topologies.topology import Topology
 
 
@@ -65,9 +65,9 @@ class DirectedEquiDyn(Shifts):
             return []
         return [(int(generator(self.seed, t, "shift").integers(1, self.num_peers)), self.weight)]
 
-    def second_moment(self):
+    def invariant_contraction(self):
         n, c = self.num_peers, self.weight
-        return invariant_moment(n, 1.0 - 2 * c * (1 - c) * n / max(1, n - 1))
+        return 1.0 - 2 * c * (1 - c) * n / (n - 1) if n > 1 else 0.0
 
 
 class UndirectedEquiDyn(Matching):

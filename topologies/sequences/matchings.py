@@ -14,12 +14,6 @@ from topologies.registry import Entry
 from topologies.topology import Topology
 
 
-def invariant_moment(num_peers: int, rho: float) -> np.ndarray:
-    """J + rho (I - J): what E[W^T W] is when its law does not change with the order of the peers."""
-    J = np.full((num_peers, num_peers), 1.0 / num_peers)
-    return J + rho * (np.eye(num_peers) - J)
-
-
 class Matching(Topology):
     """Pairs; each of a pair gives the other ``weight``. Who has no partner, or one that is away, keeps its value."""
 
@@ -89,9 +83,8 @@ class RandomMatching(Matching):
         other = place ^ 1
         return shuffle.inverse(np.where(other < self.num_peers, other, place))
 
-    def second_moment(self):
-        n = self.num_peers
-        return invariant_moment(n, 1.0 - (n // 2) / max(1, n - 1))
+    def invariant_contraction(self):
+        return 1.0 - (self.num_peers // 2) / (self.num_peers - 1) if self.num_peers > 1 else 0.0
 
 
 class OneEdge(Matching):
@@ -124,6 +117,9 @@ class PairwiseGossip(OneEdge):
             return 0, 0
         chosen = rng.integers(len(senders))
         return int(senders[chosen]), int(receivers[chosen])
+
+    def invariant_contraction(self):
+        return 1.0 - 1.0 / (self.num_peers - 1) if self.exchangeable and self.num_peers > 1 else None
 
     def second_moment(self):
         edges = max(1, len(self.base.links.sender) // 2)
@@ -177,5 +173,5 @@ SEQUENCES: dict[str, Entry] = {
     "alternating_ring": Entry(alternating_ring, "the even links of a ring, then the odd ones"),
     "random_matching": Entry(random_matching, "a uniform pairing each round"),
     "pairwise_gossip": Entry(pairwise_gossip, "one uniform edge of a base graph each round (base)"),
-    "edge_cycle": Entry(edge_cycle, "the edges of a base graph one after the other (base)", {}, 8),
+    "edge_cycle": Entry(edge_cycle, "the edges of a base graph one after the other: B-connected (base)", {}, 8),
 }
