@@ -68,7 +68,9 @@ def _train(args, rest) -> int:
 
 def _eval(args, rest) -> int:
     from dfl.train import evaluate_run
-    print(json.dumps(evaluate_run(args.run, rest), indent=1))
+    result = evaluate_run(args.run, rest)
+    if result is not None:
+        print(json.dumps(result, indent=1))
     return 0
 
 

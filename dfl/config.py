@@ -125,7 +125,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     threads: int | None = None  # of each process; None: cores / processes
-    timeout: float = 300.0  # seconds to wait for a neighbour
+    timeout: float = 1800.0  # seconds to wait for a neighbour; the others wait while one evaluates the consensus
 
     def to_dict(self) -> dict[str, Any]:
         return _plain(self)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +115,7 @@ def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | No
     if measured:
         rows_before = run.transport.gather(before)
         if record is not None:
-            record["measures"] = measure(rows_before, rows, w, run.peers.layout) | _rule_measures(run)
+            record["measures"] = measure(rows_before, rows, w, run.peers.layout)
     measured_at = time.perf_counter()
     if evaluated:
         evaluation = evaluate(run, rows)
@@ -129,10 +128,13 @@ def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | No
 
 def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent: int) -> dict | None:
     """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process."""
-    table = torch.zeros(len(run.peers.ids), len(_COLUMNS), dtype=torch.float64)
+    state_names = [name for name, value in run.states[0].items() if value.dim() == 0]
+    table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
     table[:, 0] = losses.cpu()
     table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
     table[0, 5] = sent
+    for column, name in enumerate(state_names, len(_COLUMNS)):
+        table[:, column] = torch.stack([state[name] for state in run.states]).cpu()
     table = run.transport.gather(table)
     if table is None:
         return None
@@ -140,13 +142,9 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
     return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
             "train_loss": summary(table[:, 0].tolist()), "train_loss_peers": table[:, 0].tolist(),
             "edges": traffic.edges, "message_bytes": traffic.message_bytes, "wire_bytes": int(table[:, 5].sum()),
-            "control_bytes": run.transport.control_bytes, "seconds": seconds}
-
-
-def _rule_measures(run: Run) -> dict[str, float]:
-    """Mean over the peers of process 0 of what a rule measures itself (DeCAF's truncation error)."""
-    names = [name for name, value in run.states[0].items() if value.dim() == 0]
-    return {name: float(np.mean([float(state[name]) for state in run.states])) for name in names}
+            "control_bytes": run.transport.control_bytes, "seconds": seconds,
+            # what a rule measures itself, mean over peers (the truncation error of DeCAF)
+            **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
 
 
 def evaluate(run: Run, rows: Tensor | None) -> dict | None:

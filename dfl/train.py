@@ -14,12 +14,13 @@ from dfl import codecs, executors, partition, rules, tasks
 from dfl.adapters import Adapted, attach
 from dfl.checkpoint import Checkpointer, folder_of, latest, read_state, verify
 from dfl.config import Config, Plugin, from_dict
+from dfl.config import load as load_recipe
 from dfl.evaluate import Evaluator, consensus
 from dfl.peers import DataStream, HostedPeers
 from dfl.plugins import check_parameters, lookup
 from dfl.record import Console, JsonLines, Trackers, check_trackers, describe_run, read_lines
 from dfl.report import closing_table, round_line
-from dfl.rounds import Hooks, Run, run_rounds
+from dfl.rounds import Hooks, Run, evaluate, run_rounds
 from dfl.rules.base import Rule
 from dfl.runtime import Runtime, StopSignal, start
 from dfl.seeds import derive
@@ -189,7 +190,7 @@ class _Recording:
         facts = loaded.bundle.facts | {"rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
                                        "processes": runtime.place.size, "device": str(runtime.device)}
         (output / "run.json").write_text(json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
-        self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1)
+        self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
         self.console = Console(config.train.rounds, run.completed)
         self.primary = run.task.primary
@@ -242,8 +243,8 @@ def restore(run: Run, folder: Path) -> None:
     run.peers.load_moments(moments, last)
 
 
-def evaluate_run(output: Path, overrides=()) -> dict:
-    """`dfl eval`: evaluate the saved adapters of a run again; the same numbers as in its last record."""
+def evaluate_run(output: Path, overrides=()) -> dict | None:
+    """`dfl eval`: evaluate the saved adapters of a run again, the same numbers as in its last record; None but on process 0."""
     config = read_config(output, overrides)
     topology = check(config)
     folder = latest(output)
@@ -252,18 +253,16 @@ def evaluate_run(output: Path, overrides=()) -> dict:
     runtime = start(config)
     run = assemble(config, runtime, load(config, runtime.device), topology)
     restore(run, folder)
-    from dfl.rounds import evaluate
     result = evaluate(run, runtime.transport.gather(run.peers.x))
     runtime.transport.close()
-    return {"checkpoint": str(folder), "round": run.completed, **(result or {})}
+    return result and {"checkpoint": str(folder), "round": run.completed, **result}
 
 
 def read_config(output: Path, overrides=()) -> Config:
     """The configuration a run was started with."""
-    from dfl.config import load as load_config
     if not (output / "recipe.yaml").is_file():
         raise ValueError(f"{str(output)!r} holds no run (no recipe.yaml in it)")
-    return load_config(output / "recipe.yaml", overrides)
+    return load_recipe(output / "recipe.yaml", overrides)
 
 
 __all__ = ["STOPPED", "Plugin", "check", "evaluate_run", "folder_of", "read_lines", "train"]
