@@ -96,7 +96,8 @@ class LabelLoss:
 
     def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
         """Sums of each block, (G,) each: loss_sum, correct, count."""
-        correct = (output.logits.argmax(-1) == batch["labels"]).float()
+        # argmax takes NaN for the largest: a model that has diverged would get credit for one class
+        correct = ((output.logits.argmax(-1) == batch["labels"]) & ~output.logits.isnan().any(-1)).float()
         return {"loss_sum": blocks(self._row_losses(output, batch), num_groups).sum(1),
                 "correct": blocks(correct, num_groups).sum(1),
                 "count": blocks(torch.ones_like(correct), num_groups).sum(1)}

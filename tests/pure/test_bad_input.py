@@ -123,8 +123,9 @@ def test_a_word_where_a_topology_wants_a_number(root, tmp_path, capsys):
 
 
 @pytest.mark.xfail(strict=True, reason="the value of an override is taken for the recipe when it holds a space, or when there is none")
-@pytest.mark.parametrize("override", [["--rule={name: adf, T: 0}"], ["--rule", "{name: adf, T: 0}"], ["--rule.T", "0", "--rule=adf"],
-                                      ["--rule=adf", "--rule.T", "0"]])
+@pytest.mark.parametrize("override", [
+    ["--rule={name: adf, T: 0}"], ["--rule", "{name: adf, T: 0}"], ["--rule.name", "adf", "--rule.T", "0"],
+    ["--rule=adf", "--rule.T", "0"]])
 def test_overrides_are_overrides_with_and_without_a_recipe(root, tmp_path, capsys, override):
     given = words(root, tmp_path / "run")[1:]
     given.remove("--rule=lora")
@@ -243,6 +244,17 @@ def test_a_learning_rate_far_too_large_stops_the_run_with_its_last_good_state(ro
     assert "peer " in line and "diverged in round 1" in line and "the state after round 0 is saved" in line
     assert finite_checkpoint(tmp_path / "run").name == "round-00000"
     assert [r["round"] for r in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize("rule", ["lora", "decaf"])
+@pytest.mark.parametrize("lr", [1e15, 1e37])
+def test_factors_that_explode_before_the_loss_does_are_no_traceback(root, tmp_path, capsys, rule, lr):
+    fields = {"rule": rule, "train__lr": lr, "train__clip": None, "train__local_steps": 1, "eval__every": 1, "train__rounds": 3}
+    assert main(words(root, tmp_path / "run", **fields)) == 1
+    assert "diverged in round" in said(capsys)
+    finite_checkpoint(tmp_path / "run")
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["eval"]
+    assert last["loss"]["mean"] is None and last["accuracy"]["max"] == 0.0  # a model of NaN is right about nothing
 
 
 @pytest.mark.parametrize("executor", ["sequential", "stacked"])
