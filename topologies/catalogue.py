@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 
 import networkx as nx
 
@@ -54,7 +55,7 @@ def static_graph(spec, num_peers: int, seed: int = 0, allow_disconnected: bool =
         spec = {"name": "networkx", "graph": spec}
     params = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = params.pop("name", None)
-    if name not in STATIC:
+    if not isinstance(name, str) or name not in STATIC:
         raise ValueError(f"graph {name!r} is not known; static graphs: {', '.join(STATIC)}")
     factory, seed = STATIC[name].factory, params.pop("graph_seed", seed)
     allow_disconnected = params.pop("allow_disconnected", allow_disconnected)
@@ -86,7 +87,7 @@ def build(name: str, num_peers: int, *, weights="metropolis", seed: int = 0, **p
     """
     if isinstance(name, Mapping):
         name, params = (spec := dict(name)).pop("name", None), {**spec, **params}
-    if name not in TOPOLOGIES:
+    if not isinstance(name, str) or name not in TOPOLOGIES:
         raise ValueError(f"topology {name!r} is not known; known: {', '.join(TOPOLOGIES)}")
     _check_counts(num_peers, seed)
     rule = weight_rules.make(weights)
@@ -96,9 +97,9 @@ def build(name: str, num_peers: int, *, weights="metropolis", seed: int = 0, **p
 
 
 def _check_counts(num_peers, seed) -> None:
-    if isinstance(num_peers, bool) or int(num_peers) != num_peers or num_peers < 1:
+    if isinstance(num_peers, bool) or not isinstance(num_peers, Integral) or num_peers < 1:
         raise ValueError(f"num_peers must be an integer of at least 1, got {num_peers!r}")
-    if int(seed) != seed or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
 
 

@@ -63,6 +63,14 @@ def as_row(i: int, senders: np.ndarray, weight: np.ndarray, own: float) -> dict[
     return {j: row[j] for j in sorted(row) if row[j] != 0.0}
 
 
+def as_numbers(rule: str, param: str, value) -> np.ndarray:
+    """A parameter of a rule as float64, or a ValueError that names it."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"weights={rule!r} needs {param} to be numbers in rows of equal length, got {value!r}") from None
+
+
 def complement(weight: np.ndarray, receiver: np.ndarray, num_peers: int) -> np.ndarray:
     """What is missing to a row sum of one, (n,). Adds in the order of the links: one row alone has the same bits."""
     own = 1.0 - np.bincount(receiver, weights=weight, minlength=num_peers)

@@ -9,7 +9,7 @@ import numpy as np
 
 from topologies.lanczos import laplacian_extremes
 from topologies.links import Links
-from topologies.mixing import Entries, Rule, complement
+from topologies.mixing import Entries, Rule, as_numbers, complement
 from topologies.semidefinite import Block, EdgeBlock, minimise
 
 
@@ -53,7 +53,7 @@ def link_reliability(success=1.0) -> Rule:
 
     ``success``: a number, or a symmetric (n, n) table of probabilities (Ye, Liang, Li 2021, arXiv 2108.02397).
     """
-    p = np.asarray(success, dtype=np.float64)
+    p = as_numbers("link_reliability", "success", success)
     if p.ndim not in (0, 2) or not ((p >= 0) & (p <= 1)).all() or (p.ndim == 2 and (p != p.T).any()):
         raise ValueError("weights='link_reliability' needs success: a probability or a symmetric (n, n) table of them")
 
@@ -151,7 +151,7 @@ def sinkhorn(affinity=None, own_affinity: float = 1.0) -> Rule:
     ``affinity``: (n, n), its diagonal the self weights; without it, the numbers that came with the links, else ones,
     and ``own_affinity`` on the diagonal. Symmetric in, symmetric out: W = D M D.
     """
-    table = None if affinity is None else np.asarray(affinity, dtype=np.float64)
+    table = None if affinity is None else as_numbers("sinkhorn", "affinity", affinity)
     if table is not None and (table.ndim != 2 or len(set(table.shape)) > 1 or not np.isfinite(table).all() or (table < 0).any()):
         raise ValueError("weights='sinkhorn' needs affinity: a square table of finite non-negative numbers")
 

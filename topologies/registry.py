@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import numbers
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,10 +37,26 @@ def call(name: str, factory: Callable, num_peers: int, given: Mapping, **from_bu
     for param in given:
         if param not in known:
             raise ValueError(f"topology {name!r} has no parameter {param!r}; it takes: {', '.join(known) or 'none'}")
+        check_kind(f"topology {name!r}", known[param], given[param])
     for param, spec in known.items():
         if spec.default is spec.empty and param not in given:
             raise ValueError(f"topology {name!r} needs the parameter {param!r}")
     return factory(num_peers, **given, **{k: v for k, v in from_build.items() if takes(factory, k)})
+
+
+# Annotation of a parameter: what a value must be, and how that is called. bool is no number here.
+KINDS = {"int": (numbers.Integral, "an integer"), "float": (numbers.Real, "a number"), "str": ((str, os.PathLike), "text")}
+KINDS["bool"] = (bool, "true or false")
+
+
+def check_kind(owner: str, spec: inspect.Parameter, value) -> None:
+    """ValueError when a value is not of the kind that the parameter's annotation names; others are let through."""
+    kind, _, optional = str(spec.annotation).partition(" | ")
+    if kind not in KINDS or (optional == "None" and value is None):
+        return
+    wanted, called = KINDS[kind]
+    if not isinstance(value, wanted) or (kind != "bool" and isinstance(value, bool)):
+        raise ValueError(f"{owner}: {spec.name} must be {called}, got {value!r}")
 
 
 def refuse(name: str, needs: str, got, hint: str = "") -> ValueError:

@@ -13,7 +13,8 @@ import numpy as np
 
 from topologies import optimal
 from topologies.links import Links
-from topologies.mixing import Entries, Rule, complement, halve
+from topologies.mixing import Entries, Rule, as_numbers, complement, halve
+from topologies.registry import check_kind
 
 
 def metropolis() -> Rule:
@@ -54,7 +55,7 @@ def target(mass=None) -> Rule:
     """
     if mass is None:
         raise ValueError("weights='target' needs mass: a positive number for each peer, such as its number of examples")
-    pi = np.asarray(mass, dtype=np.float64)
+    pi = as_numbers("target", "mass", mass)
     if pi.ndim != 1 or not np.isfinite(pi).all() or (pi <= 0).any():
         raise ValueError(f"weights='target' needs positive finite numbers as mass, got {mass!r}")
 
@@ -118,11 +119,12 @@ def make(spec) -> Rule:
         return spec
     params = dict(spec) if isinstance(spec, Mapping) else {"rule": spec}
     name = params.pop("rule", None)
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"weights={name!r} is not known; known: {', '.join(RULES)}")
     factory = RULES[name][0]
-    known = list(inspect.signature(factory).parameters)
+    known = inspect.signature(factory).parameters
     for param in params:
         if param not in known:
             raise ValueError(f"weights={name!r} has no parameter {param!r}; it takes: {', '.join(known) or 'none'}")
+        check_kind(f"weights={name!r}", known[param], params[param])
     return factory(**params)

@@ -139,7 +139,9 @@ def hierarchical(num_peers: int, *, node_size: int, between="one_peer_exponentia
 
 
 SEQUENCES: dict[str, Entry] = {
-    "grid_all_reduce": Entry(grid_all_reduce, "Moshpit-style: groups along the axes of an M^d grid average in turn; exact (group_size)"),
+    "grid_all_reduce": Entry(
+        grid_all_reduce, "Moshpit-style: groups along the axes of an M^d grid average in turn; exact (group_size)"
+    ),
     "hierarchical": Entry(
         hierarchical, "dense inside a node, sparse between nodes (node_size, between, every)", {"node_size": 4}
     ),
