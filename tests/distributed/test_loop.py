@@ -170,7 +170,7 @@ def test_recorded_bytes_are_the_interfaces(recipe):
     import json
     import subprocess
     import sys
-    tree = with_(recipe | {"topology": "ring"}, peers=8, rule="lora", lora={"rank": 64, "targets": "all-linear"},
+    tree = with_(recipe | {"topology": "ring"}, peers=8, rule="lora", lora={"rank": 256, "targets": "all-linear"},
                  train={"rounds": BYTES_ROUNDS, "local_steps": 1}, eval={"every": 0, "consensus": False},
                  measure={"every": 0}).to_dict()
     probe = subprocess.run(["unshare", "-n", "true"], capture_output=True)
