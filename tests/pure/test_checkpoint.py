@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dfl import checkpoint, train
+from dfl.factors import a_view, b_view, head_view
 from dfl.record import read_lines
 from dfl.transport import InProcess
 
@@ -110,6 +111,27 @@ def test_a_saved_adapter_names_its_base_and_is_ready_for_inference(root, tmp_pat
     assert about["base_model_name_or_path"] == str(root / "bert") and about["inference_mode"] is True
     assert about["peft_type"] == "LORA" and about["r"] == 2
     assert "product" in json.loads((folder / "consensus" / "consensus.json").read_text())["consensus"]
+
+
+@pytest.mark.parametrize("rule", ["lora", "decaf"])
+def test_the_consensus_is_the_mean_of_factors_or_the_best_part_of_the_mean_product(root, tmp_path, rule):
+    config = make_config(root, tmp_path / "run", train__rounds=3, train__lr=0.1, rule=rule, lora__head="mixed", lora__alpha=3)
+    train.train(config)
+    folder, layout = checkpoint.latest(tmp_path / "run"), tiny_runs.make_run(config)[0].peers.layout
+    rows, saved = checkpoint.rows_of(folder, 4), load_file(folder / "consensus" / "adapter_model.safetensors")
+    for pair in layout.pairs:
+        a, b = (saved[f"base_model.model.{pair.name}.lora_{k}.weight"].double() for k in "AB")
+        all_a, all_b = a_view(rows, pair).double(), b_view(rows, pair).double()
+        if rule == "lora":
+            torch.testing.assert_close((a, b), (all_a.mean(0), all_b.mean(0)), rtol=1e-5, atol=1e-6)
+        else:
+            u, s, vh = torch.linalg.svd((all_b @ all_a).mean(0))
+            best = (u[:, :pair.rank] * s[:pair.rank]) @ vh[:pair.rank]
+            torch.testing.assert_close(b @ a, best, rtol=1e-4, atol=1e-6)
+            assert float((best - all_b.mean(0) @ all_a.mean(0)).norm()) > 1e-4 * float(best.norm())  # not the same thing
+    for tensor in layout.head:
+        name = f"base_model.model.{tensor.name}"
+        torch.testing.assert_close(saved[name], head_view(rows, tensor).mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_there_is_nothing_but_safetensors_and_json(root, tmp_path):
