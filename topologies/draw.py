@@ -70,13 +70,15 @@ def draw_graph(axes, topology: Topology, t: int, place: dict) -> None:
     graph, entries = topology.graph(t), topology.entries(t)
     arcs = zip(entries.links.sender.tolist(), entries.links.receiver.tolist(), strict=True)
     weight = dict(zip(arcs, entries.weight, strict=True))
-    widths = [0.4 + 3.0 * abs(weight[edge]) for edge in graph.edges()]
-    size = max(6.0, 700.0 / max(8, len(graph)))
+    widths = [0.4 + 2.5 * abs(weight[edge]) for edge in graph.edges()]
+    static = topology.period == 1
+    size = max(5.0, (700.0 if static else 280.0) / max(8, len(graph)))
     nx.draw_networkx_nodes(graph, place, ax=axes, node_size=size, node_color=INK)
-    arrows = {"arrows": True, "arrowsize": 7, "node_size": size} if graph.is_directed() else {}
+    arrows = {"arrows": True, "arrowsize": 7 if static else 4, "node_size": size} if graph.is_directed() else {}
     nx.draw_networkx_edges(graph, place, ax=axes, width=widths, edge_color=ACCENT, **arrows)
     axes.set_axis_off()
     axes.margins(0.08)
+    axes.set_aspect("equal", adjustable="datalim")
 
 
 def draw_matrix(axes, topology: Topology, t: int) -> None:
@@ -101,22 +103,33 @@ def draw_curve(axes, topology: Topology, result: Simulation) -> None:
 
 def draw(topology: Topology, rounds: int = 4, simulated: int = 30):
     """A figure: graphs of the first rounds, their W, and the consensus curve. One round is drawn of a static topology."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     shown = min(rounds, topology.period or rounds)
-    across = 1 if shown == 1 else 2
-    figure = matplotlib_figure()(figsize=(8.4, 2.8), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.25, 1.0, 1.0))
-    place = positions(topology)
-    for t in range(shown):
-        graph_axes = left.add_subplot(-(-shown // across), across, t + 1)
+    figure, place = matplotlib_figure()(figsize=(8.4, 2.8)), positions(topology)
+    graphs, matrices = cells(shown, 0.01, 0.37), cells(shown, 0.385, 0.655)
+    for t, graph_cell, matrix_cell in zip(range(shown), graphs, matrices, strict=True):
+        graph_axes, matrix_axes = figure.add_axes(graph_cell), figure.add_axes(matrix_cell)
         draw_graph(graph_axes, topology, t, place)
-        matrix_axes = middle.add_subplot(-(-shown // across), across, t + 1)
         draw_matrix(matrix_axes, topology, t)
         if shown > 1:
             graph_axes.set_title(f"t = {t}", fontsize=7, pad=1)
-            matrix_axes.set_title(f"W({t})", fontsize=7, pad=1)
-    draw_curve(right.add_subplot(), topology, simulate(lambda _: topology, simulated))
-    figure.suptitle(f"{topology.name}, {topology.num_peers} peers", fontsize=8)
+            matrix_axes.set_title(f"W({t})", fontsize=7, pad=2)
+    draw_curve(figure.add_axes((0.715, 0.1, 0.275, 0.74)), topology, simulate(lambda _: topology, simulated))
+    figure.suptitle(f"{topology.name}, {topology.num_peers} peers", fontsize=8, y=0.985)
     return figure
+
+
+def cells(count: int, left: float, right: float) -> list[tuple[float, float, float, float]]:
+    """(left, bottom, width, height) of ``count`` axes in rows of two. Placed by hand: a layout solver's rounding would
+    differ from run to run, and the pictures with it."""
+    across = 1 if count == 1 else 2
+    rows, gap = -(-count // across), 0.07
+    width, height = (right - left) / across, 0.86 / rows
+    return [
+        (left + k % across * width, 0.86 - (k // across + 1) * height + 0.04, width - 0.01, height - (gap if count > 1 else 0.04))
+        for k in range(count)
+    ]
 
 
 def save(figure, path, dpi: int = 100) -> Path:

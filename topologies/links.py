@@ -64,11 +64,20 @@ class Links:
     def out_degree(self) -> np.ndarray:
         return np.bincount(self.sender, minlength=self.num_peers) if self.directed else self.in_degree
 
-    @property
+    @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each undirected edge once, as (smaller ids, larger ids); all arcs as (senders, receivers) when directed."""
         once = slice(None) if self.directed else self.sender < self.receiver
         return self.sender[once], self.receiver[once]
+
+    @cached_property
+    def edge_of_arc(self) -> np.ndarray:
+        """(arcs,) the place in ``edges`` of the edge that an arc is a direction of."""
+        if self.directed:
+            return np.arange(len(self.sender))
+        low, high = np.minimum(self.sender, self.receiver), np.maximum(self.sender, self.receiver)
+        i, j = self.edges
+        return np.searchsorted(j * self.num_peers + i, high * self.num_peers + low)
 
     def senders(self, i: int) -> np.ndarray:
         """Ascending ids of the peers that ``i`` hears, itself excluded."""
@@ -76,8 +85,9 @@ class Links:
 
     def keep(self, mask: np.ndarray) -> Links:
         """The links whose entry of ``mask`` (arcs,) is True."""
-        affinity = None if self.affinity is None else self.affinity[mask]
-        return Links(self.num_peers, self.sender[mask], self.receiver[mask], self.directed, affinity)
+        kept = np.flatnonzero(mask)  # gathering by places is faster than by a random mask
+        affinity = None if self.affinity is None else self.affinity[kept]
+        return Links(self.num_peers, self.sender[kept], self.receiver[kept], self.directed, affinity)
 
     def among(self, alive: np.ndarray | None) -> Links:
         """The links between peers that are there; ``alive`` is a mask (n,) or None for everybody."""

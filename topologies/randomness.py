@@ -40,15 +40,17 @@ def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that looks random."""
     with np.errstate(over="ignore"):
         x = x + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * _MIX_1
-        x = (x ^ (x >> np.uint64(27))) * _MIX_2
-        return x ^ (x >> np.uint64(31))
+        for shift, factor in ((np.uint64(30), _MIX_1), (np.uint64(27), _MIX_2)):
+            x ^= x >> shift
+            x *= factor
+        x ^= x >> np.uint64(31)
+        return x
 
 
 def uniform(key: np.uint64, i, j) -> np.ndarray:
     """Uniform numbers in [0, 1) for the unordered pairs {i, j}; arrays in, an array of the same shape out."""
-    i, j = np.asarray(i, dtype=np.uint64), np.asarray(j, dtype=np.uint64)
-    low, high = np.minimum(i, j), np.maximum(i, j)
+    i, j = np.asarray(i), np.asarray(j)
+    low, high = np.minimum(i, j).astype(np.uint64), np.maximum(i, j).astype(np.uint64)
     words = mix(mix(low ^ key) ^ high)
     return (words >> np.uint64(11)) * 2.0**-53
 

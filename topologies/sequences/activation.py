@@ -33,7 +33,8 @@ class EdgeActivation(GraphTopology):
 
     def links(self, t):
         base = self.base.links
-        return base.keep(uniform(key(self.seed, t, "links"), base.sender, base.receiver) < self.p)
+        on = uniform(key(self.seed, t, "links"), *base.edges) < self.p
+        return base.keep(on[base.edge_of_arc])
 
     def senders(self, t, i):
         senders = self.base.senders(i)
