@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+FLAGS = ("--dry-run", "--resume", "--overwrite", "--help")
 EXAMPLES = """examples:
   dfl train launch/recipes/quickstart.yaml --rule.T 5 --output runs/five
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml
@@ -28,9 +29,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command with its own flags, and the overrides: all from the first `--key` that is not a flag, the flags taken out."""
+    cut = next((k for k, word in enumerate(argv) if word.startswith("--") and word not in FLAGS), len(argv))
+    return argv[:cut] + [word for word in argv[cut:] if word in FLAGS], [word for word in argv[cut:] if word not in FLAGS]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 refused, 75 stopped by a signal with its state saved."""
-    args, rest = parser().parse_known_args(argv)
+    words, rest = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
     try:
         return {"train": _train, "eval": _eval, "list": _list}[args.command](args, rest)
     except ValueError as error:

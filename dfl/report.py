@@ -74,9 +74,9 @@ def how_to_load(run: Path) -> list[str]:
     folder = latest(run)
     if folder is None:
         return ["adapters: none, the run has no complete checkpoint"]
-    return [f"adapters: {folder}/peer-*, consensus in {folder}/consensus", "load one:",
-            f"  python -m dfl eval {run}",
-            f"  PeftModel.from_pretrained(base_model, {str(folder / 'consensus')!r})   # base_model: see run.json, facts.base"]
+    return [f"adapters: {folder}/peer-*, consensus in {folder}/consensus", "load one with stock PEFT:",
+            f"  PeftModel.from_pretrained(base_model, {str(folder / 'consensus')!r})   # base_model: see run.json, facts.base",
+            f"evaluate again: python -m dfl eval {run}"]
 
 
 def align(rows: list[list[str]]) -> str:
