@@ -64,13 +64,14 @@ def page() -> str:
 def section(name: str) -> str:
     topology, params = example(name)
     found, how = rate(topology)
+    speed = f"rate {found:.4f} a round ({how})" if found else how
     shown = ", ".join(f"{key}={_short(value)}" for key, value in params.items())
     takes = ", ".join(f"`{param}`" for param in parameters(TOPOLOGIES[name].factory))
     lines = [
         f"### {name}",
         "",
         f"{TOPOLOGIES[name].about[0].upper()}{TOPOLOGIES[name].about[1:]}.",
-        f"Here: n = {topology.num_peers}{', ' + shown if shown else ''}; rate {found:.4f} a round ({how}).",
+        f"Here: n = {topology.num_peers}{', ' + shown if shown else ''}; {speed}.",
         f"Parameters: {takes or 'none'}.",
         "",
         f"![{name}]({name}.png)",
