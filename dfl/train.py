@@ -55,7 +55,11 @@ def check(config: Config):
 
 def build_topology(config: Config):
     seed = config.seed if config.topology_seed is None else config.topology_seed
-    return topologies.build(config.topology.name, config.peers, seed=derive(seed, "topology"), **config.topology.params)
+    topology = topologies.build(config.topology.name, config.peers, seed=derive(seed, "topology"), **config.topology.params)
+    if topology.sums == "column":
+        raise ValueError(f"topology.name = {config.topology.name!r} has columns that sum to one, but not rows: receivers would not "
+                         "average; allowed: weights that are doubly or row stochastic")
+    return topology
 
 
 def data_seed(config: Config) -> int:

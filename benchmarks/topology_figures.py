@@ -1,6 +1,6 @@
 """How topologies scale: a peer's own row at n = 100,000, a whole W at n = 1,024, spectra at n = 10,000.
 
-    python benchmarks/topologies.py [--output benchmarks/results/topologies.json]
+    python benchmarks/topology_figures.py [--output benchmarks/results/topologies.json]
 
 Measures and asserts nothing; the targets stand next to the figures. Writes one stamped JSON.
 """
@@ -115,7 +115,7 @@ def stamp() -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git("rev-parse", "HEAD"),
-        "git_modified": git("status", "--porcelain", "--", "topologies", "benchmarks/topologies.py").splitlines(),
+        "git_modified": git("status", "--porcelain", "--", "topologies", "benchmarks/topology_figures.py").splitlines(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "networkx": networkx.__version__,
