@@ -121,7 +121,6 @@ def test_a_word_where_a_topology_wants_a_number(root, tmp_path, capsys):
     assert "often" in line and "erdos_renyi" in line
 
 
-@pytest.mark.xfail(strict=True, reason="the value of an override is taken for the recipe when it holds a space, or when there is none")
 @pytest.mark.parametrize("override", [
     ["--rule={name: adf, T: 0}"], ["--rule", "{name: adf, T: 0}"], ["--rule.name", "adf", "--rule.T", "0"],
     ["--rule=adf", "--rule.T", "0"]])
@@ -132,7 +131,9 @@ def test_overrides_are_overrides_with_and_without_a_recipe(root, tmp_path, capsy
     (tmp_path / "recipe.yaml").write_text("rule: {name: adf}\n")
     override = [word.replace("--rule=adf", "--seed=1") for word in override]
     assert "rule.T = 0 is not allowed" in refused(["train", tmp_path / "recipe.yaml", *given, *override], capsys)
-    assert "rule.T = 0 is not allowed" in refused(["train", *given, *override, tmp_path / "recipe.yaml"], capsys)
+    assert "rule.T = 0 is not allowed" in refused(["train", tmp_path / "recipe.yaml", *given, *override, "--resume"], capsys)
+    line = refused(["train", *given, *override, tmp_path / "recipe.yaml"], capsys)  # the recipe comes first
+    assert "recipe.yaml' is not an override" in line
 
 
 def test_a_head_cannot_be_trained_where_there_is_none(root, tmp_path, capsys):
