@@ -337,3 +337,27 @@ def test_a_disk_without_any_room_is_one_line_and_no_run(root, tmp_path):
     assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
     assert "No space left" in errors[0] and str(disk / "run") in errors[0]
     assert "FILES []" in done.stdout  # nothing that a second start would take for a run
+
+
+@pytest.mark.xfail(strict=True, reason="a damaged run begins again without a word")
+def test_checkpoints_that_are_all_damaged_are_not_silently_replaced(root, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(words(root, output, train__rounds=1)) == 0
+    for path in output.rglob("state-0.safetensors"):
+        path.write_bytes(b"")
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    assert "damaged" in refused([*words(root, output, train__rounds=1), "--resume"], capsys)
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.xfail(strict=True, reason="a number beyond the codec's range travels as infinity")
+def test_numbers_too_large_for_a_codec_do_not_break_the_products(root, tmp_path, capsys):
+    fields = {"rule": "decaf", "codec": "float16", "train__lr": 1e10, "train__clip": None, "train__local_steps": 1, "eval__every": 1}
+    assert main(words(root, tmp_path / "run", **fields)) in (0, 1)  # as large as it can be, or one line
+    finite_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.xfail(strict=True, reason="a longer run warms up for longer")
+def test_a_run_with_a_warm_up_cannot_be_made_longer(root, tmp_path, capsys):
+    assert main(words(root, tmp_path / "run", train__rounds=2, train__warmup=0.5)) == 0
+    assert "train = " in refused([*words(root, tmp_path / "run", train__rounds=4, train__warmup=0.5), "--resume"], capsys)
