@@ -3,6 +3,8 @@
 All of it comes from Gram tables of low-rank pairs: nothing of size O x I is formed. Products are scaled as ΔW is.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,16 +15,23 @@ from dfl.lowrank import product_gram
 
 def consensus_distance(x: Tensor) -> float:
     """sqrt(mean_i ||x_i - mean x||²) of rows x (N, D)."""
-    x = x.double()
-    return float((x - x.mean(0)).square().sum(1).mean().sqrt())
+    centred = x - x.mean(0, dtype=torch.float64).to(x.dtype)
+    return float(centred.square().sum(1, dtype=torch.float64).mean().sqrt())
 
 
-def scaled_product_gram(x: Tensor, layout: Layout) -> Tensor:
-    """<ΔW_j, ΔW_l>_F over all layers for the rows of x (J, D): (J, J) float64."""
-    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor], Tensor] = lambda factors: factors) -> Tensor:
+    """<ΔW_j, ΔW_l>_F over all layers for the rows (J, D), one set of rows after the other: (J, J) float64.
+
+    `spread` maps the factors (J, L, ...) of the layers of one shape to those of other pairs, linearly in j. Layers of one shape at
+    a time, so that a float64 copy of all rows is never there.
+    """
+    total = None
     for pairs in layout.shapes():
-        scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=x.device)[:, None, None]
-        total += product_gram(stack_a(x, pairs).double() * scaling, stack_b(x, pairs))
+        scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=rows[0].device)[:, None, None]
+        a = spread(torch.cat([stack_a(x, pairs) for x in rows]).double() * scaling)
+        b = spread(torch.cat([stack_b(x, pairs) for x in rows]).double())
+        table = product_gram(a, b)
+        total = table if total is None else total + table
     return total
 
 
@@ -38,10 +47,13 @@ def cross_term(x: Tensor, w: np.ndarray, layout: Layout) -> tuple[float, float]:
     and one from every A_j, so the network means are taken off first: no cancellation when peers agree.
     """
     weights = torch.as_tensor(w, dtype=torch.float64, device=x.device)
-    x = x.double()
-    products = scaled_product_gram(x, layout)
-    x = x - x.mean(0)
-    gram = scaled_product_gram(torch.cat([x, weights @ x]), layout)
+
+    def centred_and_mixed(factors: Tensor) -> Tensor:
+        centred = factors - factors.mean(0)
+        return torch.cat([centred, torch.tensordot(weights, centred, 1)])
+
+    products = scaled_product_gram(x, layout=layout)
+    gram = scaled_product_gram(x, layout=layout, spread=centred_and_mixed)
     cross = _norms(gram, torch.cat([weights, -torch.eye(len(x), dtype=torch.float64, device=x.device)], 1))
     size = _norms(products, weights)
     relative = torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
@@ -54,7 +66,7 @@ def aggregation_error(before: Tensor, after: Tensor, w: np.ndarray, layout: Layo
     before, after: rows (N, D) around the mix.
     """
     weights = torch.as_tensor(w, dtype=torch.float64, device=before.device)
-    gram = scaled_product_gram(torch.cat([before, after]), layout)
+    gram = scaled_product_gram(before, after, layout=layout)
     eye = torch.eye(len(before), dtype=torch.float64, device=before.device)
     return float(_norms(gram, torch.cat([weights, -eye], 1)).mean())
 
@@ -63,7 +75,7 @@ def product_distance(x: Tensor, layout: Layout) -> float:
     """sqrt(mean_i ||ΔW_i - mean ΔW||_F²) of rows x (N, D): disagreement that no change of basis hides."""
     num = len(x)
     centred = torch.eye(num, dtype=torch.float64, device=x.device) - 1 / num
-    return float(_norms(scaled_product_gram(x, layout), centred).square().mean().sqrt())
+    return float(_norms(scaled_product_gram(x, layout=layout), centred).square().mean().sqrt())
 
 
 def measure(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout) -> dict[str, float]:
