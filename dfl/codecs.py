@@ -33,7 +33,8 @@ def float16() -> Codec:
 
 
 def _rounded(wire: torch.dtype) -> Codec:
-    return Codec(lambda m: m.to(wire).view(torch.uint8), lambda data, dtype: data.view(wire).to(dtype),
+    most = torch.finfo(wire).max  # a larger number would travel as infinity
+    return Codec(lambda m: m.clamp(-most, most).to(wire).view(torch.uint8), lambda data, dtype: data.view(wire).to(dtype),
                  lambda n, dtype: n * wire.itemsize)
 
 

@@ -16,11 +16,11 @@ from dfl.seeds import derive, permutation
 
 
 class DivergenceError(FloatingPointError):
-    """The loss or the factors of peer `peer` are not finite."""
+    """The loss or the factors of peer `peer` are not finite; `at_start`: already those it began the round with."""
 
-    def __init__(self, message: str, peer: int = -1):
+    def __init__(self, message: str, peer: int = -1, at_start: bool = False):
         super().__init__(message)
-        self.peer = peer
+        self.peer, self.at_start = peer, at_start
 
 
 class DataStream:
@@ -67,7 +67,11 @@ class HostedPeers:
         self._active: frozenset[str] = frozenset()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        flat = [p for row in self.params for p in row.values()]
+        # peers with equally many steps share a parameter group, and with it the rate of a step
+        by_steps: dict[int, list[Tensor]] = {}
+        for row, params in enumerate(self.params):
+            by_steps.setdefault(self.steps(row), []).extend(params.values())
+        flat = [{"params": params, "steps": steps} for steps, params in by_steps.items()]
         train = self.train
         if train.optimizer == "sgd":
             return torch.optim.SGD(flat, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True)
@@ -110,17 +114,21 @@ class HostedPeers:
         """
         self.begin_round(trains)
         self.adapted.model.train()
-        means = torch.zeros(len(self.ids), device=self.device)
+        means, first = torch.zeros(2, len(self.ids), device=self.device)
         for rows in executor.groups(len(self.ids)):
             for row in rows:
                 self.generators[row].manual_seed(derive(self.seed, "local", self.ids[row], t))
+            # what draws from the global generator (stochastic depth) must not depend on the hosting either
+            torch.manual_seed(derive(self.seed, "global", self.ids[rows[0]], t))
             with executor.bound(self.adapted, self.x, self.g, rows, trains) as forward:
                 for k in range(max(map(self.steps, rows))):
                     active = [row for row in rows if k < self.steps(row)]
                     losses = self._step(t, k, active, trains, task, split, forward, corrections)
                     means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)
+                    if k == 0:
+                        first[active] = losses
         self.adapted.model.eval()
-        self._check_finite(means, t)
+        self._check_finite(means, first, t)
         return means
 
     def _step(self, t, k, active, trains, task, split, forward, corrections) -> Tensor:
@@ -136,9 +144,8 @@ class HostedPeers:
             total += losses.detach() / self.train.accumulation
         self._correct_and_clip(active, trains, corrections)
         self._set_gradients(active, trains)
-        lr = self.learning_rate((t + k / self.steps(active[0])) / self.train.rounds)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.learning_rate((t + min(k / group["steps"], 1)) / self.train.rounds)
         self.optimizer.step()
         return total
 
@@ -181,11 +188,11 @@ class HostedPeers:
             for group, parameter in params.items():
                 parameter.grad = grads[group] if row in active and group in trains else None
 
-    def _check_finite(self, means: Tensor, t: int) -> None:
+    def _check_finite(self, means: Tensor, first: Tensor, t: int) -> None:
         bad = (~(torch.isfinite(means) & torch.isfinite(self.x).all(1))).nonzero().flatten().tolist()
         if bad:
-            peer = self.ids[bad[0]]
-            raise DivergenceError(f"peer {peer} diverged in round {t + 1}: mean training loss {float(means[bad[0]])}", peer)
+            peer, at_start = self.ids[bad[0]], not bool(torch.isfinite(first).all())
+            raise DivergenceError(f"peer {peer} diverged in round {t + 1}: mean training loss {float(means[bad[0]])}", peer, at_start)
 
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's state as named tensors, to be saved; empty when moments do not survive a round."""
@@ -194,6 +201,15 @@ class HostedPeers:
         return {f"{self.ids[row]}.{group}.{key}": value for row, params in enumerate(self.params)
                 for group, p in params.items() for key, value in self.optimizer.state.get(p, {}).items()
                 if isinstance(value, Tensor)}
+
+    def snapshot(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows and moments as they are now, for a round that may have to be taken back."""
+        return self.x.clone(), {name: value.clone() for name, value in self.moments().items()}
+
+    def restore(self, snapshot: tuple[Tensor, dict[str, Tensor]]) -> None:
+        self.x.copy_(snapshot[0])
+        self.reset_moments()
+        self.load_moments(snapshot[1], self._active)
 
     def load_moments(self, saved: dict[str, Tensor], last_trained: frozenset[str]) -> None:
         """Put back what `moments` gave, for the peers hosted here."""

@@ -18,7 +18,8 @@ from dfl.peers import DivergenceError, HostedPeers
 from dfl.rules.base import Rule, State
 from dfl.transport.base import Transport
 
-# what processes agree on after every local phase; a diverged peer is _DIVERGED + its id
+# what processes agree on after every local phase; a diverged peer is _DIVERGED + its id, and the number of
+# peers more when it began the round with factors that were bad already
 _GO, _STOP, _DIVERGED = 0, 1, 2
 _COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes")
 
@@ -55,22 +56,24 @@ class Hooks(NamedTuple):
 def run_rounds(run: Run, hooks: Hooks) -> bool:
     """Run to the last round, from wherever `run.completed` is. False when stopped early by an agreed signal.
 
-    On divergence the rows go back to the start of the round, are saved, and DivergenceError is raised everywhere.
+    On divergence the peers go back to the last state known to be good, which is saved, and DivergenceError is raised everywhere.
     """
-    config = run.config
+    config, begun = run.config, []
     if run.completed == 0:
         hooks.record(_start_record(run))
     while run.completed < config.train.rounds:
         t = run.completed
-        before = run.peers.x.clone()
+        # the start of this round and of the one before it
+        begun = [*begun[-1:], (t, run.peers.snapshot(), list(run.states))]
         started = time.perf_counter()
         losses, flag = _local(run, t, hooks.stop_requested())
         local_seconds = time.perf_counter() - started
         if flag >= _DIVERGED:
-            run.peers.x.copy_(before)
+            at_start, peer = divmod(flag - _DIVERGED, config.peers)
+            _go_back(run, begun[0] if at_start else begun[-1])
             hooks.save()
-            raise DivergenceError(f"peer {flag - _DIVERGED} diverged in round {t + 1}: its training loss or its factors are not "
-                                  f"finite; the state after round {t} is saved. A smaller train.lr or train.clip may help")
+            raise DivergenceError(f"peer {peer} diverged in round {t + 1}: its training loss or its factors are not finite; the state "
+                                  f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
         hooks.record(_finish(run, t, losses, local_seconds))
         run.completed = t + 1
         if flag == _STOP and run.completed < config.train.rounds:
@@ -79,6 +82,12 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
         if due(config.checkpoint.every, t) or run.completed == config.train.rounds:
             hooks.save()
     return True
+
+
+def _go_back(run: Run, begun: tuple) -> None:
+    run.completed, snapshot, states = begun
+    run.states[:] = states
+    run.peers.restore(snapshot)
 
 
 def due(every: int, t: int) -> bool:
@@ -92,7 +101,7 @@ def _local(run: Run, t: int, stop: bool) -> tuple[Tensor | None, int]:
     try:
         losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections)
     except DivergenceError as error:
-        flag = _DIVERGED + error.peer
+        flag = _DIVERGED + error.peer + run.config.peers * error.at_start
     return losses, run.transport.agree(flag)
 
 

@@ -12,7 +12,7 @@ import yaml
 import topologies
 from dfl import codecs, executors, partition, rules, tasks
 from dfl.adapters import Adapted, attach
-from dfl.checkpoint import Checkpointer, folder_of, latest, read_state, verify
+from dfl.checkpoint import Checkpointer, complete, folder_of, latest, read_state, verify
 from dfl.config import Config, Plugin, from_dict
 from dfl.config import load as load_recipe
 from dfl.evaluate import Evaluator, consensus
@@ -135,7 +135,10 @@ def _baseline(config: Config) -> Config:
 def _prepare_output(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from. Refuses a folder that holds another run before anything is touched."""
     if resume:
-        found = latest(output)
+        found, published = latest(output), complete(output)
+        if published and found is None:
+            raise ValueError(f"output = {config.output!r}: all of its {len(published)} checkpoints are damaged; "
+                             "pass --overwrite to begin again")
         if found is not None:
             _check_continuation(config, output)
         return found
@@ -156,7 +159,7 @@ def _check_continuation(config: Config, output: Path) -> None:
         if key in _FREE:
             continue
         old, new = before.get(key), now[key]
-        if key == "train" and new["schedule"] == "constant":
+        if key == "train" and new["schedule"] == "constant" and not new["warmup"]:
             old, new = old | {"rounds": 0}, new | {"rounds": 0}  # a constant run may be made longer
         if old != new:
             raise ValueError(f"{key} = {new!r} differs from {old!r}, with which {str(output)!r} was begun; "
@@ -168,7 +171,7 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     if resumed_from is not None:
         restore(run, resumed_from)
     first = runtime.place.rank == 0
-    record = _Recording(config, run, loaded, output, runtime) if first else None
+    record = _begin_record(config, run, loaded, output, runtime, resumed_from is None) if first else None
     saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep)
     stop = StopSignal()
     try:
@@ -181,6 +184,21 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     if first and not finished:
         record.console.say(f"stopped after round {run.completed}; the state is saved, --resume goes on")
     return finished
+
+
+def _begin_record(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool) -> "_Recording":
+    """A start that fails (a full disk, a tracker without an account) leaves nothing that looks like a run."""
+    try:
+        return _Recording(config, run, loaded, output, runtime)
+    except (OSError, ValueError) as error:
+        if new:
+            for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
+                (output / name).unlink(missing_ok=True)
+            if output.is_dir() and not any(output.iterdir()):
+                output.rmdir()
+        if isinstance(error, OSError) and error.filename is None:  # a write does not say where, as an open does
+            raise OSError(error.errno, error.strerror, str(output)) from error
+        raise
 
 
 class _Recording:

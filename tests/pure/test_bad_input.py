@@ -263,16 +263,17 @@ def test_the_message_names_peer_and_round(root, tmp_path, capsys, monkeypatch, e
     with monkeypatch.context() as patch:
         poison(patch, peer, t=2)
         assert main(words(root, tmp_path / "run", train__executor=executor)) == 1
-    assert f"peer {peer} diverged in round 3" in said(capsys)
-    assert finite_checkpoint(tmp_path / "run").name == "round-00002"
+    line = said(capsys)
+    assert f"peer {peer} diverged in round 3" in line and "after round 1 is saved" in line
+    # the first loss of round 3 was bad: the factors it began with are not known to be good, those of round 2 are
+    assert finite_checkpoint(tmp_path / "run").name == "round-00001"
     assert [r["round"] for r in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["facts"]
     # the cause gone, the run goes on from there
     assert main([*words(root, tmp_path / "run", train__executor=executor), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("state", ["fresh", pytest.param("carried", marks=pytest.mark.xfail(
-    strict=True, reason="the moments are those of the round that diverged"))])
+@pytest.mark.parametrize("state", ["fresh", "carried"])
 def test_the_last_good_state_is_that_of_the_round_before(root, tmp_path, capsys, monkeypatch, state):
     fields = {"train__state": state, "rule": "{name: adf, T: 2}", "checkpoint__every": 1, "checkpoint__keep": 9}
     assert main(words(root, tmp_path / "good", **fields)) == 0
@@ -328,7 +329,6 @@ def test_a_disk_that_fills_up_keeps_the_last_whole_checkpoint(root, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-@pytest.mark.xfail(strict=True, reason="a start that fails leaves its folder behind")
 def test_a_disk_without_any_room_is_one_line_and_no_run(root, tmp_path):
     disk = tmp_path / "disk"
     # one block is taken by the folder of the run itself
@@ -339,7 +339,6 @@ def test_a_disk_without_any_room_is_one_line_and_no_run(root, tmp_path):
     assert "FILES []" in done.stdout  # nothing that a second start would take for a run
 
 
-@pytest.mark.xfail(strict=True, reason="a damaged run begins again without a word")
 def test_checkpoints_that_are_all_damaged_are_not_silently_replaced(root, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(words(root, output, train__rounds=1)) == 0
@@ -350,14 +349,12 @@ def test_checkpoints_that_are_all_damaged_are_not_silently_replaced(root, tmp_pa
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="a number beyond the codec's range travels as infinity")
 def test_numbers_too_large_for_a_codec_do_not_break_the_products(root, tmp_path, capsys):
     fields = {"rule": "decaf", "codec": "float16", "train__lr": 1e10, "train__clip": None, "train__local_steps": 1, "eval__every": 1}
     assert main(words(root, tmp_path / "run", **fields)) in (0, 1)  # as large as it can be, or one line
     finite_checkpoint(tmp_path / "run")
 
 
-@pytest.mark.xfail(strict=True, reason="a longer run warms up for longer")
 def test_a_run_with_a_warm_up_cannot_be_made_longer(root, tmp_path, capsys):
     assert main(words(root, tmp_path / "run", train__rounds=2, train__warmup=0.5)) == 0
     assert "train = " in refused([*words(root, tmp_path / "run", train__rounds=4, train__warmup=0.5), "--resume"], capsys)

@@ -126,7 +126,6 @@ def test_unequal_numbers_of_local_steps(root):
     assert_alike(root, "bert", rounds=2, **SKEWED)
 
 
-@pytest.mark.xfail(strict=True, reason="the rate of a stacked step is that of its first peer")
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_unequal_numbers_of_local_steps_under_a_schedule(root, schedule):
     assert_alike(root, "bert", rounds=2, train__schedule=schedule, train__rounds=2, **SKEWED)

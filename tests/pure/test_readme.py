@@ -36,8 +36,9 @@ def test_the_round_for_readers_is_the_loops(interval, tmp_path):
     run, loaded = make_run(config)
     topology = run.topology
     net, layout, task, split = loaded.adapted.model.eval(), run.peers.layout, run.task, run.split
-    names = [[name for name, p in net.named_parameters() if p is s.module.lora_A["default"].weight or p is s.module.lora_B["default"].weight]
-             for s in loaded.adapted.sites]
+    names = [[name for name, p in net.named_parameters()
+              if p is site.module.lora_A["default"].weight or p is site.module.lora_B["default"].weight]
+             for site in loaded.adapted.sites]
 
     def loss(a, b, batch):
         values = {name: value for (name_a, name_b), a_l, b_l in zip(names, a, b, strict=True)
@@ -84,7 +85,8 @@ def test_the_tree_is_the_tree():
             named |= set() if folder else {entry}
         else:
             named.add(folder + entry)
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                            text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     files = {f for f in listed.stdout.split() if (ROOT / f).exists()}
