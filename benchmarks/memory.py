@@ -27,9 +27,9 @@ def child(peers: int) -> None:
     from dfl.train import train
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout = open(os.devnull, "w")
-        train(load(None, ["--peers", str(peers), "--train.rounds", "2", "--train.local_steps", "3", "--eval.every", "0", "--model.dropout", "0",
-                          "--data.max_length", "64", "--data.max_valid", "100", "--lora.targets", "[query, value]",
-                          "--threads", "1", "--output", f"{folder}/run"]))
+        fields = {"peers": peers, "model.dropout": 0, "data.max_length": 64, "data.max_valid": 100, "lora.targets": "[query, value]",
+                  "train.rounds": 2, "train.local_steps": 3, "eval.every": 0, "threads": 1, "output": f"{folder}/run"}
+        train(load(None, [f"--{key}={value}" for key, value in fields.items()]))
         sys.stdout = sys.__stdout__
     print(base, *resident(), flush=True)
 

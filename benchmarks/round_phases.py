@@ -37,10 +37,10 @@ def phases(peers: int, processes: int, rank: int) -> dict:
     """Median seconds of each phase (slowest process) over the rounds after the first."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "dfl", "train",
-                   str(RECIPE), "--baseline", "null", "--topology", "ring", "--rule", "lora", "--partition", "iid", "--peers", str(peers),
-                   "--lora.rank", str(rank), "--train.rounds", str(ROUNDS), "--train.local_steps", "5", "--eval.every", "0",
-                   "--data.max_valid", "50", "--threads", "1", "--output", str(run)]
+        fields = {"baseline": "null", "topology": "ring", "rule": "lora", "partition": "iid", "peers": peers, "lora.rank": rank,
+                  "train.rounds": ROUNDS, "train.local_steps": 5, "eval.every": 0, "data.max_valid": 50, "threads": 1, "output": run}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                   "-m", "dfl", "train", str(RECIPE), *(f"--{key}={value}" for key, value in fields.items())]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
     seconds = {phase: sorted(r["seconds"][phase] for r in records)[len(records) // 2] for phase in PHASES}

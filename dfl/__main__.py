@@ -66,7 +66,7 @@ def _train(args, rest) -> int:
     if args.dry_run:
         import yaml
 
-        from dfl.train import check
+        from dfl.assemble import check
         check(resolved)
         print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
         return 0

@@ -5,8 +5,8 @@ from pathlib import Path
 import tiny_models
 import yaml
 
+from dfl import assemble
 from dfl import config as configuration
-from dfl import train
 from dfl.runtime import start
 
 SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
@@ -44,7 +44,7 @@ def make_config(model: Path, data: Path, output: Path, **fields) -> configuratio
 
 def make_run(config: configuration.Config):
     """The assembled run of a configuration in this process, and what was loaded for it."""
-    topology = train.check(config)
+    topology = assemble.check(config)
     runtime = start(config)
-    loaded = train.load(config, runtime.device)
-    return train.assemble(config, runtime, loaded, topology), loaded
+    loaded = assemble.load(config, runtime.device)
+    return assemble.assemble(config, runtime, loaded, topology), loaded

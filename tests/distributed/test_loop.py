@@ -12,9 +12,10 @@ from tiny_models import save
 
 import topologies
 from dfl import config as configuration
+from dfl.assemble import assemble, build_rule, check, load
 from dfl.rounds import Hooks, run_rounds
 from dfl.runtime import start
-from dfl.train import assemble, build_rule, check, load, train
+from dfl.train import train
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +27,8 @@ def recipe(tmp_path_factory) -> dict:
     rows = [f"{words[k % 6]} {k % 5}\t{int('good' in words[k % 6])}" for k in range(96)]
     (folder / "train.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
     save(folder / "model", "bert")
-    return {"peers": 5, "model": {"name": str(folder / "model")}, "data": {"source": "file", "train": str(folder / "train.tsv"), "max_length": 16},
+    return {"peers": 5, "model": {"name": str(folder / "model")},
+            "data": {"source": "file", "train": str(folder / "train.tsv"), "max_length": 16},
             "lora": {"rank": 2, "targets": ["query", "value"], "head": "mixed", "dropout": 0.1},
             "topology": {"name": "edge_activation", "p": 0.3}, "train": {"rounds": 4, "local_steps": 2, "batch_size": 4},
             "eval": {"every": 2}, "threads": 1}

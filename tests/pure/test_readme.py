@@ -11,9 +11,9 @@ from tiny_runs import make_config, make_run, write_data
 from torch.func import functional_call
 
 from dfl import config as configuration
+from dfl.assemble import check
 from dfl.factors import a_view, b_view
 from dfl.rounds import Hooks, run_rounds
-from dfl.train import check
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()

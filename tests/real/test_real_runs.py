@@ -23,7 +23,8 @@ def data_folder(research_data, monkeypatch):
 
 
 def test_perplexity_falls_at_every_peer(tmp_path):
-    before, *_, after = train("stories.yaml", tmp_path / "run", "--train.rounds", "4", "--data.max_valid", "40", "--data.max_length", "64", "--eval.every", "0")
+    before, *_, after = train("stories.yaml", tmp_path / "run", "--train.rounds", "4", "--data.max_valid", "40", "--data.max_length",
+                              "64", "--eval.every", "0")
     for first, last in zip(before["eval"]["peers"]["perplexity"], after["eval"]["peers"]["perplexity"], strict=True):
         assert last < 0.8 * first
     assert after["eval"]["consensus"]["perplexity"] < 0.8 * before["eval"]["consensus"]["perplexity"]

@@ -1,0 +1,96 @@
+"""From a configuration to a run that has not begun: what is refused, what is loaded, what is built from it."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+import topologies
+from dfl import codecs, executors, partition, rules, tasks
+from dfl.adapters import Adapted, attach
+from dfl.config import Config
+from dfl.evaluate import Evaluator
+from dfl.peers import DataStream, HostedPeers
+from dfl.plugins import check_parameters, lookup
+from dfl.record import check_trackers
+from dfl.rounds import Run
+from dfl.rules.base import Rule
+from dfl.runtime import Runtime
+from dfl.seeds import derive
+from dfl.simulate import with_contraction
+
+
+class Loaded(NamedTuple):
+    """The data and the model, once per process."""
+
+    bundle: tasks.Bundle
+    parts: list
+    adapted: Adapted
+
+
+def check(config: Config):
+    """Everything that can be refused before anything is loaded; the topology, which is cheap."""
+    rules.check(config.rule.name, config.rule.params)
+    for key, instead in (("head", "lora.head"), ("contraction", "topology")):
+        if key in config.rule.params:
+            raise ValueError(f"rule.{key} is set by {instead}")
+    codecs.check(config.codec.name, config.codec.params)
+    check_parameters("partition", config.partition.name, lookup("partition", partition.PARTITIONS, config.partition.name),
+                     config.partition.params)
+    check_trackers(config.report_to)
+    return build_topology(config)
+
+
+def build_topology(config: Config):
+    seed = config.seed if config.topology_seed is None else config.topology_seed
+    topology = topologies.build(config.topology.name, config.peers, seed=derive(seed, "topology"), **config.topology.params)
+    if topology.sums == "column":
+        raise ValueError(f"topology.name = {config.topology.name!r} has columns that sum to one, but not rows: receivers would not "
+                         "average; allowed: weights that are doubly or row stochastic")
+    return topology
+
+
+def data_seed(config: Config) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def load(config: Config, device: torch.device) -> Loaded:
+    """Read data and model, split the data, attach LoRA."""
+    bundle = tasks.load(config.model, config.data, seed=derive(config.seed, "head"), data_seed=data_seed(config))
+    parts = partition.build(config.partition.name, bundle.train.labels, config.peers, seed=derive(data_seed(config), "partition"),
+                            columns=bundle.train.columns, label_names=bundle.train.label_names, **config.partition.params)
+    adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"))
+    return Loaded(bundle, parts, adapted)
+
+
+def build_rule(config: Config, adapted: Adapted, topology) -> Rule:
+    params = with_contraction(config.rule.name, config.rule.params, topology)
+    return rules.build(config.rule.name, adapted.layout, head=config.lora.head, **params)
+
+
+def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
+    """Peers, rule, executor and evaluator of a run that has not begun."""
+    bundle, parts, adapted = loaded
+    streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
+    peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
+    check_same_start(peers, bundle, runtime.transport)
+    autocast = config.train.autocast == "bfloat16" or (config.train.autocast == "auto" and runtime.device.type == "cuda")
+    evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast)
+    codec = codecs.build(config.codec.name, **config.codec.params)
+    executor = executors.choose(config.train.executor, runtime.device)
+    return Run(config, peers, build_rule(config, adapted, topology), topology, codec, runtime.transport, executor,
+               bundle.task, bundle.train, evaluator)
+
+
+def check_same_start(peers: HostedPeers, bundle, transport) -> None:
+    """Every peer must start from the same A and the same head. ValueError names the first that differs from peer 0."""
+    # a trained head is part of the row
+    frozen = () if peers.adapted.head else bundle.head_modules
+    head = [p.detach().float().cpu().numpy().tobytes() for name in frozen for p in bundle.model.get_submodule(name).parameters()]
+    digests = [hashlib.sha256(b"".join([row.cpu().numpy().tobytes(), *head])).digest() for row in peers.x]
+    rows = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])[:, None]
+    rows = transport.gather(rows)
+    differing = [] if rows is None else (rows[:, 0] != rows[0, 0]).nonzero().flatten().tolist()
+    peer = transport.agree(differing[0] if differing else -1)
+    if peer >= 0:
+        raise ValueError(f"peer {peer} starts from another A or head than peer 0; all must share seed, model and lora settings")

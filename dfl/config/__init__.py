@@ -1,0 +1,65 @@
+"""A run is one file: frozen dataclasses, read from YAML with dotted overrides, validated before anything is loaded."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dfl.config.build import build
+from dfl.config.checks import validate
+from dfl.config.recipes import parse_overrides, read_yaml, set_field
+from dfl.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    MeasureConfig,
+    ModelConfig,
+    Plugin,
+    TrainConfig,
+)
+
+__all__ = ["CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "Plugin",
+           "TrainConfig", "from_dict", "load"]
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of recipe `path` with `--dotted.key value` overrides.
+
+    ValueError names the field, the value and what is allowed. Nothing is loaded.
+    """
+    tree: dict = {}
+    if path is not None:
+        tree = read_yaml(Path(path))
+    for key, value in parse_overrides(list(overrides)):
+        set_field(tree, key, value)
+    config = _expand_paths(build(Config, tree, ""))
+    validate(config)
+    return config
+
+
+def _expand_paths(config: Config) -> Config:
+    """`$NAME` and `~` in the fields that may be paths. ValueError names a variable that is not set."""
+    def expand(where: str, value: str | None) -> str | None:
+        if value is None:
+            return None
+        expanded = os.path.expandvars(os.path.expanduser(value))
+        left = re.search(r"\$\{?(\w+)", expanded)
+        if left:
+            raise ValueError(f"{where} = {value!r}: the environment variable {left[1]} is not set")
+        return expanded
+
+    data = dataclasses.replace(config.data, train=expand("data.train", config.data.train),
+                               valid=expand("data.valid", config.data.valid))
+    model = dataclasses.replace(config.model, name=expand("model.name", config.model.name))
+    return dataclasses.replace(config, data=data, model=model, output=expand("output", config.output))
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The configuration that `Config.to_dict` gave."""
+    config = build(Config, tree, "")
+    validate(config)
+    return config

@@ -1,0 +1,133 @@
+"""What a run is: frozen dataclasses. A field's comment says what it means; its type and default say what is allowed."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A choice from a table: its name and its parameters. In a recipe `{name: tad, T: 5}`, or only `tad`."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "minilm"  # the embedded MiniLM, a model folder, or a hub name
+    task: str = "sequence_classification"
+    layers: int | None = None  # keep only the first k transformer layers
+    dropout: float | None = None  # the base model's own dropout; None: what its configuration says
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base weights
+    head_std: float | None = None  # of a new head's weights; None: the model's initializer_range
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "docstrings"  # docstrings, file or hub
+    train: str | None = None  # file: path; hub: split
+    valid: str | None = None
+    name: str | None = None  # hub: data set name, with an optional configuration after a colon
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    prompt: str | None = None
+    response: str | None = None
+    image: str = "image"
+    max_length: int = 128  # tokens
+    max_train: int | None = None  # examples
+    max_valid: int | None = None
+    valid_fraction: float = 0.1  # taken off train when no valid is given
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] | None = None  # None: PEFT's own choice for the architecture
+    rslora: bool = False
+    head: Literal["frozen", "mixed", "local"] = "frozen"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    rounds: int = 20
+    local_steps: int | None = 10
+    local_epochs: int | None = None  # instead of local_steps
+    batch_size: int = 16
+    accumulation: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    clip: float | None = 1.0  # per peer, on the norm of its whole gradient
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0  # fraction of the run
+    state: Literal["fresh", "carried"] = "fresh"  # optimiser moments across rounds
+    at_switch: Literal["fresh", "carried"] = "fresh"  # and of a factor that becomes active again
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    executor: Literal["auto", "sequential", "stacked"] = "auto"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 5  # rounds; 0: only before the first and after the last
+    batch_size: int = 64
+    consensus: bool = True  # evaluate the consensus model as well
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    every: int = 1  # rounds; 0: never
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0  # rounds; 0: only at the end
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    peers: int = 8
+    seed: int = 0
+    topology_seed: int | None = None  # None: seed
+    data_seed: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    rule: Plugin = field(default_factory=lambda: Plugin("tad"))
+    topology: Plugin = field(default_factory=lambda: Plugin("ring"))
+    codec: Plugin = field(default_factory=lambda: Plugin("none"))
+    partition: Plugin = field(default_factory=lambda: Plugin("iid"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    baseline: Literal["local"] | None = None  # also train without mixing, for the closing table
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb, mlflow; one name or a list
+    output: str = "runs/run"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    threads: int | None = None  # of each process; None: cores / processes
+    timeout: float = 1800.0  # seconds to wait for a neighbour; the others wait while one evaluates the consensus
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Plugin):
+        return {"name": value.name, **{k: plain(v) for k, v in value.params.items()}}
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return value

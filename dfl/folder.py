@@ -1,0 +1,113 @@
+"""The folder of a run: who may write into it, and what process 0 leaves there and prints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+
+from dfl import partition
+from dfl.assemble import Loaded
+from dfl.checkpoint import complete, latest
+from dfl.config import Config, load
+from dfl.record import Console, JsonLines, Trackers, describe_run
+from dfl.report import round_line
+from dfl.rounds import Run
+from dfl.runtime import Runtime
+
+# what may differ between a run and its continuation without changing the result
+_FREE = {"device", "backend", "threads", "timeout", "report_to", "output", "eval", "measure", "checkpoint", "baseline"}
+
+
+def prepare(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from. Refuses a folder that holds another run before anything is touched."""
+    if resume:
+        found, published = latest(output), complete(output)
+        if published and found is None:
+            raise ValueError(f"output = {config.output!r}: all of its {len(published)} checkpoints are damaged; "
+                             "pass --overwrite to begin again")
+        if found is not None:
+            _check_continuation(config, output)
+        return found
+    if (output / "recipe.yaml").exists() and not overwrite:
+        raise ValueError(f"output = {config.output!r} already holds a run; pass --resume to go on, --overwrite to replace it, "
+                         "or another --output")
+    runtime.transport.agree(0)  # all have looked before one removes
+    if overwrite and runtime.place.rank == 0 and (output / "recipe.yaml").exists():
+        shutil.rmtree(output)
+    runtime.transport.agree(0)
+    return None
+
+
+def _check_continuation(config: Config, output: Path) -> None:
+    before = yaml.safe_load((output / "recipe.yaml").read_text())
+    now = config.to_dict()
+    for key in now:
+        if key in _FREE:
+            continue
+        old, new = before.get(key), now[key]
+        if key == "train" and new["schedule"] == "constant" and not new["warmup"]:
+            old, new = old | {"rounds": 0}, new | {"rounds": 0}  # a constant run may be made longer
+        if old != new:
+            raise ValueError(f"{key} = {new!r} differs from {old!r}, with which {str(output)!r} was begun; "
+                             "a run goes on as it began")
+
+
+def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool) -> "Recording":
+    """A start that fails (a full disk, a tracker without an account) leaves nothing that looks like a run."""
+    try:
+        return Recording(config, run, loaded, output, runtime)
+    except (OSError, ValueError) as error:
+        if new:
+            for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
+                (output / name).unlink(missing_ok=True)
+            if output.is_dir() and not any(output.iterdir()):
+                output.rmdir()
+        if isinstance(error, OSError) and error.filename is None:  # a write does not say where, as an open does
+            raise OSError(error.errno, error.strerror, str(output)) from error
+        raise
+
+
+class Recording:
+    """What process 0 writes and prints."""
+
+    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
+        # JSON is written last: a folder with a run.json is a run that has started
+        facts = loaded.bundle.facts | {"rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
+                                       "processes": runtime.place.size, "device": str(runtime.device)}
+        (output / "run.json").write_text(json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
+        self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)
+        self.trackers = Trackers(config.report_to, output, config.to_dict())
+        self.console = Console(config.train.rounds, run.completed)
+        self.primary = run.task.primary
+        if run.completed == 0:
+            self.console.say(shards)
+        self.console.say(_opening(config, run, runtime, loaded))
+
+    def round(self, record: dict) -> None:
+        self.lines.write(record)
+        self.trackers.log(record["round"], record)
+        if record["round"]:
+            self.console.round(record["round"] - 1, round_line(record, self.primary), "eval" in record)
+
+    def close(self) -> None:
+        self.console.close()
+        self.trackers.close()
+        self.lines.close()
+
+
+def _opening(config: Config, run: Run, runtime: Runtime, loaded: Loaded) -> str:
+    chosen = "".join(f", {key} = {value}" for key, value in run.rule.facts.items())
+    return (f"{config.peers} peers on {runtime.place.size} process(es), {runtime.device}; rule {config.rule.name}{chosen}; "
+            f"topology {config.topology.name}; {run.peers.layout.size:,} numbers a peer; "
+            f"{len(loaded.bundle.train):,} training and {len(loaded.bundle.valid):,} evaluation examples")
+
+
+def read_config(output: Path, overrides=()) -> Config:
+    """The configuration a run was started with."""
+    if not (output / "recipe.yaml").is_file():
+        raise ValueError(f"{str(output)!r} holds no run (no recipe.yaml in it)")
+    return load(output / "recipe.yaml", overrides)
