@@ -10,6 +10,7 @@ from dfl import codecs, executors, partition, rules, tasks
 from dfl.adapters import Adapted, attach
 from dfl.config import Config
 from dfl.evaluate import Evaluator
+from dfl.factors import Layout, make_layout
 from dfl.peers import DataStream, HostedPeers
 from dfl.plugins import check_parameters, lookup
 from dfl.record import check_trackers
@@ -34,11 +35,13 @@ def check(config: Config):
     for key, instead in (("head", "lora.head"), ("contraction", "topology")):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
-    codecs.check(config.codec.name, config.codec.params)
+    codecs.build(config.codec.name, **config.codec.params)
     check_parameters("partition", config.partition.name, lookup("partition", partition.PARTITIONS, config.partition.name),
                      config.partition.params)
     check_trackers(config.report_to)
-    return build_topology(config)
+    topology = build_topology(config)
+    build_rule(config, make_layout(()), topology)  # its parameters' values, and an interval that has to be chosen
+    return topology
 
 
 def build_topology(config: Config):
@@ -63,9 +66,9 @@ def load(config: Config, device: torch.device) -> Loaded:
     return Loaded(bundle, parts, adapted)
 
 
-def build_rule(config: Config, adapted: Adapted, topology) -> Rule:
+def build_rule(config: Config, layout: Layout, topology) -> Rule:
     params = with_contraction(config.rule.name, config.rule.params, topology)
-    return rules.build(config.rule.name, adapted.layout, head=config.lora.head, **params)
+    return rules.build(config.rule.name, layout, head=config.lora.head, **params)
 
 
 def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
@@ -78,7 +81,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast)
     codec = codecs.build(config.codec.name, **config.codec.params)
     executor = executors.choose(config.train.executor, runtime.device)
-    return Run(config, peers, build_rule(config, adapted, topology), topology, codec, runtime.transport, executor,
+    return Run(config, peers, build_rule(config, adapted.layout, topology), topology, codec, runtime.transport, executor,
                bundle.task, bundle.train, evaluator)
 
 

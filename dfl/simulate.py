@@ -1,6 +1,7 @@
 """Any rule on any topology with the caller's own local step: no model, no processes, the loop's own rule code."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from dfl.factors import Layout, pack, unpack
 from dfl.gossip import gossip
 from dfl.measures import measure
 from dfl.transport import InProcess
+from topologies import spectrum
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 LocalStep = Callable[[Factors, int, frozenset[str]], None]
@@ -65,9 +67,13 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
 def with_contraction(rule: str, params: Mapping[str, object], topology: MixingSequence) -> dict[str, object]:
     """The rule's parameters, with the topology's measured contraction for a rule that chooses its interval by it."""
     if rule == "tad" and params.get("T", "auto") == "auto" and "contraction" not in params:
-        from topologies.spectrum import contraction
-        return {**params, "contraction": contraction(topology)}
+        return {**params, "contraction": _contraction(topology)}
     return dict(params)
+
+
+@lru_cache(maxsize=8)
+def _contraction(topology: MixingSequence) -> float:
+    return spectrum.contraction(topology)
 
 
 def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, trains: frozenset[str]) -> None:

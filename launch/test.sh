@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# All tests, in an environment of their own. Arguments go to pytest: bash launch/test.sh tests/pure -k rules
+# Style and all tests, in an environment of their own. Arguments go to pytest instead: bash launch/test.sh tests/pure -k rules
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment demo,data,vision,topologies,trackers,test
 "$VENV/bin/ruff" check .
-HF_HUB_OFFLINE=1 exec "$VENV/bin/python" -m pytest "$@"
+export HF_HUB_OFFLINE=1
+if [ $# -gt 0 ]; then
+    exec "$VENV/bin/python" -m pytest "$@"
+fi
+# pure tests side by side, a file to a worker; those that start processes of their own one after the other
+"$VENV/bin/python" -m pytest -q -n auto --dist loadfile tests/pure tests/topologies
+exec "$VENV/bin/python" -m pytest --durations=15 tests/distributed tests/real tests/launch

@@ -99,7 +99,7 @@ def test_learning_rate_zero_leaves_the_product_of_the_matrices(recipe, rule):
     rows, *_ = run_processes(zero_rate_worker, 3, config.to_dict())
     adapted = load(config, torch.device("cpu")).adapted
     topology = check(config)
-    plan = build_rule(config, adapted, topology)
+    plan = build_rule(config, adapted.layout, topology)
     expected = torch.stack([start_row(peer, adapted.layout.size) for peer in range(6)]).double().numpy()
     isolated = 0
     for t in range(5):
