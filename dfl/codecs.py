@@ -10,11 +10,12 @@ from dfl.plugins import check_parameters, first_line, lookup
 
 
 class Codec(NamedTuple):
-    """encode(message_M) -> uint8; decode(uint8, dtype) -> message_M; size(M, dtype) -> bytes, known to both ends."""
+    """encode(message_M) -> uint8; decode(uint8, dtype) -> message_M; size(M, dtype) -> bytes, known to both ends, or None where
+    they depend on the message."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor, torch.dtype], Tensor]
-    size: Callable[[int, torch.dtype], int]
+    size: Callable[[int, torch.dtype], int | None]
 
 
 def none() -> Codec:

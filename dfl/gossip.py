@@ -1,6 +1,7 @@
 """One exchange of a round: send, encode, move, decode, mix. The loop and the simulator share it."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from dfl.transport.base import Transport, edges_of
 
 
 class Traffic(NamedTuple):
-    """What one exchange cost: directed edges with a message in the whole run, the bytes these messages hold,
-    and this process's seconds by phase."""
+    """What one exchange cost: directed edges with a message in the whole run; of this process, the bytes of the messages it
+    sent along them, wherever the receiver is hosted, and the seconds by phase."""
 
     edges: int
     message_bytes: int
@@ -50,7 +51,9 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
             x[row] = new
             states[row] = state
     mixed_at = time.perf_counter()
-    return Traffic(len(edges), len(edges) * size, encoded - start, moved - encoded, mixed_at - moved)
+    receivers = Counter(sender for sender, _ in edges)
+    message_bytes = sum(receivers[peer] * len(message) for peer, message in outbox.items())
+    return Traffic(len(edges), message_bytes, encoded - start, moved - encoded, mixed_at - moved)
 
 
 def _row(w: np.ndarray, peer: int) -> dict[int, float]:

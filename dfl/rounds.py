@@ -21,7 +21,7 @@ from dfl.transport.base import Transport
 # what processes agree on after every local phase; a diverged peer is _DIVERGED + its id, and the number of
 # peers more when it began the round with factors that were bad already
 _GO, _STOP, _DIVERGED = 0, 1, 2
-_COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes")
+_COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes", "message_bytes")
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
     table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
     table[:, 0] = losses.cpu()
     table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
-    table[0, 5] = sent
+    table[0, 5], table[0, 6] = sent, traffic.message_bytes  # of the process, not of the peer
     for column, name in enumerate(state_names, len(_COLUMNS)):
         table[:, column] = torch.stack([state[name] for state in run.states]).cpu()
     table = run.transport.gather(table)
@@ -150,7 +150,7 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
     seconds = dict(zip(_COLUMNS[1:5], table[:, 1:5].amax(0).tolist(), strict=True))
     return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
             "train_loss": summary(table[:, 0].tolist()), "train_loss_peers": table[:, 0].tolist(),
-            "edges": traffic.edges, "message_bytes": traffic.message_bytes, "wire_bytes": int(table[:, 5].sum()),
+            "edges": traffic.edges, "message_bytes": int(table[:, 6].sum()), "wire_bytes": int(table[:, 5].sum()),
             "control_bytes": run.transport.control_bytes, "seconds": seconds,
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}

@@ -17,8 +17,8 @@ class Transport(Protocol):
     wire_bytes: int
     control_bytes: int
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int) -> Inboxes:
-        """Deliver the sender's message of `size` bytes along every edge (sender, receiver) of the whole run."""
+    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None) -> Inboxes:
+        """Deliver the sender's message along every edge (sender, receiver) of the run; `size`: its bytes, None if they differ."""
 
     def agree(self, value: int) -> int:
         """The largest value that any process gave."""

@@ -18,7 +18,7 @@ _VERSION = 1
 
 
 class Distributed:
-    """Packed point-to-point exchange. Both ends derive the same lists from the same edges, so nothing is announced.
+    """Packed point-to-point exchange. Both ends derive the same lists from the same edges.
 
     num_peers are spread over the processes of the default group; `device` is where peers live, `wire` where buffers must lie
     (the accelerator for NCCL, the CPU for gloo). `run` is a number that all processes of a run share: a message of
@@ -35,21 +35,37 @@ class Distributed:
         self.wire_bytes = 0
         self.control_bytes = 0
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int) -> Inboxes:
-        """Deliver messages of `size` bytes along `edges` (sender, receiver). ConnectionError names who did not answer."""
+    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None) -> Inboxes:
+        """Deliver messages along `edges` (sender, receiver). ConnectionError names who did not answer.
+
+        size: bytes of every message, known to both ends; None: they differ, and every pair of processes announces them first.
+        """
         outgoing, incoming = self._lists(edges)
-        sent = {q: self._pack(t, outbox, peers, size) for q, peers in outgoing.items()}
-        received = {q: torch.empty(_buffer_bytes(len(peers), size), dtype=torch.uint8, device=self.wire)
-                    for q, peers in incoming.items()}
+        if size is None:
+            sizes = {peer: len(message) for peer, message in outbox.items()} | self._announce(t, outbox, outgoing, incoming)
+        else:
+            sizes = dict.fromkeys(self.process_of, size)
+        sent = {q: self._pack(t, outbox, peers) for q, peers in outgoing.items()}
+        received = {q: self._empty(_buffer_bytes([sizes[peer] for peer in peers])) for q, peers in incoming.items()}
         self._transfer(t, sent, received)
         arrived = dict(outbox)
         for q, peers in incoming.items():
-            arrived |= self._unpack(t, q, received[q], peers, size)
+            arrived |= self._unpack(t, q, received[q], {peer: sizes[peer] for peer in peers})
         inboxes: Inboxes = {peer: {} for peer in self.hosted}
         for sender, receiver in edges:
             if receiver in inboxes:
                 inboxes[receiver][sender] = arrived[sender]
         return inboxes
+
+    def _empty(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.wire)
+
+    def _announce(self, t: int, outbox: Outbox, outgoing: dict[int, list[int]], incoming: dict[int, list[int]]) -> dict[int, int]:
+        """The sizes of the messages that are coming, by peer."""
+        sent = {q: torch.tensor([len(outbox[peer]) for peer in peers], device=self.wire) for q, peers in outgoing.items()}
+        received = {q: torch.empty(len(peers), dtype=torch.int64, device=self.wire) for q, peers in incoming.items()}
+        self._transfer(t, sent, received)
+        return {peer: size for q, peers in incoming.items() for peer, size in zip(peers, received[q].tolist(), strict=True)}
 
     def _lists(self, edges) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By other process: my peers it needs, and its peers I need. Each peer once, ascending: no byte is sent twice."""
@@ -63,32 +79,30 @@ class Distributed:
                 incoming.setdefault(a, set()).add(sender)
         return ({q: sorted(outgoing[q]) for q in sorted(outgoing)}, {q: sorted(incoming[q]) for q in sorted(incoming)})
 
-    def _pack(self, t: int, outbox: Outbox, peers: list[int], size: int) -> Tensor:
-        total = _buffer_bytes(len(peers), size)
-        buffer = torch.empty(total, dtype=torch.uint8, device=self.wire)
+    def _pack(self, t: int, outbox: Outbox, peers: list[int]) -> Tensor:
+        sizes = [len(outbox[peer]) for peer in peers]
+        total = _buffer_bytes(sizes)
+        buffer = self._empty(total)
         head = _HEADER.pack(_MAGIC, _VERSION, len(peers), self.run, t, total)
-        head += b"".join(_ENTRY.pack(peer, 0, size) for peer in peers)
+        head += b"".join(_ENTRY.pack(peer, 0, size) for peer, size in zip(peers, sizes, strict=True))
         buffer[:len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        start = _header_bytes(len(peers))
-        for peer in peers:
-            buffer[start:start + size] = outbox[peer]
-            start += size
+        for peer, (start, stop) in zip(peers, _places(sizes), strict=True):
+            buffer[start:stop] = outbox[peer]
         return buffer
 
-    def _unpack(self, t: int, process: int, buffer: Tensor, peers: list[int], size: int) -> dict[int, Tensor]:
-        raw = bytes(buffer[:_HEADER.size + _ENTRY.size * len(peers)].cpu().numpy())
+    def _unpack(self, t: int, process: int, buffer: Tensor, sizes: dict[int, int]) -> dict[int, Tensor]:
+        raw = bytes(buffer[:_HEADER.size + _ENTRY.size * len(sizes)].cpu().numpy())
         found = _HEADER.unpack_from(raw)
-        expected = (_MAGIC, _VERSION, len(peers), self.run, t, len(buffer))
+        expected = (_MAGIC, _VERSION, len(sizes), self.run, t, len(buffer))
         for name, got, want in zip(("magic", "version", "messages", "run", "round", "bytes"), found, expected, strict=True):
             if got != want:
-                raise ConnectionError(f"process {process} sent a message with {name} = {got!r} in round {t}; "
-                                      f"expected {want!r}")
-        entries = [_ENTRY.unpack_from(raw, _HEADER.size + _ENTRY.size * k) for k in range(len(peers))]
-        if entries != [(peer, 0, size) for peer in peers]:
+                raise ConnectionError(f"process {process} sent a message with {name} = {got!r} in round {t}; expected {want!r}")
+        entries = [_ENTRY.unpack_from(raw, _HEADER.size + _ENTRY.size * k) for k in range(len(sizes))]
+        if entries != [(peer, 0, size) for peer, size in sizes.items()]:
             raise ConnectionError(f"process {process} sent messages (peer, flags, bytes) {entries} in round {t}; "
-                                  f"expected peers {peers} with {size} bytes each")
-        body = buffer[_header_bytes(len(peers)):].to(self.device)
-        return {peer: body[k * size:(k + 1) * size] for k, peer in enumerate(peers)}
+                                  f"expected peers and bytes {sizes}")
+        body = buffer.to(self.device)
+        return {peer: body[start:stop] for peer, (start, stop) in zip(sizes, _places(list(sizes.values())), strict=True)}
 
     def _transfer(self, t: int, sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
         """All sends and receives of the round in one batch, other processes in ascending order at both ends."""
@@ -98,7 +112,7 @@ class Distributed:
                 ops.append(dist.P2POp(dist.irecv, received[q], q))
             if q in sent:
                 ops.append(dist.P2POp(dist.isend, sent[q], q))
-                self.wire_bytes += len(sent[q])
+                self.wire_bytes += sent[q].nbytes
         if not ops:
             return
         works = dist.batch_isend_irecv(ops)
@@ -139,10 +153,19 @@ def _wait(works) -> None:
         work.wait()
 
 
-def _header_bytes(num_messages: int) -> int:
-    """Padded to 16 bytes, so that messages start where a float32 view may start."""
-    return -(-(_HEADER.size + _ENTRY.size * num_messages) // 16) * 16
+def _aligned(num_bytes: int) -> int:
+    """Up to a multiple of 16, so that a message starts where a view of any type may start."""
+    return -(-num_bytes // 16) * 16
 
 
-def _buffer_bytes(num_messages: int, size: int) -> int:
-    return _header_bytes(num_messages) + num_messages * size
+def _places(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Where messages of these sizes lie in a buffer, after the header."""
+    places, start = [], _aligned(_HEADER.size + _ENTRY.size * len(sizes))
+    for size in sizes:
+        places.append((start, start + size))
+        start += _aligned(size)
+    return places
+
+
+def _buffer_bytes(sizes: Sequence[int]) -> int:
+    return _places(sizes)[-1][1]

@@ -90,7 +90,7 @@ def test_bytes_are_what_the_edges_need(codec):
             a, b = ([p for p, peers in enumerate(hosts) if peer in peers][0] for peer in (sender, receiver))
             if a != b:
                 pairs.setdefault((a, b), set()).add(sender)
-        expected += sum(-(-(32 + 16 * len(senders)) // 16) * 16 + len(senders) * size for senders in pairs.values())
+        expected += sum(32 + 16 * len(senders) + len(senders) * size for senders in pairs.values())
     assert sum(sent for sent, _ in results) == expected
 
 
@@ -109,8 +109,7 @@ def foreign_worker(rank: int, field: str) -> str:
     size = 12
     if field == "peers":
         pack = transport._pack
-        transport._pack = lambda t, outbox, peers, size: pack(t, {1 + p: m for p, m in outbox.items()}, [1 + p for p in peers],
-                                                              size)
+        transport._pack = lambda t, outbox, peers: pack(t, {1 + p: m for p, m in outbox.items()}, [1 + p for p in peers])
     try:
         transport.exchange(t, {rank: torch.zeros(size, dtype=torch.uint8)}, [(0, 1), (1, 0)], size)
     except ConnectionError as error:
@@ -122,6 +121,26 @@ def foreign_worker(rank: int, field: str) -> str:
 def test_a_message_that_does_not_belong_is_refused(field):
     said = run_processes(foreign_worker, 2, field)[0]
     assert "process 1 sent" in said and field in said
+
+
+def announce_worker(rank: int) -> tuple:
+    """Peer j sends j * 5 + 1 bytes of value j."""
+    transport = cpu_transport()
+    outbox = {peer: torch.full((peer * 5 + 1,), peer, dtype=torch.uint8) for peer in transport.hosted}
+    inboxes = transport.exchange(0, outbox, edges_of(graph().matrix(1)), None)
+    return {peer: {j: m.tolist() for j, m in inbox.items()} for peer, inbox in inboxes.items()}
+
+
+def test_messages_of_different_sizes_are_announced():
+    edges = edges_of(graph().matrix(1))
+    assert len({sender for sender, _ in edges}) > 2
+    expected = {peer: {} for peer in range(NUM_PEERS)}
+    for sender, receiver in edges:
+        expected[receiver][sender] = [sender] * (sender * 5 + 1)
+    found = {}
+    for part in run_processes(announce_worker, 3):
+        found |= part
+    assert found == expected
 
 
 def agree_worker(rank: int) -> tuple:
