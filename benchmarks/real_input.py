@@ -9,7 +9,6 @@ A finished run is skipped, so that an interrupted study goes on where it was.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,18 +31,22 @@ def main() -> None:
         print(table())
         return
     path = RESULTS / f"real_input_{args.study}.json"
-    runs = plan_rates(args.task) if args.study == "rates" else plan_grid(args.task, args.seeds)
     path.parent.mkdir(exist_ok=True)
     stored = json.loads(path.read_text()) if path.exists() else {}
-    todo = [run for run in runs if run["name"] not in stored]
-    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for future in as_completed([pool.submit(execute, run, args.scratch) for run in todo]):
-            done = future.result()
-            stored[done["name"]] = done
-            ordered = {run["name"]: stored[run["name"]] for run in runs if run["name"] in stored}
-            path.write_text(json.dumps(ordered, indent=1) + "\n")
-            print(done["name"], done["final"]["mean"], flush=True)
+
+    def plan() -> list[dict]:
+        return plan_rates() if args.study == "rates" else plan_grid(args.task, args.seeds, stored)
+
+    # what the first runs show decides which of them are repeated
+    while todo := [run for run in plan() if run["name"] not in stored]:
+        print(f"{len(todo)} runs to do", flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for future in as_completed([pool.submit(execute, run, args.scratch) for run in todo]):
+                done = future.result()
+                stored[done["name"]] = done
+                ordered = {run["name"]: stored[run["name"]] for run in plan() if run["name"] in stored}
+                path.write_text(json.dumps(ordered, indent=1) + "\n")
+                print(done["name"], done["final"]["mean"], flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +59,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan_rates(task: str) -> list[dict]:
+def plan_rates() -> list[dict]:
     """Short runs on TREC-6 at strong connectivity, where the papers choose the rate."""
     return [{"name": f"{rule}-lr{lr:g}", "task": "trec6",
              "overrides": {"rule": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.rounds": 30, "eval.every": 0}}
@@ -78,7 +81,8 @@ def chosen_rates() -> dict[str, float]:
     return rates | {"local": rates["lora"]}
 
 
-def plan_grid(task: str, seeds: int) -> list[dict]:
+def plan_grid(task: str, seeds: int, stored: dict) -> list[dict]:
+    """One seed of everything; once its cells are there, more seeds of lora and of the best tad at p = 0.02."""
     rates = chosen_rates()
     methods = [(rule, rule, rule_text(rule)) for rule in RULES] + [(f"tad{T}", "tad", rule_text("tad", T)) for T in INTERVALS]
 
@@ -90,9 +94,11 @@ def plan_grid(task: str, seeds: int) -> list[dict]:
     if task in ("trec6", "both"):
         runs += [run("trec6", *m, p, 0) for p in (0.02, 0.1) for m in methods]
         runs.append(run("trec6", "local", "local", "local", 0.02, 0))
-        best = os.environ.get("DFL_BEST_TAD", "15")
-        repeated = [methods[0], (f"tad{best}", "tad", rule_text("tad", int(best)))]
-        runs += [run("trec6", *m, 0.02, seed) for seed in range(1, seeds) for m in repeated]
+        cells = {T: stored.get(f"trec6-tad{T}-p0.02-s0") for T in INTERVALS}
+        if all(cells.values()):
+            best = max(INTERVALS, key=lambda T: cells[T]["final"]["mean"])
+            repeated = [methods[0], (f"tad{best}", "tad", rule_text("tad", best))]
+            runs += [run("trec6", *m, 0.02, seed) for seed in range(1, seeds) for m in repeated]
     if task in ("sst2", "both"):
         runs += [run("sst2", *m, 0.02, 0) for m in [*methods, ("local", "local", "local")]]
     return runs
