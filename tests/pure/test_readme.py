@@ -1,5 +1,6 @@
 """The README is true: its tree is the tree, its code runs, its round is the loop's round."""
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -93,3 +94,10 @@ def test_the_tree_is_the_tree():
     whole = {n for n in named if n.endswith("/*")}  # a folder whose files speak for themselves
     covered = {f for f in files if any(f.startswith(n[:-1]) for n in whole)}
     assert files - covered == named - whole
+
+
+def test_the_results_are_the_committed_ones():
+    spec = importlib.util.spec_from_file_location("real_input", ROOT / "benchmarks" / "real_input.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    assert study.table() in README
