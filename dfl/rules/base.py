@@ -93,8 +93,11 @@ def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts:
         return read_groups(x, layout.columns(sent(round.t))), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        mean = weighted_mean(inbox, round.weights)
+        if len(mean) == len(x):  # all of the row travels
+            return mean, state
         mixed = x.clone()
-        write_groups(mixed, layout.columns(sent(round.t)), weighted_mean(inbox, round.weights))
+        write_groups(mixed, layout.columns(sent(round.t)), mean)
         return mixed, state
 
     return Rule(trained, sent, lambda t: layout.length(sent(t)), no_state, send, mix, no_correction, facts=facts)

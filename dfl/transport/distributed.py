@@ -34,19 +34,21 @@ class Distributed:
         self.timeout = timedelta(seconds=timeout)
         self.wire_bytes = 0
         self.control_bytes = 0
+        self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None) -> Inboxes:
         """Deliver messages along `edges` (sender, receiver). ConnectionError names who did not answer.
 
         size: bytes of every message, known to both ends; None: they differ, and every pair of processes announces them first.
+        What is delivered may lie in buffers that the next exchange overwrites: a rule that keeps a message clones it.
         """
         outgoing, incoming = self._lists(edges)
         if size is None:
             sizes = {peer: len(message) for peer, message in outbox.items()} | self._announce(t, outbox, outgoing, incoming)
         else:
             sizes = dict.fromkeys(self.process_of, size)
-        sent = {q: self._pack(t, outbox, peers) for q, peers in outgoing.items()}
-        received = {q: self._empty(_buffer_bytes([sizes[peer] for peer in peers])) for q, peers in incoming.items()}
+        sent = {q: self._pack(t, outbox, peers, q) for q, peers in outgoing.items()}
+        received = {q: self._buffer("received", q, _buffer_bytes([sizes[peer] for peer in peers])) for q, peers in incoming.items()}
         self._transfer(t, sent, received)
         arrived = dict(outbox)
         for q, peers in incoming.items():
@@ -57,8 +59,12 @@ class Distributed:
                 inboxes[receiver][sender] = arrived[sender]
         return inboxes
 
-    def _empty(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.wire)
+    def _buffer(self, kind: str, process: int, num_bytes: int) -> Tensor:
+        """The first bytes of a buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB."""
+        kept = self._buffers.get((kind, process))
+        if kept is None or len(kept) < num_bytes:
+            kept = self._buffers[kind, process] = torch.empty(num_bytes, dtype=torch.uint8, device=self.wire)
+        return kept[:num_bytes]
 
     def _announce(self, t: int, outbox: Outbox, outgoing: dict[int, list[int]], incoming: dict[int, list[int]]) -> dict[int, int]:
         """The sizes of the messages that are coming, by peer."""
@@ -79,10 +85,10 @@ class Distributed:
                 incoming.setdefault(a, set()).add(sender)
         return ({q: sorted(outgoing[q]) for q in sorted(outgoing)}, {q: sorted(incoming[q]) for q in sorted(incoming)})
 
-    def _pack(self, t: int, outbox: Outbox, peers: list[int]) -> Tensor:
+    def _pack(self, t: int, outbox: Outbox, peers: list[int], process: int) -> Tensor:
         sizes = [len(outbox[peer]) for peer in peers]
         total = _buffer_bytes(sizes)
-        buffer = self._empty(total)
+        buffer = self._buffer("sent", process, total)
         head = _HEADER.pack(_MAGIC, _VERSION, len(peers), self.run, t, total)
         head += b"".join(_ENTRY.pack(peer, 0, size) for peer, size in zip(peers, sizes, strict=True))
         buffer[:len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)

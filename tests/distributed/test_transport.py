@@ -109,7 +109,7 @@ def foreign_worker(rank: int, field: str) -> str:
     size = 12
     if field == "peers":
         pack = transport._pack
-        transport._pack = lambda t, outbox, peers: pack(t, {1 + p: m for p, m in outbox.items()}, [1 + p for p in peers])
+        transport._pack = lambda t, outbox, peers, q: pack(t, {1 + p: m for p, m in outbox.items()}, [1 + p for p in peers], q)
     try:
         transport.exchange(t, {rank: torch.zeros(size, dtype=torch.uint8)}, [(0, 1), (1, 0)], size)
     except ConnectionError as error:
