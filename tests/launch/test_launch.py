@@ -34,7 +34,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_quickstart_script(tmp_path):
-    done = run("bash", "launch/quickstart.sh", *SHORT, "--output", str(tmp_path / "run"))
+    done = run("bash", "launch/quickstart.sh", *SHORT, "--rule", "{name: tad, T: auto}", "--output", str(tmp_path / "run"))
     table = done.stdout
     assert re.search(r"peer +before +after tad +local alone", table)
     assert len(re.findall(r"^[0-7] +0\.\d{4} +0\.\d{4} +0\.\d{4}$", table, re.M)) == 8
