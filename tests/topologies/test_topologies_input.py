@@ -27,6 +27,11 @@ REFUSED = [
     (("hypercube", 6), {}, "num_peers = 2\\^d, got 6; try 4 or 8"),
     (("hypercube_matching", 12), {}, "try 8 or 16"),
     (("grid_all_reduce", 10), {"group_size": 3}, "try 9 or 27"),
+    (("grid_all_reduce", 8), {"group_size": 0}, "group_size of at least 2"),
+    (("grid_all_reduce", 8), {"group_size": -1}, "group_size of at least 2"),
+    (("grid_all_reduce", 8), {"group_size": 1}, "group_size of at least 2"),
+    (("d_equistatic", 8), {"num_shifts": 10**9}, "num_shifts from 1 to 100,000"),
+    (("matcha", 8), {"matchings": 0}, "list of lists of pairs"),
     (("hierarchical", 10), {"node_size": 4}, "divides num_peers"),
     (("hierarchical", 8), {}, "needs the parameter 'node_size'"),
     (("hierarchical", 12), {"node_size": 4, "between": "hypercube_matching"}, "try 2 or 4"),
@@ -203,3 +208,8 @@ def test_small_sizes_are_the_same_graph():
     assert topologies.build("star", 7).graph(0).number_of_nodes() == 7
     assert topologies.build("ring", 2).neighbors(0, 0) == {0: 0.5, 1: 0.5}
     assert topologies.build("torus", 9).graph(0).degree(0) == 4
+
+
+def test_more_neighbours_than_peers_are_all_the_others():
+    wide, full = (topologies.build("base_graph", 6, k=k) for k in (10**9, 5))
+    np.testing.assert_array_equal(wide.matrix(0), full.matrix(0))

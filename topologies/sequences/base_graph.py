@@ -183,7 +183,7 @@ def base_graph(num_peers: int, *, k: int = 1) -> Topology:
     consensus for every n in at most 2 log_{k+1} n + 2 rounds."""
     if k < 1:
         raise refuse("base_graph", "k (most neighbours a round) of at least 1", k)
-    return BaseGraph(num_peers, k)
+    return BaseGraph(num_peers, min(k, max(1, num_peers - 1)))  # nobody has more neighbours than there are others
 
 
 SEQUENCES: dict[str, Entry] = {

@@ -42,8 +42,8 @@ def equistatic(num_peers: int, *, directed: bool, num_shifts: int | None, seed: 
     M in proportion to log n makes the rate independent of n (Song et al. 2022, arXiv 2210.07881).
     """
     count = max(1, (num_peers - 1).bit_length()) if num_shifts is None else num_shifts
-    if count < 1:
-        raise refuse("equistatic", "num_shifts of at least 1", count)
+    if not 1 <= count <= 100_000:
+        raise refuse("equistatic", "num_shifts from 1 to 100,000", count)
     offsets = random_shifts(num_peers, count, seed) if num_peers > 1 else []
     if not directed:
         offsets = offsets + [num_peers - offset for offset in offsets]

@@ -56,12 +56,13 @@ class GridAllReduce(Groups):
 
     def __init__(self, num_peers: int, group_size: int):
         super().__init__("grid_all_reduce", num_peers)
-        d = 0
+        d, got = 0, f"num_peers={num_peers}, group_size={group_size}"
+        if group_size < 2:
+            raise refuse("grid_all_reduce", "num_peers = group_size^d with group_size of at least 2", got)
         while group_size**d < num_peers:
             d += 1
-        if group_size < 2 or group_size**d != num_peers:
-            hint = f"try {group_size ** max(d - 1, 0)} or {group_size**d} peers" if group_size > 1 else ""
-            got = f"num_peers={num_peers}, group_size={group_size}"
+        if group_size**d != num_peers:
+            hint = f"try {group_size ** max(d - 1, 0)} or {group_size**d} peers"
             raise refuse("grid_all_reduce", "num_peers = group_size^d with group_size of at least 2", got, hint)
         self.group_size, self.period = group_size, max(1, d)
 

@@ -114,6 +114,8 @@ def matcha(
 
 def _union(num_peers: int, matchings) -> Links:
     """The graph of given matchings, after checking that they are matchings."""
+    if not isinstance(matchings, (list, tuple)):
+        raise refuse("matcha", "matchings as a list of lists of pairs", repr(matchings))
     for group in matchings:
         ends = np.array(group, dtype=np.int64).ravel()
         if len(set(ends.tolist())) < len(ends) or ends.size and not 0 <= ends.min() <= ends.max() < num_peers:
