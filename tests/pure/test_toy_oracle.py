@@ -52,9 +52,11 @@ def test_peer_loss_is_the_published_one(p):
 
 @pytest.mark.parametrize("p", DECAF)
 def test_product_mixing_is_the_published_one(p):
-    # these means are of three seeds, whose standard deviation at p = 0.1 is about 20 % each
+    # the published means are of three seeds, each with a standard deviation of about 20 % in the sparse cells; the left split at
+    # p = 0.02 is the one cell that lies beyond a fifth
     for method, expected in zip(("decaf", "decaf_left"), DECAF[p], strict=True):
-        assert run(method, p)[0] == pytest.approx(expected, rel=0.25), method
+        tolerance = 0.25 if (method, p) == ("decaf_left", 0.02) else 0.20
+        assert run(method, p)[0] == pytest.approx(expected, rel=tolerance), method
 
 
 @pytest.mark.parametrize("p", DEVIATION)
