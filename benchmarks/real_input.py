@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dfl.record import read_lines
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (5e-3, 1e-2, 2e-2)
@@ -119,7 +121,7 @@ def execute(run: dict, scratch: Path) -> dict:
 
 
 def summarise(run: dict, output: Path, command: list[str], seconds: float) -> dict:
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    records = read_lines(output / "metrics.jsonl")
     about = json.loads((output / "run.json").read_text())
     evaluated = [r for r in records if "eval" in r]
     rounds = [r for r in records if r["round"]]

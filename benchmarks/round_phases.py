@@ -4,7 +4,6 @@ against plain batched gloo sends of the same bytes.
     python benchmarks/round_phases.py
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from dfl.record import read_lines
 
 BASE = {"peers": 8, "processes": 2, "rank": 8}
 VARIED = {"peers": (4, 16), "processes": (1, 4, 8), "rank": (2, 64)}
@@ -42,7 +43,7 @@ def phases(peers: int, processes: int, rank: int) -> dict:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                    "-m", "dfl", "train", str(RECIPE), *(f"--{key}={value}" for key, value in fields.items())]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
+        records = read_lines(run / "metrics.jsonl")[2:]
     seconds = {phase: sorted(r["seconds"][phase] for r in records)[len(records) // 2] for phase in PHASES}
     whole = sum(seconds[phase] for phase in PHASES[:4])
     row = {"peers": peers, "processes": processes, "rank": rank, "message_bytes": records[0]["message_bytes"] // records[0]["edges"],

@@ -36,7 +36,7 @@ def check(config: Config):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
     codecs.build(config.codec.name, **config.codec.params)
-    check_parameters("partition", config.partition.name, lookup("partition", partition.PARTITIONS, config.partition.name),
+    check_parameters("partition", config.partition.name, lookup("partition.name", partition.PARTITIONS, config.partition.name),
                      config.partition.params)
     check_trackers(config.report_to)
     topology = build_topology(config)
@@ -77,7 +77,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
     check_same_start(peers, bundle, runtime.transport)
-    autocast = config.train.autocast == "bfloat16" or (config.train.autocast == "auto" and runtime.device.type == "cuda")
+    autocast = executors.autocasts(config.train.autocast, runtime.device)
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast)
     codec = codecs.build(config.codec.name, **config.codec.params)
     executor = executors.choose(config.train.executor, runtime.device)

@@ -43,7 +43,7 @@ CODECS: dict[str, Callable[..., Codec]] = {"none": none, "bfloat16": bfloat16, "
 
 
 def check(name: str, params: Mapping[str, object]) -> None:
-    check_parameters("codec", name, lookup("codec", CODECS, name), params)
+    check_parameters("codec", name, lookup("codec.name", CODECS, name), params)
 
 
 def build(name: str, **params) -> Codec:

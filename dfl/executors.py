@@ -121,6 +121,11 @@ def _check_head(module: nn.Module) -> nn.Linear:
     return module
 
 
+def autocasts(setting: str, device: torch.device) -> bool:
+    """Whether forward passes run in bfloat16. `auto`: on a GPU."""
+    return setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
+
+
 def choose(name: str, device: torch.device) -> Executor:
     """The executor of a recipe. `auto`: stacked on an accelerator; sequential on a CPU, where it is bit for bit the same
     however peers are hosted."""

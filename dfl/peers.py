@@ -10,7 +10,7 @@ from torch import Tensor
 from dfl.adapters import Adapted
 from dfl.config import TrainConfig
 from dfl.dropout import PeerDropout
-from dfl.executors import Executor
+from dfl.executors import Executor, autocasts
 from dfl.factors import GROUPS, Layout, empty_rows
 from dfl.seeds import derive, permutation
 
@@ -155,9 +155,7 @@ class HostedPeers:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def _autocast(self):
-        name = self.train.autocast
-        on = name == "bfloat16" or (name == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts(self.train.autocast, self.device))
 
     def _zero_gradients(self, active: list[int]) -> None:
         # in place: the gradients are views that autograd accumulates into

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 
 def first_line(factory: Callable) -> str:
@@ -15,10 +16,10 @@ def did_you_mean(name: str, known) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def lookup(kind: str, table: Mapping[str, Callable], name: str) -> Callable:
-    """The factory called `name`; ValueError with the list of known names otherwise."""
+def lookup(field: str, table: Mapping[str, Any], name: str) -> Any:
+    """The entry called `name`; ValueError with the field and the list of known names otherwise."""
     if name not in table:
-        raise ValueError(f"{kind}.name = {name!r} is not known{did_you_mean(name, table)}; allowed: {', '.join(table)}")
+        raise ValueError(f"{field} = {name!r} is not known{did_you_mean(name, table)}; allowed: {', '.join(table)}")
     return table[name]
 
 

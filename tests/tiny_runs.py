@@ -1,5 +1,6 @@
 """Whole runs on a tiny random model and a few words: recipes and their pieces, for tests of what a run leaves behind."""
 
+import hashlib
 from pathlib import Path
 
 import tiny_models
@@ -48,3 +49,9 @@ def make_run(config: configuration.Config):
     runtime = start(config)
     loaded = assemble.load(config, runtime.device)
     return assemble.assemble(config, runtime, loaded, topology), loaded
+
+
+def adapter_digests(run: Path) -> dict[str, str]:
+    """SHA-256 of every adapter of the last checkpoint, by folder."""
+    last = max((run / "checkpoints").glob("round-*"))
+    return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*/adapter_model.safetensors"))}

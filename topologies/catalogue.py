@@ -12,7 +12,7 @@ from topologies import weights as weight_rules
 from topologies.circulant import Circulant
 from topologies.links import Lattice, Links
 from topologies.mixing import Rule
-from topologies.registry import Entry, call, parameters, takes
+from topologies.registry import Entry, call, takes
 from topologies.topology import LazyTopology, StaticTopology, Topology
 
 
@@ -130,8 +130,3 @@ def _own_weights(name: str, rule: Rule, topology: Topology) -> Topology:
     if rule.name != "metropolis":
         raise ValueError(f"topology {name!r} defines its own weights: weights can be 'metropolis' or 'lazy', got {rule.name!r}")
     return topology
-
-
-def parameters_of(name: str) -> list[str]:
-    """The parameters that a topology takes."""
-    return list(parameters(TOPOLOGIES[name].factory))

@@ -12,7 +12,7 @@ import numpy as np
 from topologies.predict import Simulation, rate, simulate
 from topologies.topology import Topology
 
-INK, ACCENT, PALE = "#22313f", "#c8502d", "#9db4c0"
+INK, ACCENT = "#22313f", "#c8502d"
 
 
 def matplotlib_figure():

@@ -23,7 +23,7 @@ def build(name: str, labels: np.ndarray, num_peers: int, *, seed: int = 0, colum
 
     ValueError for an unknown name or parameter, for a recipe that the data cannot fill, and for an empty shard.
     """
-    factory = lookup("partition", PARTITIONS, name)
+    factory = lookup("partition.name", PARTITIONS, name)
     check_parameters("partition", name, factory, params)
     labels = np.asarray(labels, dtype=np.int64)
     if not 1 <= num_peers <= len(labels):

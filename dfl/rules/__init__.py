@@ -24,7 +24,7 @@ __all__ = ["RULES", "Round", "Rule", "build", "check", "describe"]
 
 def check(name: str, params: Mapping[str, object]) -> None:
     """ValueError for an unknown rule or parameter, before anything is loaded."""
-    check_parameters("rule", name, lookup("rule", RULES, name), params)
+    check_parameters("rule", name, lookup("rule.name", RULES, name), params)
 
 
 def build(name: str, layout: Layout, **params) -> Rule:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dfl.config import DataConfig, ModelConfig
-from dfl.plugins import did_you_mean, first_line
+from dfl.plugins import first_line, lookup
 from dfl.tasks import docstrings, files, hub, models
 from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
@@ -32,7 +32,7 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
     different seeds share their examples. ValueError names the field, the value and what is allowed; data problems come
     first, then the model's configuration, and the weights are read last.
     """
-    kind = _lookup("model.task", TASKS, model.task)
+    kind = lookup("model.task", TASKS, model.task)
     source = models.locate(model)
     train, valid, facts = read_data(kind, data, data_seed)
     names = label_names(train, data.label) if kind.labelled else []
@@ -54,7 +54,7 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
 
 def read_data(kind: type, data: DataConfig, data_seed: int) -> tuple[Table, Table | None, dict[str, Any]]:
     """The tables that the source gives, their columns checked against what the task reads."""
-    source = _lookup("data.source", SOURCES, data.source)
+    source = lookup("data.source", SOURCES, data.source)
     options = {"masked": kind.labelled, "data_seed": data_seed} if source is docstrings.load else {}
     train, valid, facts = source(data, **options)
     for table in (train, valid):
@@ -69,9 +69,3 @@ def divide(train: Table, valid: Table | None, data: DataConfig, data_seed: int) 
     if valid is None:
         train, valid = split_off(train, data.valid_fraction, rng)
     return subset(train, data.max_train, rng), subset(valid, data.max_valid, rng)
-
-
-def _lookup(key: str, table: Mapping[str, Any], name: str) -> Any:
-    if name not in table:
-        raise ValueError(f"{key} = {name!r} is not known{did_you_mean(name, table)}; allowed: {', '.join(table)}")
-    return table[name]

@@ -1,6 +1,5 @@
 """The real loop on a tiny model over several processes: the same bits as in one, and W(t) ... W(0) x0 at learning rate 0."""
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import pytest
 import torch
 from processes import bring_loopback_up, loopback_bytes, run_processes
 from tiny_models import save
+from tiny_runs import adapter_digests
 
 import topologies
 from dfl import config as configuration
 from dfl.assemble import assemble, build_rule, check, load
+from dfl.record import read_lines
 from dfl.rounds import Hooks, run_rounds
 from dfl.runtime import start
 from dfl.train import train
@@ -40,12 +41,6 @@ def with_(recipe: dict, **changes) -> configuration.Config:
     return configuration.from_dict(recipe | merged)
 
 
-def adapters(run: Path) -> dict[str, str]:
-    """SHA-256 of every adapter of the last checkpoint."""
-    last = max((run / "checkpoints").glob("round-*"))
-    return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*/adapter_model.safetensors"))}
-
-
 def train_worker(rank: int, tree: dict) -> int:
     return train(configuration.from_dict(tree))
 
@@ -56,13 +51,8 @@ def test_hosting_does_not_matter(recipe, rule, tmp_path):
     for num_processes in (1, 2, 5):
         config = with_(recipe, rule=rule, output=str(tmp_path / str(num_processes)))
         assert run_processes(train_worker, num_processes, config.to_dict()) == [0] * num_processes
-        digests.append(adapters(Path(config.output)))
+        digests.append(adapter_digests(Path(config.output)))
     assert len(digests[0]) == 6 and digests[0] == digests[1] == digests[2]
-
-
-def records(run: Path) -> list[dict]:
-    import json
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_measures_do_not_depend_on_hosting(recipe, tmp_path):
@@ -70,7 +60,7 @@ def test_measures_do_not_depend_on_hosting(recipe, tmp_path):
     for num_processes in (1, 3):
         config = with_(recipe, rule="lora", output=str(tmp_path / str(num_processes)))
         run_processes(train_worker, num_processes, config.to_dict())
-        runs.append(records(Path(config.output)))
+        runs.append(read_lines(Path(config.output) / "metrics.jsonl"))
     for one, other in zip(*runs, strict=True):
         for key in ("measures", "eval", "train_loss_peers", "edges", "message_bytes"):
             assert one.get(key) == other.get(key)
@@ -136,7 +126,7 @@ def test_all_processes_stop_when_one_peer_diverges(recipe, tmp_path):
     config = with_(recipe, rule="lora", train={"lr": 1e30, "clip": None, "optimizer": "sgd"}, output=str(tmp_path / "run"))
     said = run_processes(diverging_worker, 2, config.to_dict())
     assert said[0] == said[1] and "diverged in round" in said[0] and "peer" in said[0]
-    assert adapters(tmp_path / "run")
+    assert adapter_digests(tmp_path / "run")
 
 
 # -- bytes: what the loop records against what the kernel counted ---------------------------------------------------------

@@ -1,6 +1,5 @@
 """The scripts and commands people start with, through the real launchers."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import adapter_digests
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
@@ -28,18 +28,13 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
     return run("torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "dfl", *arguments, **options)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    last = max((folder / "checkpoints").glob("round-*"))
-    return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*/adapter_model.safetensors"))}
-
-
 def test_quickstart_script(tmp_path):
     done = run("bash", "launch/quickstart.sh", *SHORT, "--rule", "{name: tad, T: auto}", "--output", str(tmp_path / "run"))
     table = done.stdout
     assert re.search(r"peer +before +after tad +local alone", table)
     assert len(re.findall(r"^[0-7] +0\.\d{4} +0\.\d{4} +0\.\d{4}$", table, re.M)) == 8
     assert "consensus" in table and "PeftModel.from_pretrained" in table
-    assert len(digests(tmp_path / "run")) == 9
+    assert len(adapter_digests(tmp_path / "run")) == 9
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["facts"]["processes"] == 2 and about["facts"]["rule"]["reason"].startswith("spectral gap")
     again = json.loads(run("python", "-m", "dfl", "eval", str(tmp_path / "run")).stdout)
@@ -52,7 +47,7 @@ def test_hosting_does_not_matter(tmp_path):
     for processes in (1, 2, 4):
         output = str(tmp_path / f"by{processes}")
         torchrun(processes, "train", QUICKSTART, *SHORT, "--baseline", "null", "--output", output)
-        found.append(digests(Path(output)))
+        found.append(adapter_digests(Path(output)))
     assert len(found[0]) == 9
     assert found[0] == found[1] == found[2]
 
@@ -60,7 +55,7 @@ def test_hosting_does_not_matter(tmp_path):
 def test_plain_python_is_the_same_run(tmp_path):
     for name, start in (("plain", ["python", "-m"]), ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"])):
         run(*start, "dfl", "train", QUICKSTART, *SHORT, "--baseline", "null", "--rule", "lora", "--output", str(tmp_path / name))
-    assert digests(tmp_path / "plain") == digests(tmp_path / "torchrun")
+    assert adapter_digests(tmp_path / "plain") == adapter_digests(tmp_path / "torchrun")
 
 
 def test_srun_environment(tmp_path):
@@ -72,7 +67,7 @@ def test_srun_environment(tmp_path):
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for k in range(2)]
     outputs = [task.communicate(timeout=300)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert "2 process(es)" in outputs[0] and len(digests(tmp_path / "run")) == 9
+    assert "2 process(es)" in outputs[0] and len(adapter_digests(tmp_path / "run")) == 9
 
 
 def test_more_processes_than_peers_is_one_line(tmp_path):
