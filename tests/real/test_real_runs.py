@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dfl.__main__ import main
+from dfl.cli import main
 
 RECIPES = Path(__file__).parent.parent.parent / "launch" / "recipes"
 
