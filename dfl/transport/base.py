@@ -17,8 +17,11 @@ class Transport(Protocol):
     wire_bytes: int
     control_bytes: int
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None) -> Inboxes:
-        """Deliver the sender's message along every edge (sender, receiver) of the run; `size`: its bytes, None if they differ."""
+    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
+        """Deliver the sender's message along every edge (sender, receiver) of the run; `size`: its bytes, None if they differ.
+
+        `tag`: 32 bits for what kind of numbers the messages hold, the same on all processes; TypeError where it is not.
+        """
 
     def agree(self, value: int) -> int:
         """The largest value that any process gave."""

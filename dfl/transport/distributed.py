@@ -13,7 +13,7 @@ from dfl.transport.base import Inboxes, Outbox, hosting
 _MAGIC = b"DFLg"
 # magic, version, number of messages, run, round, bytes of the whole buffer
 _HEADER = struct.Struct("<4sHHQQQ")
-_ENTRY = struct.Struct("<IIQ")  # peer, flags (none defined yet), bytes
+_ENTRY = struct.Struct("<IIQ")  # peer, tag: what kind of numbers the message holds, bytes
 _VERSION = 1
 
 
@@ -36,10 +36,11 @@ class Distributed:
         self.control_bytes = 0
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None) -> Inboxes:
+    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
         """Deliver messages along `edges` (sender, receiver). ConnectionError names who did not answer.
 
         size: bytes of every message, known to both ends; None: they differ, and every pair of processes announces them first.
+        tag: 32 bits for what kind of numbers the messages hold; TypeError names the processes that do not agree on it.
         What is delivered may lie in buffers that the next exchange overwrites: a rule that keeps a message clones it.
         """
         outgoing, incoming = self._lists(edges)
@@ -47,12 +48,12 @@ class Distributed:
             sizes = {peer: len(message) for peer, message in outbox.items()} | self._announce(t, outbox, outgoing, incoming)
         else:
             sizes = dict.fromkeys(self.process_of, size)
-        sent = {q: self._pack(t, outbox, peers, q) for q, peers in outgoing.items()}
+        sent = {q: self._pack(t, outbox, peers, q, tag) for q, peers in outgoing.items()}
         received = {q: self._buffer("received", q, _buffer_bytes([sizes[peer] for peer in peers])) for q, peers in incoming.items()}
         self._transfer(t, sent, received)
         arrived = dict(outbox)
         for q, peers in incoming.items():
-            arrived |= self._unpack(t, q, received[q], {peer: sizes[peer] for peer in peers})
+            arrived |= self._unpack(t, q, received[q], {peer: sizes[peer] for peer in peers}, tag)
         inboxes: Inboxes = {peer: {} for peer in self.hosted}
         for sender, receiver in edges:
             if receiver in inboxes:
@@ -85,18 +86,18 @@ class Distributed:
                 incoming.setdefault(a, set()).add(sender)
         return ({q: sorted(outgoing[q]) for q in sorted(outgoing)}, {q: sorted(incoming[q]) for q in sorted(incoming)})
 
-    def _pack(self, t: int, outbox: Outbox, peers: list[int], process: int) -> Tensor:
+    def _pack(self, t: int, outbox: Outbox, peers: list[int], process: int, tag: int) -> Tensor:
         sizes = [len(outbox[peer]) for peer in peers]
         total = _buffer_bytes(sizes)
         buffer = self._buffer("sent", process, total)
         head = _HEADER.pack(_MAGIC, _VERSION, len(peers), self.run, t, total)
-        head += b"".join(_ENTRY.pack(peer, 0, size) for peer, size in zip(peers, sizes, strict=True))
+        head += b"".join(_ENTRY.pack(peer, tag, size) for peer, size in zip(peers, sizes, strict=True))
         buffer[:len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         for peer, (start, stop) in zip(peers, _places(sizes), strict=True):
             buffer[start:stop] = outbox[peer]
         return buffer
 
-    def _unpack(self, t: int, process: int, buffer: Tensor, sizes: dict[int, int]) -> dict[int, Tensor]:
+    def _unpack(self, t: int, process: int, buffer: Tensor, sizes: dict[int, int], tag: int) -> dict[int, Tensor]:
         raw = bytes(buffer[:_HEADER.size + _ENTRY.size * len(sizes)].cpu().numpy())
         found = _HEADER.unpack_from(raw)
         expected = (_MAGIC, _VERSION, len(sizes), self.run, t, len(buffer))
@@ -104,9 +105,13 @@ class Distributed:
             if got != want:
                 raise ConnectionError(f"process {process} sent a message with {name} = {got!r} in round {t}; expected {want!r}")
         entries = [_ENTRY.unpack_from(raw, _HEADER.size + _ENTRY.size * k) for k in range(len(sizes))]
-        if entries != [(peer, 0, size) for peer, size in sizes.items()]:
-            raise ConnectionError(f"process {process} sent messages (peer, flags, bytes) {entries} in round {t}; "
+        if [(peer, size) for peer, _, size in entries] != list(sizes.items()):
+            raise ConnectionError(f"process {process} sent messages (peer, tag, bytes) {entries} in round {t}; "
                                   f"expected peers and bytes {sizes}")
+        for peer, found_tag, _ in entries:
+            if found_tag != tag:
+                raise TypeError(f"process {process} sent peer {peer}'s message with tag {found_tag:#x} in round {t}; process "
+                                f"{self.rank} expected {tag:#x}: they do not agree on what kind of numbers a message holds")
         body = buffer.to(self.device)
         return {peer: body[start:stop] for peer, (start, stop) in zip(sizes, _places(list(sizes.values())), strict=True)}
 

@@ -13,7 +13,7 @@ class InProcess:
     wire_bytes = 0
     control_bytes = 0
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None) -> Inboxes:
+    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
         inboxes: Inboxes = {peer: {} for peer in outbox}
         for sender, receiver in edges:
             inboxes[receiver][sender] = outbox[sender]

@@ -109,7 +109,7 @@ def foreign_worker(rank: int, field: str) -> str:
     size = 12
     if field == "peers":
         pack = transport._pack
-        transport._pack = lambda t, outbox, peers, q: pack(t, {1 + p: m for p, m in outbox.items()}, [1 + p for p in peers], q)
+        transport._pack = lambda t, outbox, peers, *rest: pack(t, {1 + p: m for p, m in outbox.items()}, [1 + p for p in peers], *rest)
     try:
         transport.exchange(t, {rank: torch.zeros(size, dtype=torch.uint8)}, [(0, 1), (1, 0)], size)
     except ConnectionError as error:
@@ -121,6 +121,21 @@ def foreign_worker(rank: int, field: str) -> str:
 def test_a_message_that_does_not_belong_is_refused(field):
     said = run_processes(foreign_worker, 2, field)[0]
     assert "process 1 sent" in said and field in said
+
+
+def tag_worker(rank: int, tags: tuple[int, int]) -> str:
+    try:
+        cpu_transport(2).exchange(3, {rank: torch.zeros(12, dtype=torch.uint8)}, [(0, 1), (1, 0)], 12, tag=tags[rank])
+    except TypeError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_message_of_another_kind_is_refused_and_names_both_processes():
+    assert run_processes(tag_worker, 2, (2**32 - 1, 2**32 - 1)) == ["accepted", "accepted"]
+    said = run_processes(tag_worker, 2, (0, 7))
+    assert "process 1 sent peer 1's message with tag 0x7 in round 3; process 0 expected 0x0" in said[0]
+    assert "process 0 sent peer 0's message with tag 0x0 in round 3; process 1 expected 0x7" in said[1]
 
 
 def announce_worker(rank: int) -> tuple:
