@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
 def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
     rules.check(config.rule.name, config.rule.params)
-    for key, instead in (("head", "lora.head"), ("contraction", "topology")):
+    for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank")):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
     codecs.build(config.codec.name, **config.codec.params)
@@ -40,7 +40,8 @@ def check(config: Config):
                      config.partition.params)
     check_trackers(config.report_to)
     topology = build_topology(config)
-    build_rule(config, make_layout(()), topology)  # its parameters' values, and an interval that has to be chosen
+    # its parameters' values, and an interval that has to be chosen
+    rules.check_topology(config.rule.name, build_rule(config, make_layout(()), topology), topology)
     return topology
 
 

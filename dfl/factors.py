@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUPS = ("A", "B", "head")
+GROUPS = ("A", "B", "M", "head")
 # rows start at multiples of 64 bytes: CPU kernels may round differently on other alignments, and a peer's row must not
 # depend on how many peers are hosted beside it
 _ALIGN = 16
@@ -43,10 +43,14 @@ class Layout(NamedTuple):
     groups: dict[str, slice]
     size: int
 
+    def has(self, group: str) -> bool:
+        cut = self.groups.get(group)
+        return cut is not None and cut.stop > cut.start
+
     def columns(self, groups) -> list[slice]:
         """The columns of `groups` as few slices as possible, in row order."""
         merged: list[slice] = []
-        for cut in (self.groups[g] for g in GROUPS if g in groups and self.groups[g].stop > self.groups[g].start):
+        for cut in (self.groups[g] for g in GROUPS if g in groups and self.has(g)):
             if merged and merged[-1].stop == cut.start:
                 merged[-1] = slice(merged[-1].start, cut.stop)
             else:

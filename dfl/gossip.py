@@ -1,59 +1,72 @@
 """One exchange of a round: send, encode, move, decode, mix. The loop and the simulator share it."""
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dfl.codecs import Codec
+from dfl.factors import Layout
 from dfl.rules.base import Round, Rule, State
 from dfl.transport.base import Transport, edges_of
 
 
 class Traffic(NamedTuple):
     """What one exchange cost: directed edges with a message in the whole run; of this process, the bytes of the messages it
-    sent along them, wherever the receiver is hosted, and the seconds by phase."""
+    sent along them, wherever the receiver is hosted, the messages that its peers refused, and the seconds by phase."""
 
     edges: int
     message_bytes: int
+    refused: int
     encode_s: float
     exchange_s: float
     mix_s: float
 
 
 def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Sequence[int], states: list[State],
-           w: np.ndarray, t: int, *, lr: float = 0.0, local_steps: int = 0) -> Traffic:
+           w: np.ndarray, t: int, *, lr: float = 0.0, local_steps: int = 0, tag: int = 0) -> Traffic:
     """Exchange and mix round t for the hosted peers: rows x_PD change in place, `states` is updated.
 
     w (N, N): the mixing matrix of the round. Every receiver uses the values from before the mix. A peer also takes its
-    own message as the codec decodes it.
+    own message as the codec decodes it. A neighbour's message that is not finite is refused: its weight stays with the receiver.
+    tag: what the messages belong to (`digest_of_common`); TypeError where a neighbour's is another.
     """
+    speaks = bool(rule.sends(t))
     length = rule.length(t)
-    edges = edges_of(w) if length else []
+    edges = edges_of(w) if speaks else []
     rounds = [Round(t, peer, _row(w, peer), lr, local_steps) for peer in peers]
     start = time.perf_counter()
     outbox = {}
-    if length:
+    if speaks:
         for row, round in enumerate(rounds):
             message, states[row] = rule.send(x[row], states[row], round)
             outbox[round.peer] = codec.encode(message)
-    size = codec.size(length, x.dtype)
+    size = None if length is None else codec.size(length, x.dtype)
     encoded = time.perf_counter()
-    inboxes = transport.exchange(t, outbox, edges, size) if length else {}
+    inboxes = transport.exchange(t, outbox, edges, size, tag) if speaks else {}
     moved = time.perf_counter()
-    if length:
+    refused = 0
+    if speaks:
         decoded = _decode(codec, outbox, inboxes, x)
-        mixed = [rule.mix(x[row], decoded[round.peer], states[row], round) for row, round in enumerate(rounds)]
+        finite = _finite({j: message for inbox in decoded.values() for j, message in inbox.items()})
+        mixed = []
+        for row, round in enumerate(rounds):
+            inbox, round, bad = _refuse(decoded[round.peer], round, finite)
+            refused += bad
+            # what a peer cannot hear from itself it cannot mix; its next local phase says that it has diverged
+            mixed.append(rule.mix(x[row], inbox, states[row], round) if finite[round.peer] else (x[row], states[row]))
         for row, (new, state) in enumerate(mixed):
             x[row] = new
             states[row] = state
     mixed_at = time.perf_counter()
     receivers = Counter(sender for sender, _ in edges)
     message_bytes = sum(receivers[peer] * len(message) for peer, message in outbox.items())
-    return Traffic(len(edges), message_bytes, encoded - start, moved - encoded, mixed_at - moved)
+    return Traffic(len(edges), message_bytes, refused, encoded - start, moved - encoded, mixed_at - moved)
 
 
 def _row(w: np.ndarray, peer: int) -> dict[int, float]:
@@ -71,3 +84,38 @@ def _decode(codec: Codec, outbox, inboxes, x: Tensor) -> dict[int, dict[int, Ten
 
     return {peer: {peer: decode(peer, outbox[peer])}
             | {j: decode(j, data) for j, data in inboxes[peer].items()} for peer in outbox}
+
+
+def _finite(messages: dict[int, Tensor]) -> dict[int, bool]:
+    """Whether each message holds finite numbers only: one pass and one synchronisation for all."""
+    if not messages:
+        return {}
+    # a sum in float64 is finite exactly when all of its float32 terms are
+    sums = torch.stack([message.sum(dtype=torch.float64) for message in messages.values()])
+    return dict(zip(messages, sums.isfinite().tolist(), strict=True))
+
+
+def _refuse(inbox: dict[int, Tensor], round: Round, finite: dict[int, bool]) -> tuple[dict[int, Tensor], Round, int]:
+    """The inbox without neighbours' messages that are not finite, their weight given to the receiver itself; how many they were."""
+    bad = [j for j in inbox if j != round.peer and not finite[j]]
+    if not bad:
+        return inbox, round, 0
+    weights = {j: weight for j, weight in round.weights.items() if j not in bad}
+    weights[round.peer] = weights.get(round.peer, 0.0) + sum(round.weights[j] for j in bad)
+    return {j: message for j, message in inbox.items() if j not in bad}, round._replace(weights=weights), len(bad)
+
+
+def digest_of_common(rule: Rule, layout: Layout, x: Tensor) -> int:
+    """A 32-bit number that all peers must share: what the groups that stay the same for ever hold (0: there are none).
+
+    x (P, D): the rows of the hosted peers. TypeError when they differ among themselves: what was trained beside one
+    frozen A means nothing beside another.
+    """
+    if not rule.common:
+        return 0
+    digests = {hashlib.sha256(torch.cat([row[cut] for cut in layout.columns(rule.common)]).cpu().numpy().tobytes()).digest()
+               for row in x}
+    if len(digests) > 1:
+        raise TypeError(f"the peers hold {len(digests)} different {'+'.join(sorted(rule.common))}, which this rule never mixes; "
+                        "all must start from the same")
+    return int.from_bytes(digests.pop()[:4], "big") or 1

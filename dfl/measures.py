@@ -83,9 +83,8 @@ def measure(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout) -> dic
     cross, relative = cross_term(before, w, layout)
     result = {"consensus_distance": consensus_distance(after)}
     for group in GROUPS:
-        cut = layout.groups[group]
-        if cut.stop > cut.start:
-            result[f"consensus_distance_{group}"] = consensus_distance(after[:, cut])
+        if layout.has(group):
+            result[f"consensus_distance_{group}"] = consensus_distance(after[:, layout.groups[group]])
     return result | {
         "product_distance": product_distance(after, layout),
         "cross_term": cross,

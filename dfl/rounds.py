@@ -12,7 +12,7 @@ from dfl.codecs import Codec
 from dfl.config import Config
 from dfl.evaluate import Evaluator, consensus, summary
 from dfl.executors import Executor
-from dfl.gossip import Traffic, gossip
+from dfl.gossip import Traffic, digest_of_common, gossip
 from dfl.measures import measure
 from dfl.peers import DivergenceError, HostedPeers
 from dfl.rules.base import Rule, State
@@ -21,7 +21,7 @@ from dfl.transport.base import Transport
 # what processes agree on after every local phase; a diverged peer is _DIVERGED + its id, and the number of
 # peers more when it began the round with factors that were bad already
 _GO, _STOP, _DIVERGED = 0, 1, 2
-_COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes", "message_bytes")
+_COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes", "message_bytes", "refused")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Run:
 
     def __post_init__(self):
         self.states = self.states or [self.rule.init(row) for row in self.peers.x]
+        self.tag = digest_of_common(self.rule, self.peers.layout, self.peers.x)
 
 
 class Hooks(NamedTuple):
@@ -114,7 +115,7 @@ def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | No
     bytes_before = run.transport.wire_bytes
     lr = run.peers.learning_rate(t / run.config.train.rounds)
     traffic = gossip(run.rule, run.codec, run.transport, run.peers.x, run.peers.ids, run.states, w, t, lr=lr,
-                     local_steps=run.peers.steps(0))
+                     local_steps=run.peers.steps(0), tag=run.tag)
     if run.rule.changes_basis and traffic.edges:
         run.peers.reset_moments()
     sent = run.transport.wire_bytes - bytes_before
@@ -141,7 +142,7 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
     table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
     table[:, 0] = losses.cpu()
     table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
-    table[0, 5], table[0, 6] = sent, traffic.message_bytes  # of the process, not of the peer
+    table[0, 5:8] = torch.tensor([sent, traffic.message_bytes, traffic.refused])  # of the process, not of the peer
     for column, name in enumerate(state_names, len(_COLUMNS)):
         table[:, column] = torch.stack([state[name] for state in run.states]).cpu()
     table = run.transport.gather(table)
@@ -151,7 +152,7 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
     return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
             "train_loss": summary(table[:, 0].tolist()), "train_loss_peers": table[:, 0].tolist(),
             "edges": traffic.edges, "message_bytes": int(table[:, 6].sum()), "wire_bytes": int(table[:, 5].sum()),
-            "control_bytes": run.transport.control_bytes, "seconds": seconds,
+            "control_bytes": run.transport.control_bytes, "refused": int(table[:, 7].sum()), "seconds": seconds,
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
 

@@ -1,6 +1,6 @@
 """Any rule on any topology with the caller's own local step: no model, no processes, the loop's own rule code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfl import codecs, rules
 from dfl.factors import Layout, pack, unpack
-from dfl.gossip import gossip
+from dfl.gossip import digest_of_common, gossip
 from dfl.measures import measure
 from dfl.transport import InProcess
 from topologies import spectrum
@@ -34,7 +34,8 @@ class Simulation(NamedTuple):
 
 
 def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
-             codec: str = "none", measure_every: int = 1, measure_from: int = 0, **params) -> Simulation:
+             codec: str = "none", measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None,
+             **params) -> Simulation:
     """Run `rounds` rounds of `rule` over `topology` with the caller's own local training.
 
     factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
@@ -42,13 +43,17 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
         whatever it does to a factor outside `trains` (a set of "A", "B") is undone.
     params: the rule's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
+    ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
 
-    ValueError where rule, parameter, topology and factors do not fit each other.
+    ValueError where rule, parameter, topology and factors do not fit each other; TypeError where peers hold different values of
+    a factor that the rule takes for common (FFA's A).
     """
     layout, x = pack(factors)
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
-    plan = rules.build(rule, layout, **with_contraction(rule, params, topology))
+    plan = rules.build(rule, layout, ranks=ranks, **with_contraction(rule, params, topology))
+    rules.check_topology(rule, plan, topology)
+    tag = digest_of_common(plan, layout, x)
     wire = codecs.build(codec)
     states = [plan.init(row) for row in x]
     history = []
@@ -57,7 +62,7 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
         w = topology.matrix(t)
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
-        traffic = gossip(plan, wire, InProcess(), x, range(len(x)), states, w, t)
+        traffic = gossip(plan, wire, InProcess(), x, range(len(x)), states, w, t, tag=tag)
         if measured:
             history.append({"round": t, "edges": traffic.edges, "message_bytes": traffic.message_bytes,
                             **measure(before, x, w, layout)})

@@ -1,6 +1,9 @@
 """How to combine what arrives: `build(name, layout, **parameters) -> Rule`."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from dfl.factors import Layout
 from dfl.plugins import check_parameters, first_line, lookup
@@ -19,18 +22,43 @@ RULES: dict[str, Callable[..., Rule]] = {
     "local": local,
 }
 
-__all__ = ["RULES", "Round", "Rule", "build", "check", "describe"]
+__all__ = ["RULES", "Round", "Rule", "build", "check", "check_topology", "describe"]
 
 
-def check(name: str, params: Mapping[str, object]) -> None:
-    """ValueError for an unknown rule or parameter, before anything is loaded."""
+def check(name: str, params: Mapping[str, object], ranks: Sequence[int] | None = None) -> None:
+    """ValueError for an unknown rule or parameter, or peers of unequal ranks that it cannot mix, before anything is loaded."""
     check_parameters("rule", name, lookup("rule.name", RULES, name), params)
+    if ranks is not None and not accepts(name, "ranks"):
+        able = ", ".join(rule for rule in RULES if accepts(rule, "ranks"))
+        raise ValueError(f"rule.name = {name!r} cannot mix peers of unequal ranks {sorted(set(ranks))}; allowed: {able}, "
+                         "or one lora.rank")
 
 
-def build(name: str, layout: Layout, **params) -> Rule:
-    """The rule `name` for rows of `layout`. ValueError names an unknown rule or parameter and what is allowed."""
-    check(name, params)
-    return RULES[name](layout, **params)
+def accepts(name: str, parameter: str) -> bool:
+    """Whether the rule's factory has the parameter."""
+    return parameter in inspect.signature(RULES[name]).parameters
+
+
+def build(name: str, layout: Layout, *, ranks: Sequence[int] | None = None, **params) -> Rule:
+    """The rule `name` for rows of `layout`. ValueError names an unknown rule or parameter and what is allowed.
+
+    ranks: the rank of every peer, where they differ; the layout has the largest, the slots beyond a peer's rank are zero.
+    """
+    check(name, params, ranks)
+    return RULES[name](layout, **params, **({} if ranks is None else {"ranks": tuple(ranks)}))
+
+
+def check_topology(name: str, rule: Rule, topology) -> None:
+    """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others."""
+    if rule.needs == "any":
+        return
+    # a mixing sequence from outside may not tell its period
+    if getattr(topology, "period", None) != 1:
+        raise ValueError(f"rule.name = {name!r} needs a topology that is the same in every round; allowed: ring, complete, ... "
+                         "(`dfl list`)")
+    w = topology.matrix(0)
+    if rule.needs == "complete" and not np.allclose(w, w[0], rtol=0, atol=1e-12):
+        raise ValueError(f"rule.name = {name!r} needs every peer to hear every other with equal weights; allowed: topology complete")
 
 
 def describe() -> dict[str, str]:

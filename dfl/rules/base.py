@@ -9,6 +9,7 @@ from torch import Tensor
 from dfl.factors import Layout
 
 BOTH = frozenset({"A", "B"})
+NEEDS = ("any", "static", "complete")
 State = dict[str, Tensor]
 Inbox = Mapping[int, Tensor]  # message of each contributing peer, its own among them, by peer id
 
@@ -26,9 +27,9 @@ class Round(NamedTuple):
 class Rule(NamedTuple):
     """How a peer takes part in a round. No rank, no clock, no disk, no global generator inside.
 
-    trains(t): the factor groups (A, B, head) that receive gradients in round t.
-    sends(t): the groups whose current values make the message; empty: the rule never speaks.
-    length(t): elements of the message in round t, known to both ends of every edge.
+    trains(t): the groups (A, B, head, ...) that receive gradients in round t.
+    sends(t): the groups whose current values make the message; empty: nobody speaks in round t.
+    length(t): elements of the message in round t, known to both ends of every edge; None: they differ from peer to peer.
     init(x_D) -> state;  send(x_D, state, round) -> (message_M, state);
     mix(x_D, inbox, state, round) -> (x_D, state), a new row, the old one untouched;
     correct(state) -> a vector (D,) added to each local gradient, or None.
@@ -36,11 +37,15 @@ class Rule(NamedTuple):
     product: the rule is about products; its consensus model is the best rank-r part of the mean product.
     changes_basis: mixing turns the factors' basis, so that optimiser moments no longer fit.
     facts: what was chosen when the rule was built (TAD's interval and why), for the log.
+    residual: the layout of state["residual"], a row of low-rank products E that the model adds to those of the factors;
+        None: the rule keeps none.
+    common: groups that hold the same values at every peer and never change. Their digest travels with every message.
+    needs: what W(t) must be: any; static, the same in every round; complete, static with all rows equal.
     """
 
     trains: Callable[[int], frozenset[str]]
     sends: Callable[[int], frozenset[str]]
-    length: Callable[[int], int]
+    length: Callable[[int], int | None]
     init: Callable[[Tensor], State]
     send: Callable[[Tensor, State, Round], tuple[Tensor, State]]
     mix: Callable[[Tensor, Inbox, State, Round], tuple[Tensor, State]]
@@ -49,6 +54,9 @@ class Rule(NamedTuple):
     product: bool = False
     changes_basis: bool = False
     facts: Mapping[str, object] = {}
+    residual: Layout | None = None
+    common: frozenset[str] = frozenset()
+    needs: str = "any"
 
 
 def weighted_mean(inbox: Inbox, weights: Mapping[int, float]) -> Tensor:
@@ -73,21 +81,31 @@ def write_groups(x: Tensor, cuts: list[slice], message: Tensor) -> None:
         start = stop
 
 
-def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts: Mapping[str, object] = {}) -> Rule:
-    """A rule that averages factors: x_F <- sum_j w_ij x_F,j for the groups F in mixes(t), the others untouched.
+def beside_factors(layout: Layout, head: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What is trained, and what is averaged, beside A and B: magnitudes where the layout has them, and the head.
 
-    `trains`, `mixes`: t -> groups among A and B. `head`: frozen, mixed (trained and mixed every round) or
-    local (trained and never sent).
+    `head`: frozen, mixed (trained and mixed every round) or local (trained and never sent).
     """
     check_head(head)
-    with_head = frozenset({"head"})
+    magnitudes = frozenset({"M"}) if layout.has("M") else frozenset()
+    return (magnitudes | (frozenset({"head"}) if head != "frozen" else frozenset()),
+            magnitudes | (frozenset({"head"}) if head == "mixed" else frozenset()))
+
+
+def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts: Mapping[str, object] = {},
+                  common: frozenset[str] = frozenset()) -> Rule:
+    """A rule that averages factors: x_F <- sum_j w_ij x_F,j for the groups F in mixes(t), the others untouched.
+
+    `trains`, `mixes`: t -> groups among A and B. What else there is (`beside_factors`) is trained, and mixed with them.
+    """
+    also_trained, also_mixed = beside_factors(layout, head)
 
     def trained(t: int) -> frozenset[str]:
-        return frozenset(trains(t)) | (with_head if head != "frozen" else frozenset())
+        return frozenset(trains(t)) | also_trained
 
     def sent(t: int) -> frozenset[str]:
         groups = frozenset(mixes(t))
-        return groups | with_head if head == "mixed" and groups else groups
+        return groups | also_mixed if groups else groups
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         return read_groups(x, layout.columns(sent(round.t))), state
@@ -100,7 +118,8 @@ def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts:
         write_groups(mixed, layout.columns(sent(round.t)), mean)
         return mixed, state
 
-    return Rule(trained, sent, lambda t: layout.length(sent(t)), no_state, send, mix, no_correction, facts=facts)
+    return Rule(trained, sent, lambda t: layout.length(sent(t)), no_state, send, mix, no_correction, facts=facts,
+                common=common)
 
 
 def check_head(head: str) -> None:

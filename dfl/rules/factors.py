@@ -22,7 +22,7 @@ def ffa(layout: Layout, *, head: str = "frozen") -> Rule:
     B_i <- sum_j w_ij B_j (O, R). A is the same everywhere for ever, so the cross term is zero for any W and half
     the bytes travel. Sun, Li, Li, Ding 2024, arXiv 2403.12313; Saadati et al. 2025, arXiv 2505.21382.
     """
-    return factor_gossip(layout, lambda t: ONLY_B, lambda t: ONLY_B, head=head)
+    return factor_gossip(layout, lambda t: ONLY_B, lambda t: ONLY_B, head=head, common=frozenset({"A"}))
 
 
 def local(layout: Layout, *, head: str = "frozen") -> Rule:

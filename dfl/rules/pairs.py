@@ -1,0 +1,132 @@
+"""The frame of rules that combine whole pairs (A_j, B_j): what travels, how it is stacked, what is averaged beside it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfl.factors import Layout, Pair, stack_a, stack_b, write_pairs
+from dfl.rules.base import (
+    BOTH,
+    Inbox,
+    Round,
+    Rule,
+    State,
+    beside_factors,
+    no_correction,
+    read_groups,
+    weighted_mean,
+    write_groups,
+)
+
+
+class Heard(NamedTuple):
+    """What reaches one peer in a round: J peers in ascending id, its own message among them.
+
+    rows (J, D): the columns of A and B as the layout has them, zero beyond the rank of a peer. weights (J,) float64.
+    """
+
+    peers: tuple[int, ...]
+    rows: Tensor
+    weights: Tensor
+    own: int  # index of the peer itself
+    round: Round
+
+    def factors(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """A (J, L, R, I) and B (J, L, O, R) of the layers of one shape."""
+        return stack_a(self.rows, pairs), stack_b(self.rows, pairs)
+
+
+# writes the new factors into the row and returns the new state; the row comes as a clone of the peer's own
+Combine = Callable[[Tensor, Heard, State], State]
+
+
+def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks: Sequence[int] | None = None,
+                init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, diagnostics: Sequence[str] = (),
+                trains: frozenset[str] = BOTH, **facts) -> Rule:
+    """A rule whose message is all of A and B, and whose `combine` makes new ones from what the neighbours sent.
+
+    ranks: the rank of every peer where they differ; a message then carries its ranks and only the slots that they fill.
+    outgoing(x, state, round) -> (row, state): what is sent instead of the peer's own row.
+    diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round without neighbours.
+    A peer that hears nobody keeps its bits. `facts`: further fields of the Rule.
+    """
+    also_trained, also_mixed = beside_factors(layout, head)
+    sends = BOTH | also_mixed
+    cuts, also_cuts = layout.columns(sends), layout.columns(also_mixed)
+    num_factors = layout.length(BOTH)
+    slots = Slots(layout)
+
+    def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+        row = x
+        if outgoing is not None:
+            row, state = outgoing(x, state, round)
+        message = read_groups(row, cuts)
+        return (message if ranks is None else slots.pack(message, [ranks[round.peer]] * len(layout.pairs))), state
+
+    def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        silent = {name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}
+        if len(inbox) == 1:
+            return x.clone(), {**state, **silent}
+        messages = inbox if ranks is None else {j: slots.unpack(message) for j, message in inbox.items()}
+        out = x.clone()
+        if also_cuts:
+            write_groups(out, also_cuts, weighted_mean({j: m[num_factors:] for j, m in messages.items()}, round.weights))
+        peers = tuple(sorted(messages))
+        weights = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=x.device)
+        rows = torch.stack([messages[j][:num_factors] for j in peers])
+        return out, combine(out, Heard(peers, rows, weights, peers.index(round.peer), round), state)
+
+    def start(x: Tensor) -> State:
+        return {**init(x), **{name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}}
+
+    length = layout.length(sends) if ranks is None else None
+    return Rule(lambda t: trains | also_trained, lambda t: sends, lambda t: length, start, send, mix, no_correction,
+                **{"linear": False, "product": True, "changes_basis": True, **facts})
+
+
+class Slots:
+    """Messages of fewer slots than the layout has: a rank per layer, then only the numbers that those ranks fill."""
+
+    def __init__(self, layout: Layout):
+        self.layout, self.num_factors = layout, layout.length(BOTH)
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+
+    def columns(self, ranks: Sequence[int]) -> Tensor:
+        """Where the first ranks[l] slots of each layer lie in a row of A and B: indices, ascending within A and within B."""
+        key = tuple(ranks)
+        if key not in self._columns:
+            pairs = list(zip(self.layout.pairs, key, strict=True))
+            in_a = [torch.arange(p.a, p.a + r * p.d_in) for p, r in pairs]
+            in_b = [(p.b + torch.arange(p.d_out)[:, None] * p.rank + torch.arange(r)).flatten() for p, r in pairs]
+            self._columns[key] = torch.cat(in_a + in_b)
+        return self._columns[key]
+
+    def pack(self, row: Tensor, ranks: Sequence[int]) -> Tensor:
+        """[ranks (L,) | A and B of those slots | whatever follows them in the row]."""
+        columns = self.columns(ranks).to(row.device)
+        return torch.cat([row.new_tensor(list(ranks)), row[columns], row[self.num_factors:]])
+
+    def unpack(self, message: Tensor) -> Tensor:
+        """The whole row, zero in the slots that did not travel. ValueError for ranks that the layout cannot hold."""
+        pairs = self.layout.pairs
+        ranks = [round(r) for r in message[:len(pairs)].tolist()]
+        for pair, rank in zip(pairs, ranks, strict=True):
+            if not 0 <= rank <= pair.rank:
+                raise ValueError(f"a message carries rank {rank} for layer {pair.name!r}; allowed: up to {pair.rank}")
+        columns = self.columns(ranks).to(message.device)
+        row = message.new_zeros(self.num_factors)
+        row[columns] = message[len(pairs):len(pairs) + len(columns)]
+        return torch.cat([row, message[len(pairs) + len(columns):]])
+
+
+def write_slots(out: Tensor, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> None:
+    """Put factors (L, r, I) and (L, O, r) of at most the layers' rank into a row, zeros into the other slots."""
+    missing = pairs[0].rank - a.shape[-2]
+    write_pairs(out, pairs, torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
+
+
+def scalings(pairs: Sequence[Pair], like: Tensor) -> Tensor:
+    """(L,) float64: what turns B A into the change of the weight."""
+    return torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64, device=like.device)
