@@ -14,7 +14,7 @@ from dfl.tasks.images import ImageClassification
 from dfl.tasks.language import CausalLM
 from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
 
-__all__ = ["SOURCES", "TASKS", "Bundle", "Split", "Task", "describe", "load"]
+__all__ = ["SOURCES", "TASKS", "Bundle", "Split", "Task", "describe", "load", "load_file", "load_model", "load_processor"]
 
 TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM, ImageClassification)}
 SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load, "hub": hub.load}
@@ -36,20 +36,56 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
     source = models.locate(model)
     train, valid, facts = read_data(kind, data, data_seed)
     names = label_names(train, data.label) if kind.labelled else []
-    train, valid = divide(train, valid, data, data_seed)
-    labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64)
-              for t in (train, valid)]
+    return _bundle(kind, source, model, data, names, divide(train, valid, data, data_seed), seed, facts)
+
+
+def load_file(model: ModelConfig, data: DataConfig, names: list[str], file: str, *, seed: int) -> Bundle:
+    """The model with all examples of `file`, which stand as both splits, and the labels `names` that it was trained on.
+
+    The columns are those that `data` names. ValueError for a label that is not among `names`, with its line.
+    """
+    kind = lookup("model.task", TASKS, model.task)
+    source = models.locate(model)
+    table = files.read(file, "file")
+    kind.check(table, data)
+    return _bundle(kind, source, model, data, names, (table,), seed, {})
+
+
+def load_processor(model: ModelConfig, data: DataConfig, names: list[str]) -> tuple[Any, Any]:
+    """The model's configuration for the labels `names`, and its tokenizer or image processor. No weights are read."""
+    kind = lookup("model.task", TASKS, model.task)
+    return _processor(kind, models.locate(model), model, data, names)
+
+
+def load_model(model: ModelConfig, data: DataConfig, names: list[str], *, seed: int) -> tuple[Any, Any]:
+    """The frozen model for the labels `names`, and its tokenizer or image processor. No examples are read."""
+    kind = lookup("model.task", TASKS, model.task)
+    source = models.locate(model)
+    config, processor = _processor(kind, source, model, data, names)
+    return models.read_weights(model, source, config, kind.auto_class, seed)[0], processor
+
+
+def _processor(kind: type, source: models.Source, model: ModelConfig, data: DataConfig, names: list[str]) -> tuple[Any, Any]:
     config = models.read_config(model, source, names if kind.labelled else None)
-    text = kind.modality == "text"
-    processor = models.read_tokenizer(model, source, config, data) if text else models.read_image_processor(model, source)
-    splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns)
-              for t, y in zip((train, valid), labels, strict=True)]
-    if text:
-        models.check_ids(model, config, processor.pad_token_id, splits[0].features + splits[1].features)
+    if kind.modality == "text":
+        return config, models.read_tokenizer(model, source, config, data)
+    return config, models.read_image_processor(model, source)
+
+
+def _bundle(kind: type, source: models.Source, model: ModelConfig, data: DataConfig, names: list[str],
+            tables: tuple[Table, ...], seed: int, facts: dict[str, Any]) -> Bundle:
+    """The tables, encoded, as the train and the validation split; a single table stands as both."""
+    labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64) for t in tables]
+    config, processor = _processor(kind, source, model, data, names)
+    splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns, t.lines)
+              for t, y in zip(tables, labels, strict=True)]
+    train, valid = splits[0], splits[-1]
+    if kind.modality == "text":
+        models.check_ids(model, config, processor.pad_token_id, [f for split in splits for f in split.features])
     net, head, model_facts = models.read_weights(model, source, config, kind.auto_class, seed)
     facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": names,
              "num_train": len(train), "num_valid": len(valid), **facts}
-    return Bundle(net, processor, *splits, kind.build(processor), head, source.name, facts)
+    return Bundle(net, processor, train, valid, kind.build(processor), head, source.name, facts)
 
 
 def read_data(kind: type, data: DataConfig, data_seed: int) -> tuple[Table, Table | None, dict[str, Any]]:

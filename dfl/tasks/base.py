@@ -16,12 +16,14 @@ IGNORED = -100  # a label that no loss counts: padding and prompt tokens
 
 @dataclass(frozen=True)
 class Split:
-    """Examples ready for `Task.collate`: `features[i]` is one, not padded; `labels` (n,) int64; `columns` as in the file."""
+    """Examples ready for `Task.collate`: `features[i]` is one, not padded; `labels` (n,) int64; `columns` as in the file,
+    and the `lines` they come from."""
 
     features: Sequence[dict[str, Any]]
     labels: np.ndarray
     label_names: list[str]
     columns: dict[str, list]
+    lines: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,6 +45,8 @@ class Task(Protocol):
     def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]: ...
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+    def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]: ...
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,11 @@ class LabelLoss:
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         count = sums["count"] or float("nan")
         return {"accuracy": sums["correct"] / count, "loss": sums["loss_sum"] / count}
+
+    def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+        """What the model says to each row: the index of its label, and the probability it gives it."""
+        top = output.logits.float().softmax(-1).max(-1)
+        return [{"prediction": int(k), "probability": float(p)} for k, p in zip(top.indices, top.values, strict=True)]
 
     @staticmethod
     def _row_losses(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

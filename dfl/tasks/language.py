@@ -77,6 +77,12 @@ class CausalLM:
         loss = sums["loss_sum"] / (sums["count"] or float("nan"))
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan, "loss": loss}
 
+    def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+        """How well the model foresees each row: its mean loss, over how many tokens, and how many of them it names."""
+        sums = self.score(output, batch, len(batch["labels"]))
+        return [{"loss": loss / count, "tokens": int(count), "correct": int(correct)} for loss, correct, count in
+                zip(*(sums[name].tolist() for name in ("loss_sum", "correct", "count")), strict=True)]
+
     @staticmethod
     def _tokens(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss (0 where masked), what counts, and targets, (B, L - 1) each: position l predicts token l + 1."""
