@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from dfl import partition
@@ -11,10 +12,12 @@ from dfl.assemble import Loaded
 from dfl.checkpoint import complete, latest
 from dfl.config import Config, load
 from dfl.record import Console, JsonLines, Trackers, describe_run
-from dfl.report import round_line
+from dfl.report import evaluation_line, training_line
 from dfl.rounds import Run
 from dfl.runtime import Runtime
 
+# more classes than this are not counted peer by peer
+MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
 _FREE = {"device", "backend", "threads", "timeout", "report_to", "output", "eval", "measure", "checkpoint", "baseline"}
 
@@ -76,13 +79,14 @@ class Recording:
         (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
         # JSON is written last: a folder with a run.json is a run that has started
-        facts = loaded.bundle.facts | {"rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
+        self.primary = run.task.primary
+        facts = loaded.bundle.facts | {"primary": self.primary, "higher_is_better": run.task.higher_is_better,
+                                       "shards": _shards(loaded), "rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
                                        "processes": runtime.place.size, "device": str(runtime.device)}
         (output / "run.json").write_text(json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
         self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
         self.console = Console(config.train.rounds, run.completed)
-        self.primary = run.task.primary
         if run.completed == 0:
             self.console.say(shards)
         self.console.say(_opening(config, run, runtime, loaded))
@@ -91,12 +95,19 @@ class Recording:
         self.lines.write(record)
         self.trackers.log(record["round"], record)
         if record["round"]:
-            self.console.round(record["round"] - 1, round_line(record, self.primary), "eval" in record)
+            self.console.round(record["round"] - 1, training_line(record), "eval" in record, evaluation_line(record, self.primary))
 
     def close(self) -> None:
         self.console.close()
         self.trackers.close()
         self.lines.close()
+
+
+def _shards(loaded: Loaded) -> dict:
+    """How many examples each peer holds, and where there are at most MAX_CLASSES classes, how many of each: (peers, classes)."""
+    labels, num = loaded.bundle.train.labels, len(loaded.bundle.train.label_names)
+    counted = [np.bincount(labels[part], minlength=num).tolist() for part in loaded.parts] if 0 < num <= MAX_CLASSES else None
+    return {"examples": [len(part) for part in loaded.parts], "classes": counted}
 
 
 def _opening(config: Config, run: Run, runtime: Runtime, loaded: Loaded) -> str:

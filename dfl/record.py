@@ -115,14 +115,17 @@ class Console:
         else:
             print(text, file=self.stream, flush=True)
 
-    def round(self, t: int, text: str, important: bool) -> None:
-        """One round is done. Plain logs get a line when `important`, or at least every fifth of the run."""
+    def round(self, t: int, text: str, important: bool, evaluation: str = "") -> None:
+        """One round is done. An evaluation stays on the screen, above the bar. Plain logs get a line when `important`, or at least
+        every fifth of the run."""
         if self.bar:
+            if evaluation:
+                self.say(f"round {t + 1}/{self.rounds}  {evaluation}")
             self.bar.set_postfix_str(text)
             self.bar.update()
         elif important or (t + 1) % max(1, self.rounds // 5) == 0:
             left = (time.monotonic() - self.started) / (t + 1 - self.first) * (self.rounds - t - 1)
-            self.say(f"round {t + 1}/{self.rounds}  {text}  left {_clock(left)}")
+            self.say("  ".join(part for part in (f"round {t + 1}/{self.rounds}", text, evaluation, f"left {_clock(left)}") if part))
 
     def close(self) -> None:
         if self.bar:

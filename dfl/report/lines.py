@@ -1,4 +1,4 @@
-"""Lines and tables that people read."""
+"""Lines and tables that people read on a terminal."""
 
 import math
 from pathlib import Path
@@ -7,21 +7,30 @@ import yaml
 
 from dfl.checkpoint import latest
 from dfl.record import read_lines
+from dfl.report.runs import primary_of, read_description
+
+
+def training_line(record: dict) -> str:
+    """What a round trained and sent, in short."""
+    parts = [f"loss {record['train_loss']['mean']:.3f}", f"trains {record['trains']}", f"edges {record['edges']}"]
+    if "measures" in record:
+        parts.append(f"apart {record['measures']['consensus_distance']:.3g}")
+    return "  ".join(parts)
+
+
+def evaluation_line(record: dict, primary: str) -> str:
+    """The evaluation of a round; empty where there was none."""
+    if "eval" not in record:
+        return ""
+    evaluation = record["eval"]
+    values = evaluation[primary]
+    text = f"{primary} {_cell(values['mean'])} ({_cell(values['min'])} to {_cell(values['max'])})"
+    return text + (f", consensus {_cell(evaluation['consensus'][primary])}" if "consensus" in evaluation else "")
 
 
 def round_line(record: dict, primary: str) -> str:
     """One round in a line."""
-    parts = [f"loss {record['train_loss']['mean']:.3f}", f"trains {record['trains']}", f"edges {record['edges']}"]
-    if "measures" in record:
-        parts.append(f"apart {record['measures']['consensus_distance']:.3g}")
-    if "eval" in record:
-        evaluation = record["eval"]
-        values = evaluation[primary]
-        text = f"{primary} {values['mean']:.4f} ({values['min']:.4f} to {values['max']:.4f})"
-        if "consensus" in evaluation:
-            text += f", consensus {evaluation['consensus'][primary]:.4f}"
-        parts.append(text)
-    return "  ".join(parts)
+    return "  ".join(part for part in (training_line(record), evaluation_line(record, primary)) if part)
 
 
 def evaluations(run: Path) -> list[dict]:
@@ -29,9 +38,9 @@ def evaluations(run: Path) -> list[dict]:
     return [record for record in read_lines(run / "metrics.jsonl") if "eval" in record]
 
 
-def best(records: list[dict], primary: str) -> dict:
-    """The evaluation with the best mean over peers."""
-    sign = 1 if primary == "accuracy" else -1
+def best(records: list[dict], primary: str, higher_is_better: bool) -> dict:
+    """The evaluation with the best mean over peers; one that was not finite is the worst."""
+    sign = 1 if higher_is_better else -1
 
     def goodness(record: dict) -> float:
         mean = record["eval"][primary]["mean"]
@@ -48,8 +57,8 @@ def closing_table(run: Path) -> str:
     records = evaluations(run)
     if not records:
         raise ValueError(f"{str(run)!r} holds no evaluation yet")
-    primary = "accuracy" if "accuracy" in records[0]["eval"] else "perplexity"
-    first, last, top = records[0]["eval"], records[-1]["eval"], best(records, primary)
+    primary, higher_is_better = primary_of(read_description(run).get("facts", {}), records[0]["eval"])
+    first, last, top = records[0]["eval"], records[-1]["eval"], best(records, primary, higher_is_better)
     rule = yaml.safe_load((run / "recipe.yaml").read_text())["rule"]["name"]
     alone = run / "baseline-local"
     baseline = evaluations(alone)[-1:] if (alone / "metrics.jsonl").exists() else []
