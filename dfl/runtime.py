@@ -35,10 +35,18 @@ def place_from_environment(env=os.environ) -> Place:
     if "RANK" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)),
                      int(env.get("LOCAL_WORLD_SIZE", 1)))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        per_node = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))[0])
-        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), per_node)
+    # a batch script has SLURM_NTASKS and SLURM_PROCID too, but only a task of `srun` has a step: `python` in a batch script is alone
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
+        counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)),
+                     _tasks_on_node(counts, int(env.get("SLURM_NODEID", 0))))
     return Place()
+
+
+def _tasks_on_node(counts: str, node: int) -> int:
+    """Slurm's way to write counts: `2(x3),1` is 2, 2, 2, 1."""
+    expanded = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+    return expanded[node]
 
 
 def first_host(nodelist: str) -> str:
@@ -52,7 +60,8 @@ def first_host(nodelist: str) -> str:
 
 def _rendezvous_from_slurm(env) -> None:
     env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))))
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    # another port for every step, as several may run in one job at a time
+    env.setdefault("MASTER_PORT", str(20000 + (int(env.get("SLURM_JOB_ID", 0)) + 997 * int(env.get("SLURM_STEP_ID", 0))) % 20000))
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
@@ -100,14 +109,18 @@ def start(config: Config) -> Runtime:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the round's end; a second one ends the process at once."""
+    """SIGTERM, SIGUSR1 and SIGINT ask for a stop at the round's end.
+
+    They may come twice: Slurm signals every process of a step, and torchrun passes on what it gets. Only a second one after or
+    with SIGINT, which is somebody at a keyboard, ends the process at once.
+    """
 
     def __init__(self):
         self.received = 0
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def _handle(self, number, frame) -> None:
-        if self.received:
+        if self.received and signal.SIGINT in (self.received, number):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = int(number)
