@@ -14,14 +14,18 @@ from dfl.rules.products import refactor
 SUMS = ("loss_sum", "correct", "count")
 
 
+def in_batches(split, batch_size: int) -> list[list[int]]:
+    """All examples of a split in batches of similar length."""
+    order = sorted(range(len(split)), key=lambda i: _length(split.features[i]))
+    return [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
+
+
 class Evaluator:
     """Examples in batches of similar length, collated once and kept on the device."""
 
     def __init__(self, adapted: Adapted, task, split, batch_size: int, device: torch.device, autocast: bool = False):
         self.adapted, self.task, self.device, self.autocast = adapted, task, device, autocast
-        order = sorted(range(len(split)), key=lambda i: _length(split.features[i]))
-        chunks = [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
-        self.batches = [self._to_device(task.collate([split.features[i] for i in chunk])) for chunk in chunks]
+        self.batches = [self._to_device(task.collate([split.features[i] for i in chunk])) for chunk in in_batches(split, batch_size)]
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in batch.items()}
