@@ -63,6 +63,11 @@ def load(config: Config, device: torch.device) -> Loaded:
     bundle = tasks.load(config.model, config.data, seed=derive(config.seed, "head"), data_seed=data_seed(config))
     parts = partition.build(config.partition.name, bundle.train.labels, config.peers, seed=derive(data_seed(config), "partition"),
                             columns=bundle.train.columns, label_names=bundle.train.label_names, **config.partition.params)
+    return adapt(config, bundle, parts, device)
+
+
+def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
+    """Attach LoRA to the model of a bundle whose training examples are already divided."""
     adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"))
     return Loaded(bundle, parts, adapted)
 

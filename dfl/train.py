@@ -6,9 +6,9 @@ from dfl.assemble import Loaded, assemble, check, load
 from dfl.checkpoint import Checkpointer, latest, read_state, verify
 from dfl.config import Config, from_dict
 from dfl.evaluate import consensus
-from dfl.folder import begin, prepare, read_config
+from dfl.folder import begin, prepare
 from dfl.report import closing_table
-from dfl.rounds import Hooks, Run, evaluate, run_rounds
+from dfl.rounds import Hooks, Run, run_rounds
 from dfl.runtime import Runtime, StopSignal, start
 
 # a stop asked for by a signal: "try again later", as in sysexits.h
@@ -83,18 +83,3 @@ def restore(run: Run, folder: Path) -> None:
     moments = {name.removeprefix("moments."): value for name, value in found.items() if name.startswith("moments.")}
     last = run.rule.trains(run.completed - 1) if run.completed else frozenset()
     run.peers.load_moments(moments, last)
-
-
-def evaluate_run(output: Path, overrides=()) -> dict | None:
-    """`dfl eval`: evaluate the saved adapters of a run again, the same numbers as in its last record; None but on process 0."""
-    config = read_config(output, overrides)
-    topology = check(config)
-    folder = latest(output)
-    if folder is None:
-        raise ValueError(f"{str(output)!r} holds no complete checkpoint")
-    runtime = start(config)
-    run = assemble(config, runtime, load(config, runtime.device), topology)
-    restore(run, folder)
-    result = evaluate(run, runtime.transport.gather(run.peers.x))
-    runtime.transport.close()
-    return result and {"checkpoint": str(folder), "round": run.completed, **result}

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, train
+from dfl import checkpoint, evaluation, train
 from dfl.factors import a_view, b_view, head_view
 from dfl.record import read_lines
 from dfl.transport import InProcess
@@ -390,6 +390,6 @@ def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
 
 def test_evaluating_a_run_again_gives_its_last_numbers(root, tmp_path):
     train.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", lora__head="local"))
-    again = train.evaluate_run(tmp_path / "run")
+    again = evaluation.evaluate_run(tmp_path / "run")
     recorded = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["eval"]
     assert {key: again[key] for key in recorded} == recorded and again["round"] == 2
