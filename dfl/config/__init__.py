@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dfl.config.aliases import apply, own_names, settle
 from dfl.config.build import build
 from dfl.config.checks import validate
-from dfl.config.recipes import parse_overrides, read_yaml, set_field
+from dfl.config.recipes import parse_overrides, read_yaml
 from dfl.config.schema import (
     CheckpointConfig,
     Config,
@@ -23,7 +24,7 @@ from dfl.config.schema import (
 )
 
 __all__ = ["CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "Plugin",
-           "TrainConfig", "from_dict", "load"]
+           "TrainConfig", "from_dict", "load", "resolve"]
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -31,12 +32,13 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
     ValueError names the field, the value and what is allowed. Nothing is loaded.
     """
-    tree: dict = {}
-    if path is not None:
-        tree = read_yaml(Path(path))
-    for key, value in parse_overrides(list(overrides)):
-        set_field(tree, key, value)
-    config = _expand_paths(build(Config, tree, ""))
+    return resolve({} if path is None else read_yaml(Path(path)), parse_overrides(list(overrides)))
+
+
+def resolve(tree: Mapping[str, Any], pairs: Iterable[tuple[str, Any]] = ()) -> Config:
+    """The configuration of a recipe's tree with overrides (dotted key, value); both may use the names of `aliases`."""
+    named = settle(apply(own_names(tree), pairs))
+    config = _expand_paths(build(Config, named, ""))
     validate(config)
     return config
 

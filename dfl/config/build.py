@@ -6,9 +6,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from dfl.config.aliases import suggest
 from dfl.config.recipes import number
 from dfl.config.schema import Plugin
-from dfl.plugins import did_you_mean
 
 
 def build(cls: type, tree: Any, where: str) -> Any:
@@ -20,7 +20,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise ValueError(f"unknown key {_join(where, key)!r} = {value!r}{did_you_mean(key, hints)}; "
+            raise ValueError(f"unknown key {_join(where, key)!r} = {value!r}{suggest(where, key, hints)}; "
                              f"allowed: {', '.join(hints)}")
         values[key] = _coerce(hints[key], value, _join(where, key))
     return cls(**values)
