@@ -1,12 +1,20 @@
-"""Low-rank products without ever forming one: compact QR/SVD of weighted sums, and Gram tables.
+"""Low-rank products without ever forming one: compact QR/SVD of weighted sums, Gram tables, rotations into a common frame.
 
-A product is kept as its two thin factors: left (..., O, M), right (..., M, I). All functions take any leading batch.
+A product is kept as its two thin factors: left (..., O, M), right (..., M, I). All functions take any leading batch. Cores of the
+size of ranks are decomposed in float64.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+SPLITS = ("balanced", "left")
+CRITERIA = ("A", "B", "joint")
+# a singular direction below this fraction of the largest is numerically null in float32
+_NULL = 1e-6
+# below this the nearest orthogonal matrix hangs on rounding errors
+_SINGULAR = 1e-3
 
 
 class Truncated(NamedTuple):
@@ -51,6 +59,40 @@ def _fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     return u * sign.mT, vh * sign
 
 
+def energy_rank(spectrum: Tensor, tau: float) -> Tensor:
+    """The smallest p with sum_{l<=p} S_l² >= tau sum_l S_l²: (...) for spectrum (..., M), descending; 0 where all of it is zero.
+
+    Decided by the tail, which loses no digits: with tau = 1 every direction that is not exactly zero is kept.
+    """
+    energy = spectrum.double().square()
+    tail = energy.flip(-1).cumsum(-1).flip(-1)  # what is lost when only the directions before this one are kept
+    return (tail > (1 - tau) * tail[..., :1]).sum(-1)
+
+
+def cut(svd: Truncated, ranks: Tensor) -> Truncated:
+    """The leading `ranks` (...) directions of each product of the batch; the others become zeros and count as error."""
+    kept = torch.arange(svd.s.shape[-1], device=svd.s.device) < ranks[..., None]
+    lost = torch.where(kept, torch.zeros_like(svd.s), svd.s).square().sum(-1)
+    return svd._replace(u=svd.u * kept[..., None, :], s=svd.s * kept, vh=svd.vh * kept[..., None],
+                        error=(svd.error.square() + lost).sqrt())
+
+
+def refactor(svd: Truncated, own_a: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    """Factors A (..., R, I), B (..., O, R) with B A = U S V^T. A null direction keeps a row in A and a zero column in B.
+
+    balanced: B = U S^1/2, A = S^1/2 V^T; left: B = U S, A = V^T. In a null direction a balanced split would leave zeros on
+    both sides, which no gradient ever revives; there A gets the right vector at the mean row norm of the peer's own A,
+    which changes no product and stays trainable.
+    """
+    s, vh = svd.s, svd.vh
+    null = s <= _NULL * s[..., :1]
+    size = own_a.square().sum(-1).mean(-1, keepdim=True).sqrt().expand_as(s)
+    root = s.sqrt() if split == "balanced" else torch.ones_like(s)
+    left = torch.where(null, torch.zeros_like(s), s / root.clamp_min(torch.finfo(s.dtype).tiny))
+    right = torch.where(null, size if split == "balanced" else torch.ones_like(s), root)
+    return right[..., None] * vh, svd.u * left[..., None, :]
+
+
 def weighted_sum(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """sum_j w_j B_j A_j as (left (..., O, J R), right (..., J R, I)), exact, nothing multiplied out.
 
@@ -72,3 +114,116 @@ def product_gram(a: Tensor, b: Tensor) -> Tensor:
     b = b.double().transpose(0, 1).transpose(-1, -2).flatten(1, 2)
     table = (a @ a.mT) * (b @ b.mT)
     return table.view(layers, num, rank, num, rank).sum((0, 2, 4))
+
+
+class Grams(NamedTuple):
+    """All inner products among J pairs: b[u, x, a, y] = <column x of B_u, column y of B_a>, a the same of the rows of A.
+
+    Both (..., J, R, J, R) float64. Every Frobenius quantity of combinations of these pairs follows without their long sides.
+    """
+
+    b: Tensor
+    a: Tensor
+
+
+def gram_tables(a: Tensor, b: Tensor) -> Grams:
+    """The tables of pairs a (J, ..., R, I), b (J, ..., O, R): two GEMMs of (J R) x (J R)."""
+    num, rank = a.shape[0], a.shape[-2]
+    rows = a.double().movedim(0, -3).flatten(-3, -2)
+    columns = b.double().mT.movedim(0, -3).flatten(-3, -2)
+    return Grams(*((f @ f.mT).unflatten(-1, (num, rank)).unflatten(-3, (num, rank)) for f in (columns, rows)))
+
+
+def products(grams: Grams) -> Tensor:
+    """<B_j A_j, B_l A_l>_F: (..., J, J)."""
+    return torch.einsum("...uxay,...uxay->...ua", grams.b, grams.a)
+
+
+def norms(table: Tensor) -> Tensor:
+    """||F_j||_F² of the factors behind one table (..., J, R, J, R): (..., J)."""
+    return torch.einsum("...uxux->...u", table)
+
+
+def combined(table: Tensor, coefficients: Tensor) -> Tensor:
+    """The R x R Gram matrix of sum_u c_u F_u: (..., R, R) for one table and coefficients (..., J)."""
+    return torch.einsum("...u,...a,...uxay->...xy", coefficients, coefficients, table)
+
+
+def factor_error(grams: Grams, p: Tensor, q: Tensor, weights: Tensor) -> Tensor:
+    """||(sum_u p_u B_u)(sum_v q_v A_v) - sum_j w_j B_j A_j||_F²: (...) for coefficients (..., J), from the tables alone."""
+    mean = (combined(grams.b, p) * combined(grams.a, q)).sum((-2, -1))
+    half_b = torch.einsum("...u,...uxay->...axy", p, grams.b)
+    half_a = torch.einsum("...v,...vxay->...axy", q, grams.a)
+    mixed = torch.einsum("...a,...axy,...axy->...", weights, half_b, half_a)
+    target = torch.einsum("...u,...ua,...a->...", weights, products(grams), weights)
+    return (mean - 2 * mixed + target).clamp_min(0)
+
+
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """||left @ right||_F (...) by two thin QRs: no digit is lost where the terms of a sum cancel."""
+    r_left = torch.linalg.qr(left.double(), mode="r").R
+    r_right = torch.linalg.qr(right.double().mT, mode="r").R
+    return torch.linalg.matrix_norm(r_left @ r_right.mT)
+
+
+def pair_distance(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+    """||B A - B' A'||_F (...) in a core of 2R x 2R, for pairs of any leading batch; the ranks may differ."""
+    return product_norm(torch.cat([b, -other_b], -1), torch.cat([a, other_a], -2))
+
+
+def procrustes(cross: Tensor, strength: float = 1.0) -> Tensor:
+    """The rotation R (..., R, R) nearest to `cross`, turned by only a part of its angles where `strength` < 1: float64.
+
+    cross = X X_ref^T for rows X (R, I): R minimises ||R^T X - X_ref||_F; X^T X_ref for columns: ||X R - X_ref||_F.
+    Where cross is rank-deficient the rest is turned as little as possible: cross = 0 gives the identity.
+    strength = 1: any orthogonal matrix. Below it: the proper rotation (the weakest direction is flipped where det R < 0) with every
+    angle theta changed to atan2(strength sin theta, 1 - strength + strength cos theta), the polar factor of
+    (1 - strength) I + strength R; where that is nearly singular (theta near pi), R itself.
+    """
+    u, s, vh = torch.linalg.svd(cross.double())
+    null = s <= _NULL * s[..., :1]
+    if null.any():
+        inside = null[..., :, None] & null[..., None, :]
+        inner = torch.where(inside, u.mT @ vh.mT, torch.diag_embed((~null).double()))
+        vh = _polar(inner)[0] @ vh
+    rotation = u @ vh
+    if strength == 1:
+        return rotation
+    improper = torch.linalg.det(rotation) < 0
+    last = torch.where(improper, -2.0, 0.0)[..., None, None]
+    rotation = rotation + last * u[..., :, -1:] @ vh[..., -1:, :]
+    soft, smallest = _polar((1 - strength) * torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+                            + strength * rotation)
+    return torch.where((smallest < _SINGULAR)[..., None, None], rotation, soft)
+
+
+def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The orthogonal matrix nearest to a square one, and the latter's smallest singular value (...)."""
+    u, s, vh = torch.linalg.svd(matrix)
+    return u @ vh, s[..., -1]
+
+
+def align(a: Tensor, b: Tensor, reference_a: Tensor, reference_b: Tensor, criterion: str = "joint",
+          strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The pair turned into the frame of a reference: (R^T A, B R, R) with the same product B A.
+
+    a (..., R, I), b (..., O, R). criterion: what R brings close, A, B, or both, each measured by the size of its reference
+    (joint). The optimiser's first moments turn with their factors: R^T m_A, m_B R.
+    """
+    rotation = procrustes(_cross(a, b, reference_a, reference_b, criterion), strength).to(a.dtype)
+    return rotation.mT @ a, b @ rotation, rotation
+
+
+def _cross(a: Tensor, b: Tensor, reference_a: Tensor, reference_b: Tensor, criterion: str) -> Tensor:
+    """(..., R, R): what `procrustes` takes."""
+    of_a = (a.double(), reference_a.double())
+    of_b = (b.double().mT, reference_b.double().mT)
+    if criterion != "joint":
+        x, reference = of_a if criterion == "A" else of_b
+        return x @ reference.mT
+    return sum(x @ reference.mT / _positive(reference.square().sum((-2, -1), keepdim=True)) for x, reference in (of_a, of_b))
+
+
+def _positive(value: Tensor) -> Tensor:
+    """What may be divided by: ones where `value` is zero."""
+    return torch.where(value > 0, value, torch.ones_like(value))

@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from dfl.factors import Layout, Pair, stack_a
-from dfl.lowrank import Truncated, truncate, weighted_sum
+from dfl.lowrank import SPLITS, refactor, truncate, weighted_sum
 from dfl.rules.base import Rule, State
 from dfl.rules.pairs import Heard, pair_gossip, scalings, write_slots
-
-SPLITS = ("balanced", "left")
-# a singular direction below this fraction of the largest is numerically null in float32
-_NULL = 1e-6
 
 
 def decaf(layout: Layout, *, split: str = "balanced", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
@@ -51,18 +47,3 @@ def _mix_shape(out: Tensor, heard: Heard, pairs: list[Pair], split: str, rank: i
     new_b = torch.where(alive, new_b, torch.einsum("j,jlor->lor", heard.weights.to(b), b[..., :rank]))
     write_slots(out, pairs, new_a, new_b)
     return (svd.error.double() * scalings(pairs, out)).square().sum()
-
-
-def refactor(svd: Truncated, own_a: Tensor, split: str) -> tuple[Tensor, Tensor]:
-    """Factors A (..., R, I), B (..., O, R) with B A = U S V^T. A null direction keeps a row in A and a zero column in B.
-
-    In a null direction a balanced split would leave zeros on both sides, which no gradient ever revives; there A gets the
-    right vector at the mean row norm of the peer's own A, which changes no product and stays trainable.
-    """
-    s, vh = svd.s, svd.vh
-    null = s <= _NULL * s[..., :1]
-    size = own_a.square().sum(-1).mean(-1, keepdim=True).sqrt().expand_as(s)
-    root = s.sqrt() if split == "balanced" else torch.ones_like(s)
-    left = torch.where(null, torch.zeros_like(s), s / root.clamp_min(torch.finfo(s.dtype).tiny))
-    right = torch.where(null, size if split == "balanced" else torch.ones_like(s), root)
-    return right[..., None] * vh, svd.u * left[..., None, :]

@@ -5,7 +5,23 @@ import pytest
 import torch
 
 from dfl.factors import make_layout, pack
-from dfl.lowrank import product_gram, truncate, weighted_sum
+from dfl.lowrank import (
+    align,
+    combined,
+    cut,
+    energy_rank,
+    factor_error,
+    gram_tables,
+    norms,
+    pair_distance,
+    procrustes,
+    product_gram,
+    product_norm,
+    products,
+    refactor,
+    truncate,
+    weighted_sum,
+)
 from dfl.measures import aggregation_error, consensus_distance, cross_term, product_distance
 
 SHAPES = [(6, 5, 2, 3), (5, 9, 3, 1), (4, 4, 4, 5), (12, 3, 1, 4)]  # O, I, R, J; also J R > min(O, I)
@@ -111,3 +127,164 @@ def test_distances_and_scaling():
     twice = make_layout([(p.name, p.rank, p.d_in, p.d_out, 2.0) for p in layout.pairs])
     assert product_distance(x, twice) == pytest.approx(2 * expected, abs=1e-10)
     assert consensus_distance(x[:1].expand(5, -1)) < 1e-15
+
+
+def orthogonal(size, seed=0, batch=(), proper=None):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(*batch, size, size, dtype=torch.float64, generator=generator)).Q
+    if proper is not None:
+        wrong = (torch.linalg.det(q) > 0) != proper
+        q[..., 0] *= torch.where(wrong, -1.0, 1.0)[..., None]
+    return q
+
+
+def test_unequal_ranks_and_negative_weights():
+    a, b = pairs(8, 7, 3, 3)
+    a[0, :, 1:], b[0, :, :, 1:] = 0, 0  # a peer of rank 1
+    a[1, :, 2:], b[1, :, :, 2:] = 0, 0
+    weights = torch.tensor([1.5, -0.7, 0.2], dtype=torch.float64)
+    dense = torch.einsum("j,jlor,jlri->loi", weights, b, a).numpy()
+    u, s, vh = np.linalg.svd(dense, full_matrices=False)
+    svd = truncate(*weighted_sum(weights, a, b), 2)
+    np.testing.assert_allclose((svd.u * svd.s[:, None]) @ svd.vh, (u[..., :2] * s[:, None, :2]) @ vh[:, :2], rtol=1e-10, atol=1e-12)
+    assert truncate(*weighted_sum(weights, a, b), 6).error.max() < 1e-12  # the ranks sum to 1 + 2 + 3
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.8, 0.99, 1.0])
+def test_the_energy_threshold_keeps_the_fewest_directions(tau):
+    a, b = pairs(8, 7, 2, 3, layers=5)
+    svd = truncate(*weighted_sum(torch.tensor([1.0, 0.3, 0.1]), a, b), 6)
+    ranks = energy_rank(svd.spectrum, tau)
+    energy = np.linalg.svd((b * torch.tensor([1.0, 0.3, 0.1]).double().view(3, 1, 1, 1) @ a).sum(0).numpy(), compute_uv=False) ** 2
+    for layer, rank in enumerate(ranks.tolist()):
+        share = energy[layer, :6].cumsum() / energy[layer, :6].sum()
+        assert share[rank - 1] >= tau - 1e-12 and (rank == 1 or share[rank - 2] < tau)
+    short = cut(svd, ranks)
+    np.testing.assert_allclose(short.error.square(), [energy[k, r:].sum() for k, r in enumerate(ranks.tolist())], atol=1e-10)
+    assert [(s > 0).sum() for s in short.s] == ranks.tolist()
+
+
+def test_nothing_has_no_energy():
+    assert energy_rank(torch.zeros(2, 4), 0.9).tolist() == [0, 0]
+
+
+def test_splits_balance_or_make_rows_orthonormal():
+    a, b = pairs(6, 5, 3, 4)
+    svd = truncate(*weighted_sum(torch.ones(4) / 4, a, b), 3)
+    for split in ("balanced", "left"):
+        new_a, new_b = refactor(svd, a[0], split)
+        torch.testing.assert_close(new_b @ new_a, (svd.u * svd.s[:, None]) @ svd.vh, rtol=0, atol=1e-12)
+        right = new_b.mT @ new_b if split == "balanced" else torch.eye(3, dtype=a.dtype).expand(2, 3, 3)
+        torch.testing.assert_close(new_a @ new_a.mT, right, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("out, inp, rank, num", SHAPES)
+def test_tables_give_every_frobenius_quantity(out, inp, rank, num):
+    a, b = pairs(out, inp, rank, num)
+    grams = gram_tables(a, b)
+    rng = np.random.default_rng(1)
+    p, q, w = rng.standard_normal((3, num))
+    dense = (b @ a).numpy()
+    np.testing.assert_allclose(products(grams), np.einsum("jloi,kloi->ljk", dense, dense), atol=1e-10)
+    np.testing.assert_allclose(norms(grams.b), b.square().sum((-2, -1)).mT, atol=1e-10)
+    sum_b, sum_a = np.einsum("j,jlor->lor", p, b), np.einsum("j,jlri->lri", q, a)
+    np.testing.assert_allclose(combined(grams.a, torch.from_numpy(q)), sum_a @ sum_a.transpose(0, 2, 1), atol=1e-10)
+    error = ((sum_b @ sum_a - np.einsum("j,jloi->loi", w, dense)) ** 2).sum((1, 2))
+    np.testing.assert_allclose(factor_error(grams, *map(torch.from_numpy, (p, q, w))), error, rtol=1e-9, atol=1e-9)
+
+
+def test_the_error_of_averaging_is_a_covariance_of_low_rank():
+    num, rank = 3, 2
+    a, b = (f[:, 0] for f in pairs(20, 18, rank, num, layers=1))
+    w = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    da, db = a - torch.tensordot(w, a, 1), b - torch.tensordot(w, b, 1)
+    error = torch.einsum("j,jor,jri->oi", w, db, da)
+    assert torch.linalg.matrix_rank(error) == (num - 1) * rank
+    assert factor_error(gram_tables(a, b), w, w, w) == pytest.approx(float(error.square().sum()), rel=1e-9)
+    assert error.norm() <= ((w * db.square().sum((1, 2))).sum() * (w * da.square().sum((1, 2))).sum()).sqrt()
+
+
+def test_distances_of_products_lose_no_digits():
+    a, b = pairs(9, 8, 2, 2)
+    dense = (b[0] @ a[0] - b[1] @ a[1]).square().sum((-2, -1)).sqrt()
+    torch.testing.assert_close(pair_distance(a[0], b[0], a[1], b[1]), dense)
+    turn = orthogonal(2)
+    assert pair_distance(a[0], b[0], turn.mT @ a[0], b[0] @ turn).max() < 1e-13  # a Gram table would say 1e-7
+    assert pair_distance(a[0], b[0], a[1, :, :1], b[1, :, :, :1]).shape == (2,)
+    torch.testing.assert_close(product_norm(b[0], a[0]), (b[0] @ a[0]).square().sum((-2, -1)).sqrt())
+
+
+class TestProcrustes:
+    def test_beats_random_rotations(self):
+        a, b = pairs(9, 8, 3, 2, layers=1)
+        tries = orthogonal(3, batch=(1000,))
+        for criterion in ("A", "B", "joint"):
+            turned_a, turned_b, rotation = align(a[0], b[0], a[1], b[1], criterion)
+            torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3, dtype=a.dtype)[None], rtol=0, atol=1e-12)
+            assert pair_distance(turned_a, turned_b, a[0], b[0]) < 1e-12
+            weight_a, weight_b = criterion != "B", criterion != "A"
+            if criterion == "joint":
+                weight_a, weight_b = 1 / a[1].square().sum(), 1 / b[1].square().sum()
+
+            def miss(x, y, weight_a=weight_a, weight_b=weight_b):
+                return weight_a * (x - a[1]).square().sum((-2, -1)) + weight_b * (y - b[1]).square().sum((-2, -1))
+            assert miss(turned_a, turned_b) < miss(tries.mT @ a[0], b[0] @ tries).min()
+
+    def test_finds_the_rotation_back(self):
+        a, b = pairs(9, 8, 3, 1)
+        turn = orthogonal(3, batch=(2,))
+        for criterion in ("A", "B", "joint"):
+            back = align(turn.mT @ a[0], b[0] @ turn, a[0], b[0], criterion)
+            torch.testing.assert_close(back[0], a[0])
+            torch.testing.assert_close(back[2], turn.mT)
+
+    def test_a_pair_is_in_its_own_frame(self):
+        a, b = pairs(9, 8, 3, 1)
+        rotation = align(a[0], b[0], a[0], b[0], "A")[2]
+        torch.testing.assert_close(rotation, torch.eye(3, dtype=a.dtype).expand(2, 3, 3), rtol=0, atol=1e-12)
+
+    def test_no_reference_turns_nothing(self):
+        a, b = pairs(9, 8, 3, 2)
+        same = align(a[0], b[0], torch.zeros_like(a[1]), torch.zeros_like(b[1]), "joint")
+        assert torch.equal(same[2], torch.eye(3, dtype=a.dtype).expand(2, 3, 3))
+
+    def test_a_deficient_reference_turns_the_rest_as_little_as_possible(self):
+        a, b = pairs(9, 8, 3, 2)
+        reference = a[0].clone()
+        reference[:, 1:] = 0  # one direction is known, and it is in place
+        reference[:, 0] = torch.linalg.pinv(a[0])[:, :, 0]  # orthogonal to the other rows of A
+        rotation = align(a[0], b[0], reference, b[0], "A")[2]
+        torch.testing.assert_close(rotation, torch.eye(3, dtype=a.dtype).expand(2, 3, 3), rtol=0, atol=1e-10)
+        wild = procrustes(torch.diag(torch.tensor([1.0, 0.0, 0.0]).double()) @ orthogonal(3, 3))
+        torch.testing.assert_close(wild @ wild.mT, torch.eye(3, dtype=a.dtype), rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("strength", [0.2, 0.5, 0.8])
+    def test_soft_angles(self, strength):
+        angle = torch.tensor([0.3, 1.2, 2.5, -1.9], dtype=torch.float64)
+        plane = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
+        frame = orthogonal(3, 7)
+        hard = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+        hard[:, :2, :2] = plane
+        hard = frame @ hard @ frame.mT
+        soft = procrustes(hard, strength)
+        expected = torch.atan2(strength * angle.sin(), 1 - strength + strength * angle.cos())
+        # trace = 1 + 2 cos of the angle
+        torch.testing.assert_close(torch.acos((soft.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2), expected.abs())
+        identity = torch.eye(3, dtype=torch.float64)
+        assert ((soft - identity).norm(dim=(1, 2)) <= 2 * strength * (hard - identity).norm(dim=(1, 2))).all()
+        torch.testing.assert_close(soft @ soft.mT, identity.expand(4, 3, 3), rtol=0, atol=1e-12)
+
+    def test_soft_limits(self):
+        proper = orthogonal(4, 5, proper=True)
+        torch.testing.assert_close(procrustes(proper, 0.0), torch.eye(4, dtype=proper.dtype), rtol=0, atol=1e-12)
+        torch.testing.assert_close(procrustes(proper, 1.0), proper)
+
+    def test_a_reflection_is_turned_properly_when_soft(self):
+        reflection = torch.diag(torch.tensor([1.0, 1.0, -0.1], dtype=torch.float64))
+        assert torch.linalg.det(procrustes(reflection)) < 0
+        soft = procrustes(reflection, 0.9)
+        torch.testing.assert_close(soft, torch.eye(3, dtype=soft.dtype), rtol=0, atol=1e-12)  # the weakest direction gives way
+
+    def test_half_a_turn_is_taken_whole(self):
+        half = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
+        torch.testing.assert_close(procrustes(half, 0.5), half, rtol=0, atol=1e-12)
