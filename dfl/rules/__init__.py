@@ -11,6 +11,7 @@ from dfl.rules.alternating import adf, rolora, tad
 from dfl.rules.base import Round, Rule
 from dfl.rules.factors import ffa, local, lora
 from dfl.rules.products import decaf
+from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
 
 RULES: dict[str, Callable[..., Rule]] = {
     "lora": lora,
@@ -19,6 +20,11 @@ RULES: dict[str, Callable[..., Rule]] = {
     "adf": adf,
     "tad": tad,
     "decaf": decaf,
+    "fedhl": fedhl,
+    "carry": carry,
+    "fedex": fedex,
+    "fedex_choco": fedex_choco,
+    "flora": flora,
     "local": local,
 }
 

@@ -32,6 +32,7 @@ class Heard(NamedTuple):
     weights: Tensor
     own: int  # index of the peer itself
     round: Round
+    notes: Tensor | None = None  # (J, K) what each peer added to its message
 
     def factors(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """A (J, L, R, I) and B (J, L, O, R) of the layers of one shape."""
@@ -43,12 +44,13 @@ Combine = Callable[[Tensor, Heard, State], State]
 
 
 def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks: Sequence[int] | None = None,
-                init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, diagnostics: Sequence[str] = (),
-                trains: frozenset[str] = BOTH, **facts) -> Rule:
+                init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, note: str | None = None,
+                diagnostics: Sequence[str] = (), trains: frozenset[str] = BOTH, **facts) -> Rule:
     """A rule whose message is all of A and B, and whose `combine` makes new ones from what the neighbours sent.
 
     ranks: the rank of every peer where they differ; a message then carries its ranks and only the slots that they fill.
     outgoing(x, state, round) -> (row, state): what is sent instead of the peer's own row.
+    note: a scalar of the state that travels with the message.
     diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round without neighbours.
     A peer that hears nobody keeps its bits. `facts`: further fields of the Rule.
     """
@@ -63,7 +65,9 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
         if outgoing is not None:
             row, state = outgoing(x, state, round)
         message = read_groups(row, cuts)
-        return (message if ranks is None else slots.pack(message, [ranks[round.peer]] * len(layout.pairs))), state
+        if ranks is not None:
+            message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs))
+        return (message if note is None else torch.cat([message, state[note].reshape(1).to(message)])), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         silent = {name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}
@@ -72,16 +76,18 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
         messages = inbox if ranks is None else {j: slots.unpack(message) for j, message in inbox.items()}
         out = x.clone()
         if also_cuts:
-            write_groups(out, also_cuts, weighted_mean({j: m[num_factors:] for j, m in messages.items()}, round.weights))
+            beside = {j: m[num_factors:layout.length(sends)] for j, m in messages.items()}
+            write_groups(out, also_cuts, weighted_mean(beside, round.weights))
         peers = tuple(sorted(messages))
         weights = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=x.device)
         rows = torch.stack([messages[j][:num_factors] for j in peers])
-        return out, combine(out, Heard(peers, rows, weights, peers.index(round.peer), round), state)
+        notes = None if note is None else torch.stack([messages[j][-1:] for j in peers])
+        return out, combine(out, Heard(peers, rows, weights, peers.index(round.peer), round, notes), state)
 
     def start(x: Tensor) -> State:
         return {**init(x), **{name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}}
 
-    length = layout.length(sends) if ranks is None else None
+    length = layout.length(sends) + (note is not None) if ranks is None else None
     return Rule(lambda t: trains | also_trained, lambda t: sends, lambda t: length, start, send, mix, no_correction,
                 **{"linear": False, "product": True, "changes_basis": True, **facts})
 

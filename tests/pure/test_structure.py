@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # rooms of dfl whose functions are tensors in, tensors or floats out, and what of dfl they may import
 PURE = {
-    "rules": {"rules", "factors", "lowrank", "plugins"},
+    "rules": {"rules", "factors", "lowrank", "plugins", "seeds"},
     "codecs": {"plugins"},
     "factors": set(),
     "lowrank": set(),

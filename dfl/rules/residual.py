@@ -1,0 +1,272 @@
+"""Rules that lose nothing: what a rank-R adapter cannot hold stays beside it as a low-rank residual E, part of the model.
+
+Peer i's model is W0 + s (E_i + B_i A_i). E_i = F_i G_i is a row of a layout of its own, never a d x k matrix; its rank is capped,
+and what the cap cuts is in the state as `truncation_error`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, make_layout, stack_a, stack_b, write_pairs
+from dfl.lowrank import Truncated, refactor, truncate, weighted_sum
+from dfl.rules.base import Round, Rule, State
+from dfl.rules.pairs import Heard, pair_gossip, scalings, write_slots
+from dfl.rules.products import check_split
+from dfl.seeds import derive
+
+Product = tuple[Tensor, Tensor]  # left (L, O, M) and right (L, M, I)
+DIAGNOSTICS = ("truncation_error",)
+
+
+def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "balanced", drift_power: int = 0, eps: float = 1e-6,
+          forward: bool = True, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+    """Mix products and keep what truncation cuts as a residual, which comes back in the next round (FedHL as gossip).
+
+    M_i = E_i + sum_j w_ij B_j A_j;  B_i A_i <- best rank-R_i part of M_i;  E_i <- M_i - B_i A_i. Only factors travel. For doubly
+    stochastic W and any ranks the network mean of E + B A is kept exactly, so that no energy collapses into the smallest
+    rank; E itself is not mixed. With equal ranks and a complete graph: FedHL's X + sum_j p_j (B_j A_j - T(X)).
+    drift_power: 0 takes w_ij; 1 or 2 weighs peer j by w_ij / (e_j^power + eps), e_j its own relative tail energy (2 is the
+    paper's), which gives up the mean. forward: false trains without E, as the paper starts its clients.
+    Peng, Zeng, Li, Li, Chen, Wang 2025, arXiv 2505.18494.
+    """
+    check_split(split)
+    if drift_power not in (0, 1, 2):
+        raise ValueError(f"rule.drift_power = {drift_power!r} is not allowed; allowed: 0, 1, 2")
+    beside = residual_layout(layout, residual_rank)
+
+    def combine(out: Tensor, heard: Heard, state: State) -> State:
+        weights = heard.weights
+        if drift_power:
+            weights = weights / (heard.notes[:, 0].double() ** drift_power + eps)
+            weights = weights / weights.sum()
+
+        def products(pairs):
+            return [product_of(state["residual"], like(beside, pairs)), weighted_sum(weights, *heard.factors(pairs))]
+        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
+
+    return pair_gossip(layout, combine, head=head, ranks=ranks, init=no_residual(beside),
+                       note="tail_energy" if drift_power else None, diagnostics=DIAGNOSTICS, residual=beside if forward else None,
+                       facts={"residual_rank": largest_rank(beside), "split": split})
+
+
+def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+    """Every peer carries the largest rank and trains its own part of it: product mixing without collapse for unequal ranks.
+
+    M_i = sum_j w_ij (E_j + B_j A_j), cut to rank R = max_j R_j; its leading R_i directions are trained as B_i A_i, the others stay
+    as E_i, frozen. Every message has rank R; as `decaf` at rank R but for what is trained, so that a peer of small rank cuts nothing
+    from what it passes on. In the spirit of Fed-PLoRA, 2026, arXiv 2602.16936.
+    """
+    check_split(split)
+    beside = residual_layout(layout, largest_rank(layout))
+
+    def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+        """The frozen directions fill the slots that the peer does not train."""
+        rank, row = own_rank(layout, ranks, round), x.clone()
+        for pair, other in zip(layout.pairs, beside.pairs, strict=True):
+            a_view(row, pair)[rank:] = a_view(state["residual"], other)[:pair.rank - rank]
+            b_view(row, pair)[:, rank:] = b_view(state["residual"], other)[:, :pair.rank - rank]
+        return row, state
+
+    def combine(out: Tensor, heard: Heard, state: State) -> State:
+        def products(pairs):
+            return [weighted_sum(heard.weights, *heard.factors(pairs))]
+        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split, largest_rank(layout))
+
+    return pair_gossip(layout, combine, head=head, outgoing=outgoing, init=no_residual(beside),
+                       diagnostics=DIAGNOSTICS, residual=beside, facts={"split": split})
+
+
+def fedex(layout: Layout, *, residual_rank: int | None = None, head: str = "frozen") -> Rule:
+    """Average factors and keep the error of that as a residual: each round is exact at every peer (FedEx-LoRA, local residual).
+
+    A_i <- Abar_i = sum_j w_ij A_j;  B_i <- Bbar_i;  E_i <- E_i + sum_j w_ij (B_j - Bbar_i)(A_j - Abar_i), which is
+    sum_j w_ij B_j A_j - Bbar_i Abar_i. Keeps the network mean of E + B A for doubly stochastic W; the residuals are not mixed and
+    drift apart (`fedex_choco` mixes them). Singhal, Ponkshe, Vepakomma 2024, arXiv 2410.09432.
+    """
+    beside = residual_layout(layout, residual_rank)
+
+    def combine(out: Tensor, heard: Heard, state: State) -> State:
+        tally = Tally(out)
+        row = empty_rows(1, beside.size, dtype=out.dtype, device=out.device)[0]
+        for pairs in layout.shapes():
+            others = like(beside, pairs)
+            a, b = heard.factors(pairs)
+            mean_a = torch.einsum("j,jlri->lri", heard.weights.to(a), a)
+            mean_b = torch.einsum("j,jlor->lor", heard.weights.to(b), b)
+            write_pairs(out, pairs, mean_a, mean_b)
+            deviations = weighted_sum(heard.weights, a - mean_a, b - mean_b)
+            svd = truncate(*joined([product_of(state["residual"], others), deviations]), others[0].rank)
+            write_pairs(row, others, svd.vh, svd.u * svd.s[:, None])
+            tally.add(pairs, svd.error, svd.s)
+        return state | {"residual": row, **tally.state()}
+
+    return pair_gossip(layout, combine, head=head, init=no_residual(beside), diagnostics=DIAGNOSTICS, residual=beside,
+                       changes_basis=False, product=False, facts={"residual_rank": largest_rank(beside)})
+
+
+def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+    """Stack all pairs, merge them into the model and start the adapter anew each round (FLoRA); complete graph only.
+
+    E <- E + sum_j w_j B_j A_j, the stack [w_1 B_1 | ...] [A_1; ...] of rank sum_j R_j, the same at all peers;  B_i <- 0, A_i <- a
+    fresh draw of (seed, t). Exact for any ranks until E outgrows `residual_rank`. On any other graph the models would walk apart.
+    Wang et al. 2024, arXiv 2409.05976.
+    """
+    beside = residual_layout(layout, residual_rank)
+
+    def combine(out: Tensor, heard: Heard, state: State) -> State:
+        def products(pairs):
+            return [product_of(state["residual"], like(beside, pairs)), weighted_sum(heard.weights, *heard.factors(pairs))]
+        new = split_model(out, layout, beside, 0, products, "left")
+        restart(out, layout, own_rank(layout, ranks, heard.round), derive(seed, "flora", heard.round.t))
+        return new
+
+    return pair_gossip(layout, combine, head=head, ranks=ranks, init=no_residual(beside), diagnostics=DIAGNOSTICS,
+                       residual=beside, needs="complete", facts={"residual_rank": largest_rank(beside)})
+
+
+def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None = None, split: str = "balanced",
+                head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+    """Consensus on whole models with rank-R messages: compressed differences to public copies (CHOCO-Gossip on E + B A).
+
+    X_i = E_i + B_i A_i;  q_i = best rank-R_i part of X_i - H_i, sent;  all holders H_j <- H_j + q_j;  X_i <- X_i + gamma sum_j w_ij
+    (H_j - H_i);  B_i A_i <- best rank-R_i part of X_i, E_i the rest. Keeps the network mean of X and reaches consensus on it, of
+    any rank: the decentralised form of exact aggregation. Static W, no message may be lost; gamma >= 0.5 diverges on a ring of
+    eight; a copy for each neighbour. Singhal et al. 2024, arXiv 2410.09432; Koloskova, Stich, Jaggi 2019, arXiv 1902.00340.
+    """
+    check_split(split)
+    if not 0 < gamma <= 1:
+        raise ValueError(f"rule.gamma = {gamma!r} is not allowed; allowed: a number above 0, up to 1")
+    beside = residual_layout(layout, residual_rank)
+    whole = residual_layout(layout, largest_rank(beside) + largest_rank(layout))  # a copy follows adapter and residual
+
+    def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+        row = x.clone()
+        for pairs in layout.shapes():
+            left, right = product_of(state["copy"], like(whole, pairs))
+            parts = [product_of(x, pairs), product_of(state["residual"], like(beside, pairs)), (-left, right)]
+            svd = truncate(*joined(parts), min(own_rank(layout, ranks, round), pairs[0].rank))
+            write_slots(row, pairs, svd.vh, svd.u * svd.s[:, None])
+        return row, state
+
+    def combine(out: Tensor, heard: Heard, state: State) -> State:
+        ids = torch.tensor(heard.peers)
+        if "holders" in state and state["holders"].tolist() != ids.tolist():
+            raise ConnectionError(f"rule fedex_choco: peer {heard.round.peer} heard {ids.tolist()} in round {heard.round.t} and "
+                                  f"{state['holders'].tolist()} before; its copies are out of step")
+        known = state.get("copies", state["copy"].new_zeros(len(ids), whole.size))
+        copies = empty_rows(len(ids), whole.size, dtype=out.dtype, device=out.device)
+        for pairs in layout.shapes():
+            wholes = like(whole, pairs)
+            a, b = heard.factors(pairs)
+            svd = truncate(*joined([product_of(known, wholes), (b, a)]), wholes[0].rank)
+            write_pairs(copies, wholes, svd.vh, svd.u * svd.s[..., None, :])
+        pull = gamma * heard.weights
+        pull[heard.own] -= pull.sum()
+
+        def products(pairs):
+            wholes = like(whole, pairs)
+            return [product_of(out, pairs), product_of(state["residual"], like(beside, pairs)),
+                    weighted_sum(pull, stack_a(copies, wholes), stack_b(copies, wholes))]
+        new = split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
+        return new | {"copies": copies, "copy": copies[heard.own].clone(), "holders": ids}
+
+    def init(x: Tensor) -> State:
+        return {**no_residual(beside)(x), "copy": x.new_zeros(whole.size)}
+
+    return pair_gossip(layout, combine, head=head, ranks=ranks, init=init, outgoing=outgoing, diagnostics=DIAGNOSTICS,
+                       residual=beside, needs="static", facts={"gamma": gamma, "residual_rank": largest_rank(beside)})
+
+
+def residual_layout(layout: Layout, rank: int | None) -> Layout:
+    """The layout of a residual of rank `rank` (None: four times the adapter's) in the layers of `layout`, scaled as they are."""
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rule.residual_rank = {rank!r} is not allowed; allowed: a whole number from 1, "
+                         "or null for four times lora.rank")
+    return make_layout([(p.name, min(rank or 4 * p.rank, p.d_in, p.d_out), p.d_in, p.d_out, p.scaling) for p in layout.pairs])
+
+
+def largest_rank(layout: Layout) -> int:
+    return max((pair.rank for pair in layout.pairs), default=0)
+
+
+def own_rank(layout: Layout, ranks: Sequence[int] | None, round: Round) -> int:
+    return largest_rank(layout) if ranks is None else ranks[round.peer]
+
+
+def no_residual(beside: Layout) -> Callable[[Tensor], State]:
+    """The state before the first round: E = 0."""
+    def init(x: Tensor) -> State:
+        nothing = torch.zeros((), dtype=torch.float64, device=x.device)
+        row = empty_rows(1, beside.size, dtype=x.dtype, device=x.device)[0]
+        return {"residual": row, "residual_norm": nothing, "tail_energy": nothing}
+    return init
+
+
+def like(layout: Layout, pairs: Sequence[Pair]) -> list[Pair]:
+    """The same layers in another layout."""
+    places = {pair.name: pair for pair in layout.pairs}
+    return [places[pair.name] for pair in pairs]
+
+
+def product_of(row: Tensor, pairs: Sequence[Pair]) -> Product:
+    return stack_b(row, pairs), stack_a(row, pairs)
+
+
+def joined(products: Iterable[Product]) -> Product:
+    """The sum of products as one: [left | left' | ...] [right; right'; ...]."""
+    lefts, rights = zip(*products, strict=True)
+    return torch.cat(lefts, -1), torch.cat(rights, -2)
+
+
+class Tally:
+    """What was cut and what was kept beside, over all layers, scaled as ΔW is."""
+
+    def __init__(self, like: Tensor):
+        self.lost, self.kept = torch.zeros(2, dtype=torch.float64, device=like.device)
+
+    def add(self, pairs: Sequence[Pair], error: Tensor, kept: Tensor) -> None:
+        squared = scalings(pairs, error).square()
+        self.lost = self.lost + (squared * error.double().square()).sum()
+        self.kept = self.kept + (squared * kept.double().square().sum(-1)).sum()
+
+    def state(self) -> State:
+        return {"truncation_error": self.lost.sqrt(), "residual_norm": self.kept.sqrt()}
+
+
+def split_model(out: Tensor, layout: Layout, beside: Layout, rank: int, products: Callable[[Sequence[Pair]], list[Product]],
+                split: str, total: int | None = None) -> State:
+    """The leading `rank` directions of the model into row `out`, the next ones into the residual, at most `total` in all.
+
+    products(pairs): what sums to the model in the layers of one shape. Where the model is zero the row keeps its factors.
+    """
+    tally, energy, tail = Tally(out), 0.0, 0.0
+    row = empty_rows(1, beside.size, dtype=out.dtype, device=out.device)[0]
+    for pairs in layout.shapes():
+        others, kept = like(beside, pairs), min(rank, pairs[0].rank)
+        svd = truncate(*joined(products(pairs)), kept + others[0].rank if total is None else total)
+        own_a, own_b = stack_a(out, pairs), stack_b(out, pairs)
+        if kept:
+            new_a, new_b = refactor(head_of(svd, kept), own_a[:, :kept], split)
+            alive = (svd.s[:, 0] > 0)[:, None, None]
+            write_slots(out, pairs, torch.where(alive, new_a, own_a[:, :kept]), torch.where(alive, new_b, own_b[..., :kept]))
+        write_slots(row, others, svd.vh[:, kept:], (svd.u * svd.s[:, None])[..., kept:])
+        tally.add(pairs, svd.error, svd.s[:, kept:])
+        squared = scalings(pairs, out).square()[:, None] * svd.spectrum.double().square()
+        energy, tail = energy + squared.sum(), tail + squared[:, kept:].sum()
+    share = torch.where(energy > 0, tail / energy.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(energy))
+    return {"residual": row, "tail_energy": share, **tally.state()}
+
+
+def head_of(svd: Truncated, rank: int) -> Truncated:
+    return svd._replace(u=svd.u[..., :rank], s=svd.s[..., :rank], vh=svd.vh[..., :rank, :])
+
+
+def restart(out: Tensor, layout: Layout, rank: int, seed: int) -> None:
+    """B = 0 and a fresh A ~ U(-1/sqrt(I), 1/sqrt(I)) in the first `rank` slots, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for pair in layout.pairs:
+        draw = (2 * torch.rand(pair.rank, pair.d_in, generator=generator) - 1) * pair.d_in ** -0.5
+        a_view(out, pair).zero_()[:rank] = draw[:rank].to(out)
+        b_view(out, pair).zero_()
