@@ -1,0 +1,168 @@
+"""`dfl export`: one model of a run as a folder for others, a PEFT adapter or the whole merged model, with its model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dfl import targets, tasks
+from dfl.config import Config
+from dfl.export import card, merging, push, ranks
+from dfl.folder import read_config
+from dfl.report import align
+from dfl.targets import ABOUT, ADAPTER_CONFIG
+from dfl.tasks import embedded
+
+BASE_CONFIG = "base_config"  # a configuration beside an adapter would make it look like a whole model
+
+
+class Wish(NamedTuple):
+    """What is asked for, as on the command line."""
+
+    peer: str = "consensus"
+    output: Path | None = None
+    rounds: int | None = None
+    rank: int | None = None
+    merge: bool = False
+    dtype: str = "auto"
+    shard_size: str = "5GB"
+    base: str | None = None
+    push: str | None = None
+    private: bool = False
+    overwrite: bool = False
+
+
+class Exported(NamedTuple):
+    """Where the folder lies and what there is to say about it; `url` where it was uploaded."""
+
+    folder: Path
+    facts: card.Facts
+    url: str | None
+
+
+def export(run: Path, wish: Wish, overrides=()) -> Exported:
+    """Write one model of `run` to a folder of its own, and upload it where that is asked for.
+
+    ValueError for what cannot be, before anything is written; OSError for a disk or a hub that fails. A folder is there whole
+    or not at all; one that could not be uploaded stays.
+    """
+    _check(wish)
+    config = read_config(run, overrides)
+    record = targets.read_json(run / "run.json")
+    checkpoint = targets.choose_checkpoint(run, wish.rounds)
+    adapter = targets.adapter_of(checkpoint, wish.peer)
+    output = wish.output or run / "exports" / _name(checkpoint, wish)
+    _check_output(output, wish.overwrite)
+    base = base_name(record["facts"]["base"], config.model.name, wish)
+    draft = output.absolute().with_name(f".{output.absolute().name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        facts = _write(draft, wish, config, record, run, checkpoint, adapter, base)
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(draft, output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Exported(output, facts, push.upload(output, wish.push, wish.private) if wish.push else None)
+
+
+def _check(wish: Wish) -> None:
+    if wish.dtype != "auto" and not wish.merge:
+        raise ValueError(f"--dtype {wish.dtype!r} is the type of a merged model: add --merge")
+    if wish.private and not wish.push:
+        raise ValueError("--private says how to upload: add --push OWNER/NAME")
+    if wish.rank is not None and wish.rank < 1:
+        raise ValueError(f"--rank {wish.rank} is not allowed; allowed: 1 or more")
+    if wish.push:
+        push.check(wish.push)
+
+
+def _name(checkpoint: Path, wish: Wish) -> str:
+    parts = [checkpoint.name, wish.peer if wish.peer == "consensus" else f"peer-{wish.peer}"]
+    return "-".join(parts + ([f"rank{wish.rank}"] if wish.rank else []) + (["merged"] if wish.merge else []))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Only an earlier export is ever replaced, and only on request."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / ABOUT).is_file():
+        raise ValueError(f"--output {str(output)!r} exists and is no export; give another folder")
+    if not overwrite:
+        raise ValueError(f"--output {str(output)!r} holds an export already; pass --overwrite to replace it, or another --output")
+
+
+def base_name(used: str, written: str, wish: Wish) -> str:
+    """What the adapter calls its base model: a hub name, or the folder that was used here, which nobody else has.
+
+    ValueError for an upload that would name such a folder.
+    """
+    if wish.base:
+        return wish.base
+    if wish.push and written == "minilm":
+        return embedded.HUB_NAME
+    if wish.push and not wish.merge and Path(used).is_dir():
+        raise ValueError(f"--push {wish.push!r}: the base model is the folder {used!r}, which nobody else has; give its name on the "
+                         "hub with --base OWNER/NAME, or --merge the adapter into it")
+    return used
+
+
+def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run: Path, checkpoint: Path, adapter: Path,
+           base: str) -> card.Facts:
+    """The whole folder but for its name; what there is to say about it."""
+    names = record["facts"]["label_names"]
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(adapter, draft)
+    (draft / "consensus.json").unlink(missing_ok=True)
+    losses = ranks.refactor_folder(draft, wish.rank) if wish.rank else []
+    settings = targets.read_json(draft / ADAPTER_CONFIG)
+    merged = None
+    if wish.merge:
+        merged = merging.merge_folder(draft, config, names, wish.dtype, wish.shard_size)
+    else:
+        (draft / ADAPTER_CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": base}, indent=2, sort_keys=True))
+        base_config, processor = tasks.load_processor(config.model, config.data, names)
+        base_config.save_pretrained(draft / BASE_CONFIG)
+        processor.save_pretrained(draft)
+    rounds = int(checkpoint.name.removeprefix("round-"))
+    facts = card.Facts(config, record, run, rounds, wish.peer, _origin(adapter), base, settings, losses, merged, wish.push)
+    (draft / ABOUT).write_text(json.dumps(_about(config, names, facts), indent=1))
+    (draft / "README.md").write_text(card.render(facts), encoding="utf-8")
+    return facts
+
+
+def _origin(adapter: Path) -> str | None:
+    """How a consensus was made."""
+    return targets.read_json(adapter / "consensus.json")["consensus"] if (adapter / "consensus.json").is_file() else None
+
+
+def _about(config: Config, names: list[str], facts: card.Facts) -> dict[str, Any]:
+    """What `dfl eval` has to know beside the weights. No path of the machine: the folder may be uploaded."""
+    data = config.data
+    columns = {key: getattr(data, key) for key in ("text", "pair", "label", "prompt", "response", "image", "max_length")}
+    model = {"task": config.model.task, "dtype": facts.merged.dtype if facts.merged else config.model.dtype}
+    if not facts.merged:
+        model["layers"] = config.model.layers
+    return {"made_by": "dfl", "model": model, "data": columns, "label_names": names, "peer": facts.peer, "round": facts.rounds}
+
+
+def lines(exported: Exported) -> list[str]:
+    """What to say about an export, in a few lines; one for each layer where the rank was changed."""
+    facts, folder = exported.facts, exported.folder
+    whose = f"consensus of {facts.config.peers} peers" if facts.peer == "consensus" else f"peer {facts.peer}"
+    what = f"merged model, {facts.merged.dtype}" if facts.merged else f"PEFT adapter, rank {facts.settings['r']}"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    said = [f"{folder}: {what}, {f'{size / 1e6:.1f} MB' if size > 1e5 else f'{size / 1e3:.1f} kB'}; {whose} after round {facts.rounds}"]
+    if facts.losses:
+        rows = [["layer", "rank", "relative error"], *([loss.layer, str(loss.rank), f"{loss.relative:.3g}"] for loss in facts.losses)]
+        rows.append(["all layers", "", f"{ranks.total(facts.losses):.3g}"])
+        said += [f"refactored to rank {facts.settings['r']}; Frobenius error of the cut, relative to the layer's ΔW:", align(rows)]
+    if facts.merged:
+        said.append(f"logits of a probe differ from the adapter's by {facts.merged.difference:.2g}, the largest is "
+                    f"{facts.merged.largest:.2g}")
+    for metric, values in card.evaluation(facts).items():
+        if values["this"] is not None:
+            said.append(f"{metric} {values['this']:.4f}" + ("" if facts.evaluated else ", before the change of rank or type"))
+    said += [f"how to load it: {folder / 'README.md'}", f"evaluate it: python -m dfl eval {folder} --run {facts.run}"]
+    return said + ([f"uploaded: {exported.url}"] if exported.url else [])

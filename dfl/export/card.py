@@ -1,0 +1,250 @@
+"""The model card of an export: what the model is, how it was trained, what was measured, and how to load it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+import topologies
+from dfl import rules
+from dfl.config import Config
+from dfl.export.ranks import total
+from dfl.record import read_lines
+from dfl.tasks import TASKS, embedded
+
+PIPELINES = {"sequence_classification": "text-classification", "causal_lm": "text-generation",
+             "image_classification": "image-classification"}
+
+
+class Facts(NamedTuple):
+    """What a card is written from. `settings` is the adapter's configuration; `losses` of `--rank`, `merged` of `--merge`."""
+
+    config: Config
+    record: dict[str, Any]  # run.json
+    run: Path
+    rounds: int
+    peer: str  # a number, or consensus
+    origin: str | None  # how a consensus was made
+    base: str
+    settings: dict[str, Any]
+    losses: list
+    merged: Any | None
+    name: str | None  # under which it will be uploaded
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the exported weights are those that the run evaluated, to the rounding of float32."""
+        whole = self.merged is None or self.merged.dtype == self.config.model.dtype == "float32"
+        return whole and not any(loss.relative > 1e-6 for loss in self.losses)
+
+
+def render(facts: Facts) -> str:
+    """The whole README.md."""
+    parts = [f"# {_title(facts)}", _what(facts), "## Training", _table(_training(facts)), _data(facts),
+             "## Evaluation", _evaluation(facts), "## Use", _use(facts), "## Made with", _versions(facts)]
+    card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return str(card)
+
+
+def _title(facts: Facts) -> str:
+    model = "consensus model" if facts.peer == "consensus" else f"model of peer {facts.peer}"
+    return f"{_base_title(facts)}: {model} of a decentralised run"
+
+
+def _base_title(facts: Facts) -> str:
+    return (hub_name(facts) or Path(facts.base).name).rpartition("/")[2]
+
+
+def hub_name(facts: Facts) -> str | None:
+    """The base model's name on the hub, where it has one."""
+    if facts.config.model.name == "minilm" and Path(facts.base).is_absolute():
+        return embedded.HUB_NAME
+    try:
+        validate_repo_id(facts.base)
+    except HFValidationError:
+        return None
+    return None if Path(facts.base).exists() else facts.base
+
+
+def _metadata(facts: Facts) -> ModelCardData:
+    config, base = facts.config, hub_name(facts)
+    more: dict[str, Any] = {}
+    if base:
+        more = {"base_model": base, "base_model_relation": "finetune" if facts.merged else "adapter"}
+    if config.data.source == "hub":
+        more["datasets"] = [config.data.name.partition(":")[0]]
+    results = _results(facts)
+    if results:
+        more |= {"eval_results": results, "model_name": facts.name or _base_title(facts)}
+    tags = ["decentralized-training", "gossip", "lora", f"rule:{config.rule.name}", f"topology:{config.topology.name}"]
+    return ModelCardData(library_name="transformers" if facts.merged else "peft", pipeline_tag=PIPELINES[config.model.task], tags=tags,
+                         metrics=sorted({result.metric_type for result in results}) or None, **more)
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """This model's own numbers, where what is exported is what was evaluated."""
+    found = evaluation(facts)
+    if not found or not facts.evaluated:
+        return []
+    kind, name = _data_set(facts.config)
+    task = PIPELINES[facts.config.model.task]
+    return [EvalResult(task_type=task, dataset_type=kind, dataset_name=name, dataset_split="validation", metric_type=metric,
+                       metric_value=values["this"]) for metric, values in found.items() if values["this"] is not None]
+
+
+def _data_set(config: Config) -> tuple[str, str]:
+    """Its identifier and its name for people; of a file no path."""
+    if config.data.source == "hub":
+        return config.data.name.partition(":")[0], config.data.name
+    if config.data.source == "file":
+        return "file", Path(config.data.valid or config.data.train).name
+    return config.data.source, config.data.source
+
+
+def evaluation(facts: Facts) -> dict[str, dict[str, float | None]]:
+    """For each metric: this model, mean, smallest and largest over peers, consensus, and all of them before the first round.
+
+    Empty where the run did not evaluate after this round.
+    """
+    path = facts.run / "metrics.jsonl"
+    records = {line["round"]: line["eval"] for line in read_lines(path) if "eval" in line} if path.is_file() else {}
+    last, first = records.get(facts.rounds), records.get(0, {})
+    found = {}
+    for metric, values in (last or {}).get("peers", {}).items():
+        consensus = last.get("consensus", {}).get(metric)
+        this = consensus if facts.peer == "consensus" else values[int(facts.peer)]
+        found[metric] = {"this": this, "consensus": consensus, "before": first.get(metric, {}).get("mean"), **last[metric]}
+    return found
+
+
+def _what(facts: Facts) -> str:
+    config, labels = facts.config, facts.record["facts"]["label_names"]
+    kind = "A whole model: LoRA factors merged into" if facts.merged else "A LoRA adapter for"
+    parts = [f"{kind} {_linked(facts)}, trained by gossip among {config.peers} peers without a server: every peer trained on its own "
+             f"data, exchanged factors with the neighbours a mixing matrix gave it, and mixed them. {_whose(facts)}"]
+    if config.model.layers:
+        parts.append(f"The base model is cut to its first {config.model.layers} layers.")
+    rank = f"Rank {facts.settings['r']}, alpha {facts.settings['lora_alpha']:g}, head {config.lora.head}, after round {facts.rounds}."
+    parts.append(f"{rank} Labels: {', '.join(labels[:50])}{', ...' if len(labels) > 50 else ''}." if labels else rank)
+    if facts.losses:
+        parts.append(_lost(facts))
+    if facts.merged:
+        parts.append(f"Merged in float32 and stored as {facts.merged.dtype}. On a random input the logits differ from the adapter's by "
+                     f"{facts.merged.difference:.2g} at most (the largest logit is {facts.merged.largest:.2g}).")
+    return "\n\n".join(parts)
+
+
+def _whose(facts: Facts) -> str:
+    num = facts.config.peers
+    if facts.peer != "consensus":
+        return (f"It is the own model of peer {facts.peer} of {num} (the first is 0): trained on that peer's data, mixed with its "
+                "neighbours' factors.")
+    head = "" if facts.config.lora.head == "frozen" else ", with the mean of their heads"
+    return f"It is the consensus model of the {num} peers: the {facts.origin}{head}."
+
+
+def _linked(facts: Facts) -> str:
+    name = hub_name(facts)
+    return f"[{name}](https://huggingface.co/{name})" if name else f"the model {Path(facts.base).name}"
+
+
+def _lost(facts: Facts) -> str:
+    rows = [["layer", "rank before", "relative error"]]
+    rows += [[loss.layer, str(loss.rank), f"{loss.relative:.3g}"] for loss in facts.losses]
+    return (f"The factors were refactored to rank {facts.settings['r']}, the best approximation of that rank of each layer's "
+            f"ΔW. Relative Frobenius error of all layers together: {total(facts.losses):.3g}. By layer:\n\n{_table(rows)}")
+
+
+def _training(facts: Facts) -> list[list[str]]:
+    config, train = facts.config, facts.config.train
+    steps = f"{train.local_steps} steps" if train.local_steps is not None else f"{train.local_epochs} epochs"
+    chosen = {key: value for key, value in facts.record["facts"].get("rule", {}).items()}
+    return [["", ""],
+            ["rule", f"{_plugin(config.rule)}: {rules.describe().get(config.rule.name, '')}"],
+            *([["chosen for the rule", ", ".join(f"{key} = {value}" for key, value in chosen.items())]] if chosen else []),
+            ["topology", f"{_plugin(config.topology)}: {topologies.describe().get(config.topology.name, '')}"],
+            ["peers", str(config.peers)],
+            ["rounds", f"{facts.rounds}, each of {steps} of {train.batch_size} examples a peer"],
+            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}, {train.schedule}; moments {train.state} each round"],
+            ["messages", f"codec {_plugin(config.codec)}"],
+            ["seed", str(config.seed)]]
+
+
+def _plugin(plugin: Any) -> str:
+    return plugin.name + "".join(f", {key} = {value}" for key, value in plugin.params.items())
+
+
+def _data(facts: Facts) -> str:
+    config, found = facts.config, facts.record["facts"]
+    columns = {"causal_lm": [config.data.text] if config.data.prompt is None else [config.data.prompt, config.data.response],
+               "image_classification": [config.data.image, config.data.label]}.get(
+                   config.model.task, [config.data.text, *([config.data.pair] if config.data.pair else []), config.data.label])
+    held = found.get("shards", {}).get("examples")
+    spread = f" ({min(held)} to {max(held)} examples a peer)" if held else ""
+    return (f"Data: {_data_set(config)[1]} (columns {', '.join(columns)}), {found['num_train']:,} training and {found['num_valid']:,} "
+            f"evaluation examples. Partition among the peers: {_plugin(config.partition)}{spread}. What travelled were factors, never "
+            "examples; factors may still tell something about the examples they were trained on.")
+
+
+def _evaluation(facts: Facts) -> str:
+    found = evaluation(facts)
+    if not found:
+        return f"The run did not evaluate after round {facts.rounds}. `dfl eval` measures this folder."
+    own = {} if facts.peer == "consensus" else {"this peer": "this"}
+    columns = {"before training": "before", **own, "mean over peers": "mean", "smallest": "min", "largest": "max",
+               "consensus": "consensus"}
+    rows = [["metric", *columns]] + [[metric, *(_cell(v[key]) for key in columns.values())] for metric, v in found.items()]
+    text = f"On the run's {facts.record['facts']['num_valid']:,} evaluation examples, after round {facts.rounds}:\n\n{_table(rows)}"
+    if not facts.evaluated:
+        text += ("\n\nThese numbers were measured before the rank was lowered or the weights were rounded; "
+                 "`dfl eval FOLDER --run RUN` measures this folder.")
+    return text
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _use(facts: Facts) -> str:
+    kind = TASKS[facts.config.model.task]
+    processor = "AutoTokenizer" if kind.modality == "text" else "AutoImageProcessor"
+    names = sorted([kind.auto_class, processor, *([] if facts.merged else ["AutoConfig"])])
+    lines = [*([] if kind.modality == "text" else ["from PIL import Image"]),
+             "import torch", *([] if facts.merged else ["from peft import PeftModel"]),
+             f"from transformers import {', '.join(names)}", "",
+             f'folder = "{facts.name or "."}"' + ("" if facts.name else "  # where this file lies"), *_loading(facts, kind.auto_class),
+             f"processor = {processor}.from_pretrained(folder)", *_example(facts)]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _loading(facts: Facts, auto: str) -> list[str]:
+    if facts.merged:
+        return [f'model = {auto}.from_pretrained(folder, dtype="{facts.merged.dtype}").eval()']
+    # the base may have a head for other labels
+    fits = ", ignore_mismatched_sizes=True" if TASKS[facts.config.model.task].labelled else ""
+    return ['config = AutoConfig.from_pretrained(folder, subfolder="base_config")',
+            f'base = {auto}.from_pretrained("{facts.base}", config=config, dtype="{facts.config.model.dtype}"{fits})',
+            "model = PeftModel.from_pretrained(base, folder).eval()"]
+
+
+def _example(facts: Facts) -> list[str]:
+    if facts.config.model.task == "causal_lm":
+        return ['inputs = processor("The", return_tensors="pt")', "with torch.no_grad():",
+                "    words = model.generate(**inputs, max_new_tokens=20, do_sample=False)", "print(processor.decode(words[0]))"]
+    inputs = 'processor("A text.", return_tensors="pt")' if facts.config.model.task == "sequence_classification" else \
+        'processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")'
+    return [f"inputs = {inputs}", "with torch.no_grad():", "    logits = model(**inputs).logits",
+            "print(model.config.id2label[int(logits.argmax())])"]
+
+
+def _versions(facts: Facts) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts.record.get("versions", {}).items())
+    commit = facts.record.get("git_commit")
+    return f"dfl{f' at commit {commit}' if commit else ''}; {versions}; begun {facts.record.get('started')}."
