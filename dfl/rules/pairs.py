@@ -45,12 +45,15 @@ Combine = Callable[[Tensor, Heard, State], State]
 
 def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks: Sequence[int] | None = None,
                 init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, note: str | None = None,
+                carries: Callable[[State], Sequence[int]] | None = None, settle: Callable[[Tensor, State, Round], State] | None = None,
                 diagnostics: Sequence[str] = (), trains: frozenset[str] = BOTH, **facts) -> Rule:
     """A rule whose message is all of A and B, and whose `combine` makes new ones from what the neighbours sent.
 
     ranks: the rank of every peer where they differ; a message then carries its ranks and only the slots that they fill.
     outgoing(x, state, round) -> (row, state): what is sent instead of the peer's own row.
     note: a scalar of the state that travels with the message.
+    carries(state) -> the rank of each layer in the message, where a peer's ranks change from round to round.
+    settle(out, state, round) -> state: called last in every round, also where nobody was heard; may write into the row.
     diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round without neighbours.
     A peer that hears nobody keeps its bits. `facts`: further fields of the Rule.
     """
@@ -59,21 +62,26 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
     cuts, also_cuts = layout.columns(sends), layout.columns(also_mixed)
     num_factors = layout.length(BOTH)
     slots = Slots(layout)
+    packed = ranks is not None or carries is not None
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         row = x
         if outgoing is not None:
             row, state = outgoing(x, state, round)
         message = read_groups(row, cuts)
-        if ranks is not None:
-            message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs))
+        if packed:
+            message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs) if carries is None else carries(state))
         return (message if note is None else torch.cat([message, state[note].reshape(1).to(message)])), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        out, state = hear(x, inbox, state, round)
+        return out, (state if settle is None else settle(out, state, round))
+
+    def hear(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         silent = {name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}
         if len(inbox) == 1:
             return x.clone(), {**state, **silent}
-        messages = inbox if ranks is None else {j: slots.unpack(message) for j, message in inbox.items()}
+        messages = inbox if not packed else {j: slots.unpack(message) for j, message in inbox.items()}
         out = x.clone()
         if also_cuts:
             beside = {j: m[num_factors:layout.length(sends)] for j, m in messages.items()}
@@ -87,7 +95,7 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
     def start(x: Tensor) -> State:
         return {**init(x), **{name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}}
 
-    length = layout.length(sends) + (note is not None) if ranks is None else None
+    length = layout.length(sends) + (note is not None) if not packed else None
     return Rule(lambda t: trains | also_trained, lambda t: sends, lambda t: length, start, send, mix, no_correction,
                 **{"linear": False, "product": True, "changes_basis": True, **facts})
 
