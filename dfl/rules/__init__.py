@@ -9,13 +9,14 @@ from dfl.factors import Layout
 from dfl.plugins import check_parameters, first_line, lookup
 from dfl.rules.alternating import adf, rolora, tad
 from dfl.rules.base import Round, Rule
-from dfl.rules.factors import ffa, local, lora
+from dfl.rules.factors import ffa, local, lora, share_a
 from dfl.rules.products import decaf
 from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
 
 RULES: dict[str, Callable[..., Rule]] = {
     "lora": lora,
     "ffa": ffa,
+    "share_a": share_a,
     "rolora": rolora,
     "adf": adf,
     "tad": tad,

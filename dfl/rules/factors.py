@@ -1,8 +1,9 @@
-"""Rules that mix factors every round: plain LoRA gossip, frozen A, and no mixing at all."""
+"""Rules that mix factors every round: plain LoRA gossip, frozen A, A alone, and no mixing at all."""
 
 from dfl.factors import Layout
 from dfl.rules.base import BOTH, Rule, factor_gossip
 
+ONLY_A = frozenset({"A"})
 ONLY_B = frozenset({"B"})
 NOTHING: frozenset[str] = frozenset()
 
@@ -23,6 +24,16 @@ def ffa(layout: Layout, *, head: str = "frozen") -> Rule:
     the bytes travel. Sun, Li, Li, Ding 2024, arXiv 2403.12313; Saadati et al. 2025, arXiv 2505.21382.
     """
     return factor_gossip(layout, lambda t: ONLY_B, lambda t: ONLY_B, head=head, common=frozenset({"A"}))
+
+
+def share_a(layout: Layout, *, head: str = "frozen") -> Rule:
+    """Train A and B, mix A alone: every peer keeps a B of its own (FedSA-LoRA as gossip).
+
+    A_i <- sum_j w_ij A_j (R, I);  B_i stays. Keeps the network mean of A; half the bytes of `lora`. The models are personal:
+    judge each peer's own, not a consensus, and keep a trained head local as the paper does (lora.head: local).
+    Guo et al. 2025, arXiv 2410.01463.
+    """
+    return factor_gossip(layout, lambda t: BOTH, lambda t: ONLY_A, head=head)
 
 
 def local(layout: Layout, *, head: str = "frozen") -> Rule:

@@ -33,6 +33,7 @@ class Promise(NamedTuple):
 TABLE = {
     "lora": Promise("factors"),
     "ffa": Promise("factors"),
+    "share_a": Promise("factors"),
     "rolora": Promise("factors"),
     "adf": Promise("factors", {"T": 2}),
     "tad": Promise("factors", {"T": 3}),
