@@ -1,0 +1,292 @@
+"""The page of one run: accuracy, disagreement, traffic, graph, data, peers, facts."""
+
+import math
+
+from dfl.report import charts
+from dfl.report.network import network
+from dfl.report.page import Section, Table
+from dfl.report.runs import OBSERVING, RunData, evaluated, layers, metrics_of, number, scalars, spent
+
+# bars narrower than these are not readable
+MAX_BARS, MAX_CELLS = 60, 120
+# what well-known measures mean; any other scalar is shown under its own name
+MEANINGS = {
+    "product_distance": "How far the peers' products BA are from their mean: the root of the mean squared Frobenius distance.",
+    "cross_term": "What averaging A and B apart loses of the averaged product BA: Frobenius norm, mean over receivers.",
+    "cross_term_relative": "The cross term over the size of the averaged product, mean over receivers.",
+    "aggregation_error": "How far a peer's product after mixing is from the average of the products it received: Frobenius norm.",
+    "truncation_error": "What cutting an averaged product back to the rank of the adapter loses.",
+}
+UNKNOWN = "As the rule or the measures report it."
+
+
+def cell(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def title(name: str) -> str:
+    """cross_term as `Cross term`."""
+    return name[:1].upper() + name[1:].replace("_", " ")
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def sections(run: RunData, metric: str, higher: bool, targets: list[float]) -> list[Section]:
+    """What is to be read about one run, in order. Parts without data say so."""
+    return [*_progress(run, metric, higher, targets), _disagreement(run), _time(run), _network(run), _data(run),
+            _peers(run, metric), _facts(run)]
+
+
+def tiles(run: RunData, metric: str, higher: bool) -> list[tuple[str, str]]:
+    """The numbers one looks for first: (name, value)."""
+    records, cost = evaluated(run, metric), spent(run)
+    found = [("state", run.state)]
+    if records:
+        last = records[-1]
+        worst = number(last, "eval", metric, "min" if higher else "max")
+        found += [(f"{metric}, mean of peers", cell(number(last, "eval", metric, "mean"))), ("worst peer", cell(worst))]
+        consensus = number(last, "eval", "consensus", metric)
+        found += [("consensus model", cell(consensus))] if consensus is not None else []
+    if run.baseline and evaluated(run.baseline, metric):
+        found.append(("training alone", cell(number(evaluated(run.baseline, metric)[-1], "eval", metric, "mean"))))
+    if cost:
+        sent, seconds = cost[run.done]
+        found += [("messages", megabytes(sent)), ("seconds of work", f"{seconds:,.1f}")]
+    return found
+
+
+def metric_lines(run: RunData, metric: str, at=lambda record: record["round"]) -> list[dict]:
+    """Band and mean over peers, every peer, the consensus model and local training alone, over `at(record)`."""
+    records = evaluated(run, metric)
+    found = [charts.series("mean of peers, least to most", [_banded(r, metric, at(r)) for r in records]),
+             charts.series("consensus model", [(at(r), number(r, "eval", "consensus", metric)) for r in records], "consensus", 1)]
+    if run.baseline:
+        alone = [(at(r), number(r, "eval", metric, "mean")) for r in evaluated(run.baseline, metric)]
+        found.append(charts.series("training alone, mean of peers", alone, "baseline", 2))
+    for peer in range(run.num_peers):
+        points = [(at(r), _of(r["eval"]["peers"][metric], peer)) for r in charts.thin(records, 150)]
+        found.append(charts.series(f"peer {peer}", points, "peer", 6))
+    return found
+
+
+def _banded(record: dict, metric: str, x: float) -> tuple:
+    return x, *(number(record, "eval", metric, key) for key in ("mean", "min", "max"))
+
+
+def _of(values: list, k: int) -> float | None:
+    return values[k] if k < len(values) and isinstance(values[k], (int, float)) and math.isfinite(values[k]) else None
+
+
+def _progress(run: RunData, metric: str, higher: bool, targets: list[float]) -> list[Section]:
+    names = [metric, *(name for name in metrics_of(run) if name != metric)]
+    by_round = charts.lines(f"{metric.capitalize()} by round", _what_happened(run, metric, higher),
+                            [charts.variant(name, name, metric_lines(run, name)) for name in names], choose="metric")
+    loss = charts.lines("Training loss", "Mean loss of the local steps of each round, before mixing.",
+                        [charts.variant("training loss", "loss", _loss_lines(run))])
+    if by_round is None:
+        return [Section("Progress", notes=["No evaluation has been recorded yet."], charts=[loss] if loss else [])]
+    cost, alone = spent(run), spent(run.baseline) if run.baseline else {}
+    found = []
+    for index, (unit, scale, text) in enumerate((
+            ("MB of messages", 1e6, "Bytes of all messages of all peers to their neighbours, whoever hosts them."),
+            ("seconds", 1, "Seconds of local steps, encoding, exchange and mixing; each phase counts with its slowest process."))):
+        def at(record, index=index, scale=scale):
+            return cost[record["round"]][index] / scale
+        lines = [line for line in metric_lines(run, metric, at) if line["role"] not in ("peer", "baseline")]
+        if index == 1 and run.baseline:
+            points = [(alone[r["round"]][1], number(r, "eval", metric, "mean")) for r in evaluated(run.baseline, metric)]
+            lines.append(charts.series("training alone, mean of peers", points, "baseline", 2))
+        found.append(charts.lines(f"{metric.capitalize()} by {unit}", text, [charts.variant(metric, metric, lines)], x=unit))
+    return [Section("Progress", charts=[c for c in (by_round, loss) if c]),
+            Section("What it cost", charts=[c for c in found if c], tables=[crossings([run], metric, higher, targets)])]
+
+
+def _what_happened(run: RunData, metric: str, higher: bool) -> str:
+    first, last = evaluated(run, metric)[0], evaluated(run, metric)[-1]
+    values = {key: cell(number(last, "eval", metric, key)) for key in ("mean", "min", "max")}
+    text = (f"Round {first['round']} to {last['round']}: the mean over {run.num_peers} peers went from "
+            f"{cell(number(first, 'eval', metric, 'mean'))} to {values['mean']} (peers {values['min']} to {values['max']})")
+    consensus = number(last, "eval", "consensus", metric)
+    text += f", the consensus model to {cell(consensus)}" if consensus is not None else ""
+    if run.baseline and evaluated(run.baseline, metric):
+        text += f"; alone, to {cell(number(evaluated(run.baseline, metric)[-1], 'eval', metric, 'mean'))}"
+    return f"{text}. {'Higher' if higher else 'Lower'} is better."
+
+
+def _loss_lines(run: RunData) -> list[dict]:
+    records = [r for r in run.records if isinstance(r.get("train_loss"), dict)]
+    points = [(r["round"], *(number(r, "train_loss", key) for key in ("mean", "min", "max"))) for r in records]
+    found = [charts.series("mean of peers, least to most", points)]
+    each = [r for r in charts.thin(records, 150) if isinstance(r.get("train_loss_peers"), list)]
+    for peer in range(max((len(r["train_loss_peers"]) for r in each), default=0)):
+        found.append(charts.series(f"peer {peer}", [(r["round"], _of(r["train_loss_peers"], peer)) for r in each], "peer", 6))
+    return found
+
+
+def crossing(run: RunData, metric: str, higher: bool, target: float) -> tuple[int, float, float] | None:
+    """The first evaluation at which the mean over peers is at the target or beyond: (round, bytes, seconds)."""
+    cost = spent(run)
+    for record in evaluated(run, metric):
+        value = number(record, "eval", metric, "mean")
+        if value is not None and (value >= target if higher else value <= target):
+            return record["round"], *cost[record["round"]]
+    return None
+
+
+def default_targets(runs: list[RunData], metric: str, higher: bool) -> list[float]:
+    """Half and nine tenths of the way from the first evaluation to the best one of all runs."""
+    values = [v for run in runs for r in evaluated(run, metric) if (v := number(r, "eval", metric, "mean")) is not None]
+    if not values:
+        return []
+    worst, top = (min(values), max(values)) if higher else (max(values), min(values))
+    return [float(f"{worst + share * (top - worst):.3g}") for share in (0.5, 0.9)] if worst != top else []
+
+
+def crossings(runs: list[RunData], metric: str, higher: bool, targets: list[float]) -> Table:
+    """When each run, and its local training alone, first was at each target."""
+    rows = []
+    for run in [r for each in runs for r in (each, each.baseline) if r]:
+        for target in targets:
+            found = crossing(run, metric, higher, target)
+            values = [str(found[0]), megabytes(found[1]), f"{found[2]:,.1f}"] if found else ["not reached", "–", "–"]
+            rows.append([run.name, f"{target:g}", *values])
+    return Table(f"First evaluation at which the mean over peers is {'at least' if higher else 'at most'} the target",
+                 ["run", "target", "round", "messages", "seconds"], rows)
+
+
+DISTANCES = ("consensus_distance", *(f"consensus_distance_{group}" for group in ("A", "B", "M", "head")))
+
+
+def _disagreement(run: RunData) -> Section:
+    """One chart for the consensus distances, one for every other scalar that the records hold, and what they hold by layer."""
+    held = dict.fromkeys(name for record in run.records for name in scalars(record))
+
+    def line(name: str, colour: int = 0) -> dict:
+        return charts.series(name.replace("_", " "), [(r["round"], scalars(r).get(name)) for r in run.records], "line", colour)
+
+    distances = [line(name, k) for k, name in enumerate(DISTANCES) if name in held]
+    found = [charts.lines("Consensus distance after mixing", "How far peers are from their mean: the root of the mean squared "
+                          "distance, of all numbers of a peer and by group.",
+                          [charts.variant("consensus distance", "distance", distances)])]
+    found += [charts.lines(title(name), MEANINGS.get(name, UNKNOWN), [charts.variant(name, name, [line(name)])])
+              for name in held if name not in DISTANCES]
+    found = [c for c in (*found, _layers(run)) if c]
+    return Section("Disagreement and what mixing costs", charts=found,
+                   notes=[] if found else ["No measures were recorded (measure.every is 0, or no round has been run)."])
+
+
+def _layers(run: RunData) -> dict | None:
+    records = charts.thin([r for r in run.records if layers(r)], MAX_CELLS)
+    tables = {}
+    for name in dict.fromkeys(name for r in records for name in layers(r)):
+        rows = list(dict.fromkeys(layer for r in records for layer in layers(r).get(name, {})))
+        values = [[number(layers(r), name, layer) for r in records] for layer in rows]
+        tables[name] = charts.grid(name, rows, [r["round"] for r in records], values, row="layer", column="round", unit=name)
+    return charts.heat("By layer", "Each row is a layer, each column a measured round.", list(tables.values()), choose="diagnostic")
+
+
+def _time(run: RunData) -> Section:
+    records = [r for r in run.records if isinstance(r.get("seconds"), dict)]
+    if not records:
+        return Section("Where the time went", notes=["No seconds have been recorded yet."])
+    names = list(dict.fromkeys(name for r in records for name in r["seconds"]))
+    width = -(-len(records) // MAX_BARS)
+    groups = [records[k:k + width] for k in range(0, len(records), width)]
+    parts = [(name, [_seconds(group, name) / len(group) for group in groups]) for name in names]
+    total = {name: _seconds(records, name) for name in names}
+    whole, most = sum(total.values()) or 1.0, max(total, key=total.get)
+    text = f"Most of the time went to {most} ({total[most] / whole:.0%})."
+    text += f" A bar is the mean of {width} rounds." if width > 1 else ""
+    chart = charts.bars("Seconds of a round by phase", text, [group[-1]["round"] for group in groups], parts, "seconds")
+    rows = [[name, f"{seconds:,.3f}", f"{seconds / whole:.1%}", "observing" if name in OBSERVING else "work"]
+            for name, seconds in total.items()]
+    table = Table("Seconds of the whole run by phase, of the slowest process", ["phase", "seconds", "share", "kind"], rows)
+    return Section("Where the time went", charts=[chart] if chart else [], tables=[table])
+
+
+def _seconds(records: list[dict], name: str) -> float:
+    return sum(number(r, "seconds", name) or 0.0 for r in records)
+
+
+def _network(run: RunData) -> Section:
+    found, notes = network(run)
+    return Section("The graph over time", charts=found, notes=notes)
+
+
+def _data(run: RunData) -> Section:
+    shards = run.facts.get("shards")
+    if not isinstance(shards, dict) or not shards.get("examples"):
+        return Section("Who holds what", notes=["This run did not record how its data are spread over the peers."])
+    examples, classes = shards["examples"], shards.get("classes")
+    text = f"{sum(examples):,} training examples over {len(examples)} peers, {min(examples):,} to {max(examples):,} each."
+    peers = [f"peer {k}" for k in range(len(examples))]
+    if not classes:
+        rows = [[peer, f"{count:,}"] for peer, count in zip(peers, examples, strict=True)]
+        return Section("Who holds what", notes=[text], tables=[Table("Training examples of each peer", ["peer", "examples"], rows)])
+    names = run.facts.get("label_names") or [str(k) for k in range(len(classes[0]))]
+    share = [[count / max(1, sum(row)) for count in row] for row in classes]
+    biggest = sum(max(row) for row in share) / len(share)
+    text += f" On average {biggest:.0%} of a peer's examples are of its largest class."
+    variants = [charts.grid("examples", peers, names, classes, row="peer", column="class", unit="examples"),
+                charts.grid("share of the peer's examples", peers, names, share, row="peer", column="class", unit="share")]
+    return Section("Who holds what", charts=[charts.heat("Examples of each class at each peer", text, variants)])
+
+
+def _peers(run: RunData, metric: str) -> Section:
+    table = peers_table(run, metric)
+    return Section("Every peer, before and after", tables=[table] if table else [],
+                   notes=[] if table else ["No evaluation has been recorded yet."])
+
+
+def peers_table(run: RunData, metric: str) -> Table | None:
+    """Before, after, and after training alone, of every peer, their mean and the consensus model."""
+    records = evaluated(run, metric)
+    if not records:
+        return None
+    alone = evaluated(run.baseline, metric)[-1:] if run.baseline else []
+    columns = [("before", records[0]), (f"after round {records[-1]['round']}", records[-1]), *(("training alone", r) for r in alone)]
+    examples = (run.facts.get("shards") or {}).get("examples") or []
+    rows = [[str(k), *([f"{examples[k]:,}" if k < len(examples) else "–"] if examples else []),
+             *(cell(_of(r["eval"]["peers"][metric], k)) for _, r in columns)] for k in range(run.num_peers)]
+    blank = [""] if examples else []
+    rows.append(["mean", *blank, *(cell(number(r, "eval", metric, "mean")) for _, r in columns)])
+    if any(number(r, "eval", "consensus", metric) is not None for _, r in columns):
+        rows.append(["consensus", *blank, *(cell(number(r, "eval", "consensus", metric)) for _, r in columns)])
+    head = ["peer", *(["examples"] if examples else []), *(name for name, _ in columns)]
+    return Table(f"{metric.capitalize()} of every peer", head, rows)
+
+
+def _facts(run: RunData) -> Section:
+    return Section("Facts of the run", tables=[Table("What it was", ["what", "value"], facts(run), words=True)],
+                   folded=[("The whole recipe", run.config)])
+
+
+def facts(run: RunData) -> list[list[str]]:
+    """Model, data, rule, machine, versions and commit, as far as the folder tells."""
+    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "rule", "packages")}
+    rows = [["folder", str(run.folder)], ["state", run.state], ["rule", plugin(run.config.get("rule"))],
+            *([f"rule: {key}", _short(value)] for key, value in (run.facts.get("rule") or {}).items()),
+            ["topology", plugin(run.config.get("topology"))], ["codec", plugin(run.config.get("codec"))],
+            ["partition", plugin(run.config.get("partition"))], ["seed", _short(run.config.get("seed"))],
+            *([key.replace("_", " "), _short(value)] for key, value in own.items()),
+            ["labels", _short(run.facts.get("label_names"))], ["data packages", _short(run.facts.get("packages"))],
+            ["versions", _short(run.about.get("versions"))], ["hardware", _short(run.about.get("hardware"))],
+            ["commit", _short(run.about.get("git_commit"))], ["started", _short(run.about.get("started"))]]
+    return [row for row in rows if row[1] not in ("", "None")]
+
+
+def plugin(value) -> str:
+    if not isinstance(value, dict):
+        return _short(value)
+    return " ".join([str(value.get("name")), *(f"{k}={v}" for k, v in value.items() if k != "name")])
+
+
+def _short(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items() if v not in (None, "", [], {}))
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value) if value is not None else ""
+
