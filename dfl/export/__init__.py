@@ -151,9 +151,10 @@ def lines(exported: Exported) -> list[str]:
     """What to say about an export, in a few lines; one for each layer where the rank was changed."""
     facts, folder = exported.facts, exported.folder
     whose = f"consensus of {facts.config.peers} peers" if facts.peer == "consensus" else f"peer {facts.peer}"
-    what = f"merged model, {facts.merged.dtype}" if facts.merged else f"PEFT adapter, rank {facts.settings['r']}"
+    what = f"merged model, {facts.merged.dtype}" if facts.merged else f"PEFT adapter, rank {card.rank_text(facts.settings)}"
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    said = [f"{folder}: {what}, {f'{size / 1e6:.1f} MB' if size > 1e5 else f'{size / 1e3:.1f} kB'}; {whose} after round {facts.rounds}"]
+    told = f"{size / 1e6:.1f} MB" if size > 1e5 else f"{size / 1e3:.1f} kB"
+    said = [f"{folder}: {what}, {told}; {whose} after round {facts.rounds}"]
     if facts.losses:
         rows = [["layer", "rank", "relative error"], *([loss.layer, str(loss.rank), f"{loss.relative:.3g}"] for loss in facts.losses)]
         rows.append(["all layers", "", f"{ranks.total(facts.losses):.3g}"])

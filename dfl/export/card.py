@@ -126,14 +126,21 @@ def _what(facts: Facts) -> str:
              f"data, exchanged factors with the neighbours a mixing matrix gave it, and mixed them. {_whose(facts)}"]
     if config.model.layers:
         parts.append(f"The base model is cut to its first {config.model.layers} layers.")
-    rank = f"Rank {facts.settings['r']}, alpha {facts.settings['lora_alpha']:g}, head {config.lora.head}, after round {facts.rounds}."
+    alpha = f"{facts.settings['lora_alpha']:g}"
+    rank = f"Rank {rank_text(facts.settings)}, alpha {alpha}, head {config.lora.head}, after round {facts.rounds}."
     parts.append(f"{rank} Labels: {', '.join(labels[:50])}{', ...' if len(labels) > 50 else ''}." if labels else rank)
     if facts.losses:
         parts.append(_lost(facts))
     if facts.merged:
-        parts.append(f"Merged in float32 and stored as {facts.merged.dtype}. On a random input the logits differ from the adapter's by "
-                     f"{facts.merged.difference:.2g} at most (the largest logit is {facts.merged.largest:.2g}).")
+        parts.append(f"Merged in float32 and stored as {facts.merged.dtype}. On a random input the logits differ from the adapter's "
+                     f"by {facts.merged.difference:.2g} at most (the largest logit is {facts.merged.largest:.2g}).")
     return "\n\n".join(parts)
+
+
+def rank_text(settings: dict[str, Any]) -> str:
+    """The rank of an adapter, or from which to which its layers have one."""
+    ranks = {settings["r"], *(settings.get("rank_pattern") or {}).values()}
+    return str(settings["r"]) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _whose(facts: Facts) -> str:
