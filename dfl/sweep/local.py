@@ -1,0 +1,237 @@
+"""The runs of a sweep on this machine: each in a python process (or under torchrun), some at a time."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from dfl.runtime import place_from_environment
+from dfl.sweep.grid import Sweep
+from dfl.sweep.manifest import SweepRun, note_failure, write
+from dfl.train import STOPPED, train
+
+_REFUSED = 2  # the exit status of what will not work a second time either
+
+
+class Resources(NamedTuple):
+    """How many runs at a time, processes in each, and how often a failed one is tried again."""
+
+    jobs: int = 1
+    processes: int = 1
+    retries: int = 1
+
+    def check(self) -> None:
+        for name, least in (("jobs", 1), ("processes", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; allowed: a whole number from {least}")
+
+
+class Attempt(NamedTuple):
+    run: SweepRun
+    number: int
+    slot: int
+    process: subprocess.Popen
+    started: float
+    offset: int  # where its output begins in the log
+
+
+class Progress:
+    """A bar with the time left on a terminal, and a line for everything that happens."""
+
+    def __init__(self, total: int, done: int, stream=None):
+        self.stream, self.total, self.done = stream or sys.stderr, total, done
+        self.first, self.started = done, time.monotonic()
+        self.bar = tqdm(total=total, initial=done, file=self.stream, unit="run", dynamic_ncols=True) if self.stream.isatty() else None
+
+    def say(self, text: str) -> None:
+        if self.bar:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def ended(self, text: str) -> None:
+        """One run more will not be touched again."""
+        self.done += 1
+        left = (time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done)
+        self.say(f"[{self.done}/{self.total}] {text}, left {tqdm.format_interval(left)}")
+        if self.bar:
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+class Runner:
+    """Starts what is not finished, stops its processes when asked to, and says how everything ended."""
+
+    def __init__(self, runs: list[SweepRun], resources: Resources, stream=None):
+        resources.check()
+        self.runs, self.resources = runs, resources
+        todo = [run for run in runs if run.state != "finished"]
+        self.waiting = deque((run, 1) for run in todo)
+        self.active: list[Attempt] = []
+        self.failed: dict[str, tuple[SweepRun, str]] = {}
+        self.unfinished: list[str] = []
+        self.stops = 0
+        self.slots = min(resources.jobs, max(1, len(todo)))
+        self.threads = max(1, num_cores() // (self.slots * resources.processes))
+        self.devices = visible_devices()
+        self.progress = Progress(len(runs), len(runs) - len(todo), stream)
+
+    def run(self) -> int:
+        """The exit status: 0 all finished, 1 some failed, 75 stopped or some are at work elsewhere."""
+        if self.waiting:
+            self.progress.say(f"{len(self.runs)} runs, {self.progress.done} finished; {self.slots} at a time with "
+                              f"{self.resources.processes} process(es) each; logs in {self.runs[0].log.parent}")
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.active or (self.waiting and not self.stops):
+                self._fill()
+                time.sleep(0.05)
+                for attempt in [a for a in self.active if a.process.poll() is not None]:
+                    self.active.remove(attempt)
+                    self._ended(attempt)
+        finally:
+            for attempt in self.active:  # an error of our own: nothing is left at work behind our back
+                attempt.process.send_signal(signal.SIGTERM)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.progress.close()
+        self._conclude()
+        return 1 if self.failed else STOPPED if self.stops or self.unfinished else 0
+
+    def _stop(self, number, frame) -> None:
+        """The first signal is passed on, and the runs save and leave; a second one ends them at once."""
+        self.stops += 1
+        for attempt in self.active:
+            # torchrun passes it on to its own processes; to these SIGINT after SIGTERM means at once
+            attempt.process.send_signal(signal.SIGTERM if self.stops == 1 else signal.SIGINT)
+
+    def _fill(self) -> None:
+        while self.waiting and len(self.active) < self.slots and not self.stops:
+            run, number = self.waiting.popleft()
+            free = next(slot for slot in range(self.slots) if all(a.slot != slot for a in self.active))
+            attempt = self._start(run, number, free)
+            if attempt is None:
+                self.unfinished.append(run.name)
+                self.progress.ended(f"{run.name}  is at work in another process")
+            else:
+                self.active.append(attempt)
+
+    def _start(self, run: SweepRun, number: int, slot: int) -> Attempt | None:
+        """None when somebody else has the run: its processes hold a lock on their log, for as long as one of them lives."""
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        command = command_of(run, self.resources.processes, self.threads)
+        environment = os.environ | self._environment(slot)
+        with run.log.open("ab") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            note_failure(run, None)
+            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} attempt {number}: {' '.join(command)}\n".encode())
+            log.flush()
+            # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on once
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                                       start_new_session=True)
+            return Attempt(run, number, slot, process, time.monotonic(), log.tell())
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        changed = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(self.threads)}
+        if self.devices and self.slots > 1:
+            changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices_of(slot, self.resources.processes, self.devices))
+        return changed
+
+    def _ended(self, attempt: Attempt) -> None:
+        run, status = attempt.run, attempt.process.returncode
+        took = tqdm.format_interval(time.monotonic() - attempt.started)
+        if status == 0:
+            self.progress.ended(f"{run.name}  finished in {took}")
+        elif self.stops or status == STOPPED:
+            self.unfinished.append(run.name)
+            self.progress.say(f"{run.name}  stopped after {took}")
+        else:
+            self._failed(attempt, first_error(run.log, attempt.offset, status), took)
+
+    def _failed(self, attempt: Attempt, error: str, took: str) -> None:
+        run = attempt.run
+        if attempt.number <= self.resources.retries and attempt.process.returncode != _REFUSED:
+            self.waiting.append((run, attempt.number + 1))
+            self.progress.say(f"{run.name}  failed after {took} and will be tried again: {error}")
+            return
+        note_failure(run, error)
+        self.failed[run.name] = run, error
+        self.progress.ended(f"{run.name}  failed after {took}: {error}")
+
+    def _conclude(self) -> None:
+        if self.failed:
+            self.progress.say(f"\n{len(self.failed)} of {len(self.runs)} runs failed:")
+        for name, (run, error) in self.failed.items():
+            self.progress.say(f"  {name}\n    {error}\n    {run.log}")
+        left = len(self.waiting) + len(self.unfinished)
+        if left:
+            self.progress.say(f"{left} runs are not finished; the same command goes on where they stopped")
+
+
+def run_here(sweep: Sweep, runs: list[SweepRun], index: int) -> int:
+    """One run in this process (under torchrun or srun, in all of them together); the exit status of `dfl train`."""
+    run, first = runs[index], place_from_environment().rank == 0
+    if run.state == "finished":
+        if first:
+            print(f"run {run.index} ({run.name}) is finished: {run.output}")
+        return 0
+    if first:
+        write(sweep, runs)
+        note_failure(run, None)
+    try:
+        return train(run.config, resume=True)
+    except Exception as error:
+        if first:
+            note_failure(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name for name in given.split(",") if name] if given is not None else [str(k) for k in range(torch.cuda.device_count())]
+
+
+def devices_of(slot: int, processes: int, devices: list[str]) -> list[str]:
+    """The GPUs of the run in a slot, one for each of its processes while they last; slots go around them."""
+    return list(dict.fromkeys(devices[(slot * processes + k) % len(devices)] for k in range(processes)))
+
+
+def command_of(run: SweepRun, processes: int, threads: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    chosen = [] if run.config.threads else ["--threads", str(threads)]
+    return [sys.executable, *launcher, "-m", "dfl", "train", str(run.recipe), "--resume", *chosen]
+
+
+def first_error(log: Path, offset: int, status: int) -> str:
+    """The first line of an attempt's output that says what went wrong."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    for pattern in (r"dfl: ", r"[\w.]+(Error|Exception)\b"):
+        said = [line for line in lines if re.match(pattern, line)]
+        if said:
+            return said[0]
+    if status < 0:
+        return f"ended by signal {-status} ({signal.Signals(-status).name})"
+    return f"exit status {status}" + (f": {lines[-1]}" if lines else "")
