@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import socket
+import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -10,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from dfl.config import Config
-from dfl.seeds import derive
 from dfl.transport import Distributed, InProcess, Transport, hosting
 
+# the least time that processes have to find each other: they start on machines that are more or less busy
+START_SECONDS = 240.0
+# a signal that comes twice within this time is one wish, forwarded by a launcher
+ECHO_SECONDS = 5.0
 
 class Place(NamedTuple):
     """Which of how many processes this is, and which on its node."""
@@ -99,31 +104,56 @@ def start(config: Config) -> Runtime:
     if "RANK" not in os.environ:
         _rendezvous_from_slurm(os.environ)
     if not dist.is_initialized():  # a caller may bring a group of its own
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=config.timeout),
-                                device_id=device if backend == "nccl" else None)
+        _meet(backend, place, device, config.timeout)
     wire = device if backend == "nccl" else torch.device("cpu")
-    transport = Distributed(config.peers, device=device, wire=wire, timeout=config.timeout,
-                            run=derive(config.seed, config.output))
-    transport.agree(0)  # NCCL makes its communicator in the first collective, and all ranks must be there
+    transport = Distributed(config.peers, device=device, wire=wire, timeout=config.timeout)
+    if backend == "nccl":  # it makes its communicator in the first collective, and all ranks must be there
+        dist.all_reduce(torch.zeros(1, device=device))
+    transport.introduce(socket.gethostname())
     return Runtime(place, device, transport, hosted)
 
 
-class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a stop at the round's end.
+def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> None:
+    """Join the group. ConnectionError says in one line who waited where, when the others do not come.
 
-    They may come twice: Slurm signals every process of a step, and torchrun passes on what it gets. Only a second one after or
-    with SIGINT, which is somebody at a keyboard, ends the process at once.
+    Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
+    that of the transport, so that its watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
+    """
+    patience = max(timeout, START_SECONDS) + 60
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=place.rank, world_size=place.size,
+                                timeout=timedelta(seconds=patience), device_id=device if backend == "nccl" else None)
+    except RuntimeError as error:
+        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
+                              f"{str(error).splitlines()[0][:200]}") from error
+
+
+class StopSignal:
+    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop at the round's end, when the state is saved.
+
+    A second SIGINT, or a second SIGTERM after some seconds, ends the process at once; what was done since the last checkpoint
+    is lost then. Sooner it is the same wish twice: Slurm signals every process of a step, and torchrun passes on what it gets.
+    SIGUSR1 and SIGUSR2 are the warnings that a job orders with `--signal=USR1@60`: a SIGTERM after them is no second one.
+    torchrun forwards SIGTERM and SIGINT to its workers and kills them after 30 s; the others it forwards with
+    `--signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2`. It is enough that one process of a run hears a signal. While a
+    process waits for another inside the transport, it hears a signal when that wait ends.
     """
 
     def __init__(self):
-        self.received = 0
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.received, self._wished = 0, None
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
 
     def _handle(self, number, frame) -> None:
-        if self.received and signal.SIGINT in (self.received, number):
+        self.received = int(number)
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
+            return
+        if self._wished is None:
+            self._wished = time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._wished > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = int(number)
 
     def restore(self) -> None:
         for number, handler in self._before.items():

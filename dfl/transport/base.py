@@ -16,6 +16,8 @@ class Transport(Protocol):
 
     wire_bytes: int
     control_bytes: int
+    run: int  # a number that all processes of a run share; a message of another run is refused
+    round: int | None  # the round at work, for messages of errors
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
         """Deliver the sender's message along every edge (sender, receiver) of the run; `size`: its bytes, None if they differ.
@@ -25,6 +27,15 @@ class Transport(Protocol):
 
     def agree(self, value: int) -> int:
         """The largest value that any process gave."""
+
+    def share(self, data: bytes) -> list[bytes]:
+        """What each process gave, by process, on all of them."""
+
+    def describe(self, process: int) -> str:
+        """A process for people: its number, its peers, its host."""
+
+    def leave(self, error: BaseException) -> None:
+        """This process fails: tell the others why, so that none waits for it. Nothing can be exchanged afterwards."""
 
     def gather(self, rows: Tensor) -> Tensor | None:
         """The rows (P, D) of all processes in peer order (N, D), on process 0; None elsewhere."""

@@ -12,6 +12,8 @@ class InProcess:
 
     wire_bytes = 0
     control_bytes = 0
+    run = 0
+    round: int | None = None
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
         inboxes: Inboxes = {peer: {} for peer in outbox}
@@ -21,6 +23,15 @@ class InProcess:
 
     def agree(self, value: int) -> int:
         return value
+
+    def share(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def describe(self, process: int) -> str:
+        return f"process {process}"
+
+    def leave(self, error: BaseException) -> None:
+        pass
 
     def gather(self, rows: Tensor) -> Tensor:
         return rows

@@ -1,0 +1,91 @@
+"""Processes that stop, die or fail in the middle of a run: the others name them in time, and nothing hangs."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_processes
+
+from dfl.transport import Distributed
+
+pytestmark = pytest.mark.distributed
+PATIENCE = 1.5
+RING = [(j, i) for j in range(3) for i in ((j - 1) % 3, (j + 1) % 3)]
+
+
+def step(transport: Distributed, phase: str, rank: int) -> None:
+    if phase == "exchange":
+        transport.exchange(4, {rank: torch.zeros(8, dtype=torch.uint8)}, RING, 8)
+    elif phase == "agreement":
+        transport.agree(1)
+    else:
+        transport.gather(torch.zeros(1, 3))
+        transport.agree(1)  # a process that only sends rows notices no more than that they could be sent
+
+
+def worker(rank: int, phase: str, victim: int, number: int) -> tuple[str, float, bool]:
+    """What a process says when `victim` gets a signal before a step; how long that took; whether it could leave."""
+    transport = Distributed(3, device=torch.device("cpu"), wire=torch.device("cpu"), timeout=PATIENCE)
+    transport.introduce(f"host{rank}")
+    for name in ("exchange", "agreement", "gathering of rows"):
+        step(transport, name, rank)
+    transport.round = 4
+    if rank == victim:
+        os.kill(os.getpid(), number)
+    started = time.monotonic()
+    try:
+        step(transport, phase, rank)
+    except ConnectionError as error:
+        noticed = time.monotonic() - started
+        transport.leave(error)
+        return str(error), noticed, dist.is_initialized()
+    return "nothing was noticed", 0.0, True
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("phase", ["exchange", "agreement", "gathering of rows"])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_all_others_name_the_process_that_is_silent_or_dead(phase, victim, number):
+    results = run_processes(worker, 3, phase, victim, number, lost=[victim])
+    how = "said nothing for" if number == signal.SIGSTOP else "is gone: the connection closed after"
+    for rank, result in enumerate(results):
+        if rank == victim:
+            assert result is None
+            continue
+        said, seconds, still_in_a_group = result
+        assert said.startswith(f"process {victim} (peer {victim}, host host{victim}) {how}"), results
+        assert "in round 5 (" in said and not still_in_a_group
+        # process 0 has twice the time; then the others' notes are looked for
+        assert seconds < 2 * PATIENCE + 3
+
+
+def failing_worker(rank: int, culprit: int, error: Exception) -> str:
+    """One process has an error of its own, and leaves; the rest find out in the next step."""
+    transport = Distributed(3, device=torch.device("cpu"), wire=torch.device("cpu"), timeout=30)
+    transport.introduce(f"host{rank}")
+    transport.round = 2
+    started = time.monotonic()
+    try:
+        if rank == culprit:
+            raise error
+        transport.agree(0)
+    except (OSError, ValueError) as failure:
+        transport.leave(failure)
+        assert time.monotonic() - started < 10
+        return f"{type(failure).__name__}: {failure}"
+    return "nothing was noticed"
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("error, kind", [(OSError(28, "No space left on device", "run/metrics.jsonl"), "ConnectionError"),
+                                         (ValueError("lr = -1 is not allowed"), "ValueError")])
+def test_an_error_of_one_process_is_told_to_the_others(culprit, error, kind):
+    results = run_processes(failing_worker, 3, culprit, error)
+    for rank, said in enumerate(results):
+        if rank != culprit:
+            assert said == f"{kind}: process {culprit} (peer {culprit}, host host{culprit}) stopped in round 3: {error}"
+        else:
+            assert said == f"{type(error).__name__}: {error}"
