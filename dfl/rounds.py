@@ -63,7 +63,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
     if run.completed == 0:
         hooks.record(_start_record(run))
     while run.completed < config.train.rounds:
-        t = run.completed
+        t = run.transport.round = run.completed
         # the start of this round and of the one before it
         begun = [*begun[-1:], (t, run.peers.snapshot(), list(run.states))]
         started = time.perf_counter()
