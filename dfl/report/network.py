@@ -41,14 +41,17 @@ def _charts(run: RunData, topology, rounds: list[int]) -> list[dict]:
     found = []
     if num <= MAX_PEERS:
         found += [_graph(topology, shown, frames, rounds), _weights(total / len(shown), shown)]
-    found.append(_degrees(run, shown, np.array(degrees), topology))
+    # a sequence that repeats is shown once and counted in every round
+    again = {t: (t - 1) % topology.period for t in charts.thin(rounds)} if topology.period else {t: k for k, t in enumerate(shown)}
+    counted = [t for t, k in again.items() if k < len(degrees)]
+    found.append(_degrees(run, counted, np.array(degrees)[[again[t] for t in counted]]))
     return [chart for chart in found if chart]
 
 
 def _graph(topology, shown: list[int], frames: list[str], rounds: list[int]) -> dict:
     from topologies.draw import positions
     place = positions(topology)
-    repeats = f" The sequence repeats after {topology.period} round(s)." if topology.period else ""
+    repeats = {None: "", 1: " It is the same in every round."}.get(topology.period, f" It repeats after {topology.period} rounds.")
     thinned = f" {len(shown)} of {len(rounds)} rounds, evenly." if len(shown) < len(rounds) and not topology.period else ""
     arcs = "" if topology.symmetric else " A dot lies near the peer that hears."
     return {"kind": "graph", "title": "Who hears whom, round by round", "peers": topology.num_peers,
@@ -61,7 +64,7 @@ def _graph(topology, shown: list[int], frames: list[str], rounds: list[int]) -> 
 def _weights(mean: np.ndarray, shown: list[int]) -> dict | None:
     num = len(mean)
     others = mean[~np.eye(num, dtype=bool)]
-    text = (f"Mean of W over {len(shown)} round(s). On average a peer keeps {mean.diagonal().mean():.2f} for itself; "
+    text = (f"Mean of W over {'one round' if len(shown) == 1 else f'{len(shown)} rounds'}. On average a peer keeps {mean.diagonal().mean():.2f} for itself; "
             + (f"{(others == 0).mean():.0%} of all ordered pairs of peers never heard each other directly." if num > 1 else
                "there is only one peer."))
     peers = [f"peer {i}" for i in range(num)]
@@ -69,12 +72,12 @@ def _weights(mean: np.ndarray, shown: list[int]) -> dict | None:
                        [charts.grid("mean weight", peers, peers, mean, row="receiver", column="sender", unit="weight")])
 
 
-def _degrees(run: RunData, shown: list[int], degrees: np.ndarray, topology) -> dict | None:
+def _degrees(run: RunData, shown: list[int], degrees: np.ndarray) -> dict | None:
     alone = (degrees == 0).sum(1)
     messages = [(r["round"], r.get("edges")) for r in run.records if isinstance(r.get("edges"), int)]
     points = [(t, row.mean(), row.min(), row.max()) for t, row in zip(shown, degrees, strict=True)]
     text = (f"In a round a peer hears {degrees.mean():.2f} others on average; in {(alone > 0).mean():.0%} of the rounds somebody "
-            "hears nobody. Messages are those that were really sent.")
+            "hears nobody. Messages are those that were sent.")
     lonely = charts.series("without a neighbour", list(zip(shown, alone, strict=True)))
     variants = [charts.variant("peers heard", "neighbours of a peer (mean, least to most)", [charts.series("neighbours", points)]),
                 charts.variant("peers without a neighbour", "peers", [lonely]),

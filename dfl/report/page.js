@@ -15,7 +15,7 @@ function make(parent, name, attributes = {}, text) {
   return node;
 }
 const short = (v) => v === null || v === undefined ? "–" : typeof v !== "number" ? String(v) :
-  v !== 0 && (Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3) ? v.toExponential(2) : String(Number(v.toPrecision(4)));
+  v !== 0 && (Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3) ? v.toExponential(2).replace(/\.?0+e/, "e") : String(Number(v.toPrecision(4)));
 const inCell = (v) => v !== null && Math.abs(v) >= 1e-3 && Math.abs(v) < 1e5 ? String(Number(v.toPrecision(3))) : short(v);
 const colour = (k) => `var(--c${k % 8})`;
 const dash = (line) => line.role in DASHES ? DASHES[line.role] : SERIES_DASHES[line.colour % 8];
@@ -89,12 +89,12 @@ function drawLines(chart, state, svg, width) {
   if (!variant.log) { const room = (high - low) * 0.04; low = low >= 0 && low - room < 0 ? 0 : low - room; high += room; }
   const x = scale(Math.min(...xs), Math.max(...xs), 56, width - 14, false), y = scale(low, high, height - 38, 20, variant.log);
   frame(svg, width, height, x, y, { x: chart.x, y: variant.y + (variant.log ? " (log)" : "") });
-  const order = { peer: 0, main: 2 };
+  const order = { peer: 0, main: 2 }, thin = Math.min(0.6, Math.max(0.15, 8 / visible.length));
   for (const line of [...visible].sort((a, b) => (order[a.role] ?? 1) - (order[b.role] ?? 1))) {
     const faint = line.role === "peer";
     if (line.lo) make(svg, "path", { d: band(line, x, y), fill: colour(line.colour), opacity: 0.16 });
     make(svg, "path", { d: path(line, x, y, "y"), fill: "none", stroke: colour(line.colour), "stroke-width": faint ? 0.8 : 2,
-      opacity: faint ? 0.6 : 1, "stroke-dasharray": dash(line), "stroke-linejoin": "round" });
+      opacity: faint ? thin : 1, "stroke-dasharray": dash(line), "stroke-linejoin": "round" });
     if (line.x.length <= (faint ? 1 : 30)) line.x.forEach((at, k) => at !== null && line.y[k] !== null &&
       make(svg, "circle", { cx: x(at), cy: y(line.y[k]), r: faint ? 1.5 : 2.6, fill: colour(line.colour) }));
   }
@@ -168,7 +168,8 @@ function drawHeat(chart, state, svg, width) {
     });
   });
   columns.forEach((name, j) => {
-    if (j % columnStep === 0) make(svg, "text", { x: margin + (j + 0.5) * cell, y: bottom + 14, "text-anchor": "middle" }, tail(name, Math.max(cell * columnStep, 30)));
+    const text = tail(name, Math.max(cell * columnStep, 30)), x = margin + (j + 0.5) * cell;
+    if (j % columnStep === 0 && x + 3.2 * text.length < width) make(svg, "text", { x, y: bottom + 14, "text-anchor": "middle" }, text);
   });
   make(svg, "text", { x: width - 6, y: bottom + 29, "text-anchor": "end" }, column);
   const bar = Math.min(160, width / 2);
@@ -199,8 +200,8 @@ function drawGraph(chart, state, svg, width) {
     degree[i]++;
     if (chart.directed || i < j) links.push([j, i]);
   }
-  const d = links.map(([j, i]) => `M${place[j].map((v) => v.toFixed(1)).join(" ")}L${place[i].map((v) => v.toFixed(1)).join(" ")}`).join("");
-  make(svg, "path", { d, stroke: colour(1), "stroke-width": n > 40 ? 0.8 : 1.6, fill: "none", opacity: links.length > 400 ? 0.45 : 0.85 });
+  const draw = (some) => some.map(([j, i]) => `M${place[j].map((v) => v.toFixed(1)).join(" ")}L${place[i].map((v) => v.toFixed(1)).join(" ")}`).join("");
+  make(svg, "path", { d: draw(links), stroke: colour(1), "stroke-width": n > 40 ? 0.8 : 1.6, fill: "none", opacity: links.length > 400 ? 0.45 : 0.85 });
   if (chart.directed && n <= 40) for (const [j, i] of links) {  // a dot near the receiver: who hears whom
     const share = 0.8, [a, b] = [place[j], place[i]];
     make(svg, "circle", { cx: a[0] + (b[0] - a[0]) * share, cy: a[1] + (b[1] - a[1]) * share, r: 2.2, fill: colour(1) });
@@ -212,7 +213,7 @@ function drawGraph(chart, state, svg, width) {
   const alone = degree.filter((v) => !v).length;
   state.said = [["round", chart.rounds[state.frame]], [chart.directed ? "arcs" : "links", links.length], ["peers that hear nobody", alone]];
   const neighbours = (i) => [...Array(n).keys()].filter((j) => hears(i * n + j));
-  return { stops: place.map((_, i) => i), peers: place, read: (i) => [...state.said, [`peer ${i} hears`, neighbours(i).join(", ") || "nobody"]] };
+  return { stops: place.map((_, i) => i), peers: place, star: (i) => draw(neighbours(i).map((j) => [j, i])), read: (i) => [...state.said, [`peer ${i} hears`, neighbours(i).join(", ") || "nobody"]] };
 }
 
 const DRAW = { lines: drawLines, bars: drawBars, heat: drawHeat, graph: drawGraph };
@@ -302,7 +303,11 @@ function setUp(figure, chart) {
     if (marker) marker.remove();
     const stop = drawn.stops[k];
     if (drawn.heat) marker = make(svg, "rect", { ...drawn.box(stop), fill: "none", stroke: "var(--c1)", "stroke-width": 2 });
-    else if (drawn.peers) marker = make(svg, "circle", { cx: drawn.peers[stop][0], cy: drawn.peers[stop][1], r: 13, fill: "none", stroke: "var(--ink)" });
+    else if (drawn.peers) {
+      marker = make(svg, "g", { fill: "none", stroke: "var(--ink)", "stroke-width": 2 });
+      make(marker, "path", { d: drawn.star(stop) });
+      make(marker, "circle", { cx: drawn.peers[stop][0], cy: drawn.peers[stop][1], r: 13 });
+    }
     else marker = make(svg, "line", { x1: drawn.x(stop), x2: drawn.x(stop), y1: 18, y2: drawn.bottom, class: "cursor" });
     say(readout, drawn.read(stop));
   }

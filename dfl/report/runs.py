@@ -111,13 +111,13 @@ def read_records(path: Path, problems: list[str] | None = None) -> list[dict]:
 
 
 def read_all(folders: list[Path]) -> tuple[list[RunData], list[str]]:
-    """The runs of run folders and sweep folders, each once, and what is to be said about those that are not there.
+    """The runs of run folders and sweep folders, each once; and of a sweep, which runs failed or have not begun, and why.
 
     ValueError names a folder that is neither.
     """
     runs, notes, seen = [], [], set()
     for folder in map(Path, folders):
-        listed = list(_sweep(folder, notes)) if (folder / "sweep.json").is_file() else [(folder, None)]
+        listed = list(_sweep(folder, notes)) if is_sweep(folder) else [(folder, None)]
         for path, name in listed:
             if path.resolve() not in seen:
                 seen.add(path.resolve())
@@ -125,31 +125,19 @@ def read_all(folders: list[Path]) -> tuple[list[RunData], list[str]]:
     return runs, notes
 
 
-def sweep_entries(folder: Path) -> list[dict]:
-    """The runs of a sweep.json as it lists them. ValueError for one that cannot be read."""
-    try:
-        entries = _mapping(json.loads((folder / "sweep.json").read_text())).get("runs")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder / 'sweep.json')!r} cannot be read: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{str(folder / 'sweep.json')!r} holds no list `runs`")
-    return [_mapping(entry) for entry in entries]
-
-
-def output_of(folder: Path, entry: dict) -> Path:
-    """Where a run of the sweep in `folder` lies: `output` as given, or inside the sweep when the sweep has been moved."""
-    output, name = Path(str(entry.get("output") or entry.get("name"))), str(entry.get("name"))
-    candidates = [output, folder / output, folder / name, folder / "runs" / name]
-    return next((path for path in candidates if path.is_dir()), output)
+def is_sweep(folder: Path) -> bool:
+    return (folder / "sweep.json").is_file()
 
 
 def _sweep(folder: Path, notes: list[str]) -> Iterator[tuple[Path, str]]:
-    for entry in sweep_entries(folder):
-        path, name = output_of(folder, entry), str(entry.get("name") or entry.get("index"))
-        if is_run(path):
-            yield path, name
-        else:
-            notes.append(f"{name}: has not begun, or failed before its first round")
+    from dfl.sweep import read
+    for entry in read(folder):
+        if entry.state == "failed":
+            notes.append(f"{entry.name}: failed: {entry.error}")
+        if is_run(entry.output):
+            yield entry.output, entry.name
+        elif entry.state != "failed":
+            notes.append(f"{entry.name}: has not begun")
 
 
 def number(record: dict, *keys: str) -> float | None:

@@ -248,12 +248,12 @@ def peers_table(run: RunData, metric: str) -> Table | None:
     alone = evaluated(run.baseline, metric)[-1:] if run.baseline else []
     columns = [("before", records[0]), (f"after round {records[-1]['round']}", records[-1]), *(("training alone", r) for r in alone)]
     examples = (run.facts.get("shards") or {}).get("examples") or []
-    rows = [[str(k), *([f"{examples[k]:,}" if k < len(examples) else "–"] if examples else []),
-             *(cell(_of(r["eval"]["peers"][metric], k)) for _, r in columns)] for k in range(run.num_peers)]
     blank = [""] if examples else []
-    rows.append(["mean", *blank, *(cell(number(r, "eval", metric, "mean")) for _, r in columns)])
+    rows = [["mean", *blank, *(cell(number(r, "eval", metric, "mean")) for _, r in columns)]]
     if any(number(r, "eval", "consensus", metric) is not None for _, r in columns):
         rows.append(["consensus", *blank, *(cell(number(r, "eval", "consensus", metric)) for _, r in columns)])
+    rows += [[str(k), *([f"{examples[k]:,}" if k < len(examples) else "–"] if examples else []),
+              *(cell(_of(r["eval"]["peers"][metric], k)) for _, r in columns)] for k in range(run.num_peers)]
     head = ["peer", *(["examples"] if examples else []), *(name for name, _ in columns)]
     return Table(f"{metric.capitalize()} of every peer", head, rows)
 
