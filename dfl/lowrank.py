@@ -139,9 +139,9 @@ def products(grams: Grams) -> Tensor:
     return torch.einsum("...uxay,...uxay->...ua", grams.b, grams.a)
 
 
-def norms(table: Tensor) -> Tensor:
-    """||F_j||_F² of the factors behind one table (..., J, R, J, R): (..., J)."""
-    return torch.einsum("...uxux->...u", table)
+def inner(table: Tensor) -> Tensor:
+    """<F_j, F_l>_F of the factors behind one table (..., J, R, J, R): (..., J, J)."""
+    return torch.einsum("...uxax->...ua", table)
 
 
 def combined(table: Tensor, coefficients: Tensor) -> Tensor:

@@ -7,11 +7,18 @@ import numpy as np
 
 from dfl.factors import Layout
 from dfl.plugins import check_parameters, first_line, lookup
+from dfl.rules.alignment import fedrot
 from dfl.rules.alternating import adf, rolora, tad
 from dfl.rules.base import Round, Rule
+from dfl.rules.broadcast import ps, sp
+from dfl.rules.coefficients import flora_na
 from dfl.rules.factors import ffa, local, lora, share_a
-from dfl.rules.products import decaf
+from dfl.rules.orthonormal import fed_svd
+from dfl.rules.padding import hetlora, replicate
+from dfl.rules.products import decaf, florist
+from dfl.rules.projection import lora_fair
 from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
+from dfl.rules.sketches import fedask
 
 RULES: dict[str, Callable[..., Rule]] = {
     "lora": lora,
@@ -20,7 +27,17 @@ RULES: dict[str, Callable[..., Rule]] = {
     "rolora": rolora,
     "adf": adf,
     "tad": tad,
+    "fedrot": fedrot,
+    "flora_na": flora_na,
+    "lora_fair": lora_fair,
+    "ps": ps,
+    "sp": sp,
+    "fed_svd": fed_svd,
     "decaf": decaf,
+    "florist": florist,
+    "fedask": fedask,
+    "hetlora": hetlora,
+    "replicate": replicate,
     "fedhl": fedhl,
     "carry": carry,
     "fedex": fedex,

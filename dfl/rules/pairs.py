@@ -45,14 +45,15 @@ Combine = Callable[[Tensor, Heard, State], State]
 
 def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks: Sequence[int] | None = None,
                 init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, note: str | None = None,
-                carries: Callable[[State], Sequence[int]] | None = None, settle: Callable[[Tensor, State, Round], State] | None = None,
+                carries: Callable[[State, Round], Sequence[int]] | None = None,
+                settle: Callable[[Tensor, State, Round], State] | None = None,
                 diagnostics: Sequence[str] = (), trains: frozenset[str] = BOTH, **facts) -> Rule:
     """A rule whose message is all of A and B, and whose `combine` makes new ones from what the neighbours sent.
 
     ranks: the rank of every peer where they differ; a message then carries its ranks and only the slots that they fill.
     outgoing(x, state, round) -> (row, state): what is sent instead of the peer's own row.
     note: a scalar of the state that travels with the message.
-    carries(state) -> the rank of each layer in the message, where a peer's ranks change from round to round.
+    carries(state, round) -> the rank of each layer in the message, where a peer's ranks change from round to round.
     settle(out, state, round) -> state: called last in every round, also where nobody was heard; may write into the row.
     diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round without neighbours.
     A peer that hears nobody keeps its bits. `facts`: further fields of the Rule.
@@ -70,7 +71,7 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
             row, state = outgoing(x, state, round)
         message = read_groups(row, cuts)
         if packed:
-            message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs) if carries is None else carries(state))
+            message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs) if carries is None else carries(state, round))
         return (message if note is None else torch.cat([message, state[note].reshape(1).to(message)])), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:

@@ -5,30 +5,76 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, stack_a
-from dfl.lowrank import SPLITS, refactor, truncate, weighted_sum
-from dfl.rules.base import Rule, State
+from dfl.factors import Layout, Pair, stack_a, stack_b
+from dfl.lowrank import SPLITS, align, cut, energy_rank, refactor, truncate, weighted_sum
+from dfl.rules.base import Round, Rule, State
 from dfl.rules.pairs import Heard, pair_gossip, scalings, write_slots
 
+GAUGES = ("none", "own")
 
-def decaf(layout: Layout, *, split: str = "balanced", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+
+def decaf(layout: Layout, *, split: str = "balanced", gauge: str = "none", head: str = "frozen",
+          ranks: Sequence[int] | None = None) -> Rule:
     """Mix products and truncate back to rank R by a compact SVD (DeCAF; FlexLoRA as gossip).
 
     P_i = sum_j w_ij B_j A_j;  U S V^T = its R leading singular triples;  balanced: B_i <- U S^1/2, A_i <- S^1/2 V^T;
     left: B_i <- U S, A_i <- V^T. Only factors travel. Keeps the mean product up to the truncation, whose error is
     kept in the state; with unequal ranks the energy beyond the smallest rank is lost for all. A peer that hears nobody
     keeps its factors. Saadati et al. 2025, arXiv 2505.21382; Bai et al. 2024, arXiv 2402.11505.
+    gauge: an SVD chooses the frame of the factors anew each time (none); own turns the new pair, its product unchanged, to the
+    one that the peer held, so that optimiser moments go on to fit.
     """
     check_split(split)
+    check_gauge(gauge)
 
     def combine(out: Tensor, heard: Heard, state: State) -> State:
         squared = torch.zeros((), dtype=torch.float64, device=out.device)
         for pairs in layout.shapes():
             rank = pairs[0].rank if ranks is None else ranks[heard.round.peer]
-            squared += _mix_shape(out, heard, pairs, split, rank)
+            squared += mix_products(out, heard, pairs, split, rank, gauge=gauge)[0]
         return {"truncation_error": squared.sqrt()}
 
-    return pair_gossip(layout, combine, head=head, ranks=ranks, diagnostics=("truncation_error",), facts={"split": split})
+    return pair_gossip(layout, combine, head=head, ranks=ranks, diagnostics=("truncation_error",),
+                       changes_basis=gauge == "none", facts={"split": split, "gauge": gauge})
+
+
+def florist(layout: Layout, *, tau: float = 0.99, cap: int | None = None, split: str = "balanced", head: str = "frozen",
+            ranks: Sequence[int] | None = None) -> Rule:
+    """Mix products and keep as few directions of each layer as hold the share tau of its energy (FLoRIST as gossip).
+
+    As `decaf`, with rank p = min{p : sum_{l<=p} S_l² >= tau sum_l S_l²}, at most `cap` (none: the peer's own rank, or the layout's).
+    The slots beyond p are zero: they neither travel nor train until a later mix fills them. tau = 1 is `decaf`. A direction that
+    has not enough energy in one neighbourhood is lost there, also if it is new: below tau = 1 and with unequal caps the energy
+    collapses into few directions, in idle rounds too. Ramesh, Dass 2025, arXiv 2506.09199.
+    """
+    check_split(split)
+    check_share("rule.tau", tau)
+    check_cap(cap)
+    place = {pair.name: index for index, pair in enumerate(layout.pairs)}
+
+    def limit(rank: int, peer: int) -> int:
+        return min([rank, *([] if cap is None else [cap]), *([] if ranks is None else [ranks[peer]])])
+
+    def carries(state: State, round: Round) -> list[int]:
+        # before its first mix a peer fills as many slots as it has
+        return [min(slots, pair.rank if ranks is None else ranks[round.peer])
+                for slots, pair in zip(state["slots"].tolist(), layout.pairs, strict=True)]
+
+    def init(x: Tensor) -> State:
+        slots = torch.tensor([pair.rank for pair in layout.pairs], device=x.device)
+        return {"slots": slots, "rank": slots.double().mean()}
+
+    def combine(out: Tensor, heard: Heard, state: State) -> State:
+        squared = torch.zeros((), dtype=torch.float64, device=out.device)
+        slots = torch.zeros_like(state["slots"])
+        for pairs in layout.shapes():
+            error, kept = mix_products(out, heard, pairs, split, limit(pairs[0].rank, heard.round.peer), tau)
+            squared += error
+            slots[[place[pair.name] for pair in pairs]] = kept
+        return {"slots": slots, "rank": slots.double().mean(), "truncation_error": squared.sqrt()}
+
+    return pair_gossip(layout, combine, head=head, ranks=ranks, init=init, carries=carries,
+                       diagnostics=("truncation_error",), facts={"tau": tau, "cap": cap, "split": split})
 
 
 def check_split(split: str) -> None:
@@ -36,14 +82,38 @@ def check_split(split: str) -> None:
         raise ValueError(f"rule.split = {split!r} is not allowed; allowed: {', '.join(SPLITS)}")
 
 
-def _mix_shape(out: Tensor, heard: Heard, pairs: list[Pair], split: str, rank: int) -> Tensor:
-    """Refactorise the layers of one shape into row `out`; the squared truncation error, scaled as ΔW is."""
+def check_gauge(gauge: str) -> None:
+    if gauge not in GAUGES:
+        raise ValueError(f"rule.gauge = {gauge!r} is not allowed; allowed: {', '.join(GAUGES)}")
+
+
+def check_share(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number above 0, up to 1")
+
+
+def check_cap(cap: object) -> None:
+    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
+        raise ValueError(f"rule.cap = {cap!r} is not allowed; allowed: null, or a whole number from 1")
+
+
+def mix_products(out: Tensor, heard: Heard, pairs: list[Pair], split: str, rank: int, tau: float | None = None,
+               gauge: str = "none") -> tuple[Tensor, Tensor]:
+    """Refactorise the layers of one shape into row `out`: the squared truncation error, scaled as ΔW is, and the ranks kept (L,)."""
     a, b = heard.factors(pairs)
+    own_a, own_b = stack_a(out, pairs)[:, :rank], stack_b(out, pairs)[..., :rank]
     svd = truncate(*weighted_sum(heard.weights, a, b), rank)
-    new_a, new_b = refactor(svd, stack_a(out, pairs)[:, :rank], split)
+    kept = torch.full((len(pairs),), rank, device=out.device)
+    if tau is not None:
+        kept = energy_rank(svd.spectrum, tau).clamp_max(rank)
+        svd = cut(svd, kept)
+    new_a, new_b = refactor(svd, own_a, split)
+    if gauge == "own":
+        new_a, new_b, _ = align(new_a, new_b, own_a, own_b)
     # while every B is zero there is no product to factor, and splitting it would kill the adapter: average the factors
     alive = (svd.spectrum[:, 0] > 0)[:, None, None]
     new_a = torch.where(alive, new_a, torch.einsum("j,jlri->lri", heard.weights.to(a), a[..., :rank, :]))
     new_b = torch.where(alive, new_b, torch.einsum("j,jlor->lor", heard.weights.to(b), b[..., :rank]))
     write_slots(out, pairs, new_a, new_b)
-    return (svd.error.double() * scalings(pairs, out)).square().sum()
+    kept = torch.where(alive[:, 0, 0], kept, torch.full_like(kept, rank))
+    return (svd.error.double() * scalings(pairs, out)).square().sum(), kept

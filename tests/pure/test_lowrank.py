@@ -12,7 +12,7 @@ from dfl.lowrank import (
     energy_rank,
     factor_error,
     gram_tables,
-    norms,
+    inner,
     pair_distance,
     procrustes,
     product_gram,
@@ -186,7 +186,7 @@ def test_tables_give_every_frobenius_quantity(out, inp, rank, num):
     p, q, w = rng.standard_normal((3, num))
     dense = (b @ a).numpy()
     np.testing.assert_allclose(products(grams), np.einsum("jloi,kloi->ljk", dense, dense), atol=1e-10)
-    np.testing.assert_allclose(norms(grams.b), b.square().sum((-2, -1)).mT, atol=1e-10)
+    np.testing.assert_allclose(inner(grams.b), np.einsum("jlor,klor->ljk", b, b), atol=1e-10)
     sum_b, sum_a = np.einsum("j,jlor->lor", p, b), np.einsum("j,jlri->lri", q, a)
     np.testing.assert_allclose(combined(grams.a, torch.from_numpy(q)), sum_a @ sum_a.transpose(0, 2, 1), atol=1e-10)
     error = ((sum_b @ sum_a - np.einsum("j,jloi->loi", w, dense)) ** 2).sum((1, 2))

@@ -1,0 +1,127 @@
+"""Rules that mix linear sketches of products, which lose nothing to truncation between rounds: FedASK.
+
+A sketch of X (O, I) is Y = X Omega (O, s) and Z = Psi X (l, I) with fixed random Omega, Psi, the same at every peer. It is linear
+in X, so a sketch of the mean is the mean of sketches, after any number of rounds.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dfl.factors import Layout, Pair, stack_a, stack_b
+from dfl.lowrank import align, refactor, truncate
+from dfl.rules.base import BOTH, Inbox, Round, Rule, State, beside_factors, no_correction, read_groups, weighted_mean, write_groups
+from dfl.rules.pairs import scalings, write_slots
+from dfl.rules.products import check_gauge, check_split
+from dfl.seeds import derive
+
+
+def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps: int = 1, seed: int = 0,  # noqa: E741
+           split: str = "balanced", gauge: str = "none", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+    """Mix sketches of products and decode what is trained from them (FedASK as gossip).
+
+    State (Y_i, Z_i), at first the sketch of B A. Each round: add the sketch of what training changed; mix, (Y, Z)_i <-
+    sum_j w_ij (Y, Z)_j; decode, Q = orth(Y), C = argmin ||Psi Q C - Z||, B_i A_i <- best rank-R_i part of Q C. Keeps the network mean
+    of the sketches for doubly stochastic W: what truncation cuts stays in the sketch, for any ranks. Decoding is exact while the
+    rank of the mean is at most s. s = 2 R columns and l = 2 s rows by default: about three times the bytes of `lora`, whatever the
+    rank of the peer. Wen, Zhu, Xu, Zhou, Han 2025, arXiv 2507.09990 (a server method of two stages; here both are in one message).
+    steps: rounds of mixing for each decoding; in between a peer trains on from the pair it has.
+    """
+    for field, value in (("s", s), ("l", l), ("steps", steps)):
+        if value is not None or field == "steps":
+            check_count(f"rule.{field}", value)
+    check_split(split)
+    check_gauge(gauge)
+    sketch = Sketch(layout, s, l, seed)
+    also_trained, also_mixed = beside_factors(layout, head)
+    also_cuts = layout.columns(also_mixed)
+
+    def init(x: Tensor) -> State:
+        held = sketch.of(x)
+        return {"sketch": held, "held": held.clone(), "truncation_error": torch.zeros((), dtype=torch.float64, device=x.device)}
+
+    def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+        held = sketch.of(x)
+        state = {**state, "sketch": state["sketch"] + (held - state["held"]), "held": held}
+        return torch.cat([state["sketch"], *([read_groups(x, also_cuts)] if also_cuts else [])]), state
+
+    def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        out = x.clone()
+        if len(inbox) == 1:
+            return out, {**state, "truncation_error": torch.zeros_like(state["truncation_error"])}
+        mean = weighted_mean(inbox, round.weights)
+        write_groups(out, also_cuts, mean[sketch.size:])
+        state = {**state, "sketch": mean[:sketch.size].clone()}
+        if (round.t + 1) % steps == 0:
+            error = decode(layout, sketch, state["sketch"], out, split, gauge, None if ranks is None else ranks[round.peer])
+            state |= {"held": sketch.of(out), "truncation_error": error}
+        return out, state
+
+    length = sketch.size + layout.length(also_mixed)
+    return Rule(lambda t: BOTH | also_trained, lambda t: BOTH | also_mixed, lambda t: length, init, send, mix, no_correction,
+                linear=False, product=True, changes_basis=gauge == "none",
+                facts={"s": s, "l": l, "steps": steps, "split": split, "gauge": gauge})
+
+
+class Sketch:
+    """The random matrices of each shape of layers, and where Y and Z of its layers lie in a flat sketch."""
+
+    def __init__(self, layout: Layout, s: int | None, l: int | None, seed: int):  # noqa: E741
+        self.parts: list[tuple[list[Pair], Tensor, Tensor]] = []
+        for index, pairs in enumerate(layout.shapes()):
+            rank, d_in, d_out = pairs[0].rank, pairs[0].d_in, pairs[0].d_out
+            columns = min(s or 2 * rank, d_in, d_out)
+            rows = min(max(l or 2 * columns, columns), d_out)
+            generator = torch.Generator().manual_seed(derive(seed, "sketch", index))
+            omega = torch.randn(d_in, columns, dtype=torch.float64, generator=generator) / columns ** 0.5
+            psi = torch.randn(rows, d_out, dtype=torch.float64, generator=generator) / rows ** 0.5
+            self.parts.append((pairs, omega, psi))
+        self.size = sum(len(pairs) * (pairs[0].d_out * omega.shape[1] + psi.shape[0] * pairs[0].d_in)
+                        for pairs, omega, psi in self.parts)
+
+    def of(self, row: Tensor) -> Tensor:
+        """The sketch (size,) of the products of a row, in its type."""
+        flat = [row.new_zeros(0)]
+        for pairs, omega, psi in self.parts:
+            a, b = stack_a(row, pairs), stack_b(row, pairs)
+            flat += [(b @ (a @ omega.to(a))).flatten(), ((psi.to(b) @ b) @ a).flatten()]
+        return torch.cat(flat)
+
+    def read(self, flat: Tensor) -> list[tuple[list[Pair], Tensor, Tensor, Tensor]]:
+        """(pairs, Y (L, O, s), Z (L, l, I), Psi) of each shape."""
+        found, start = [], 0
+        for pairs, omega, psi in self.parts:
+            of_y, of_z = (len(pairs), pairs[0].d_out, omega.shape[1]), (len(pairs), psi.shape[0], pairs[0].d_in)
+            middle = start + of_y[0] * of_y[1] * of_y[2]
+            stop = middle + of_z[0] * of_z[1] * of_z[2]
+            found.append((pairs, flat[start:middle].view(of_y), flat[middle:stop].view(of_z), psi))
+            start = stop
+        return found
+
+
+def decode(layout: Layout, sketch: Sketch, flat: Tensor, out: Tensor, split: str, gauge: str, rank: int | None) -> Tensor:
+    """Write the best pairs of the sketched products into row `out`; the truncation error, scaled as ΔW is.
+
+    Where a product is zero the peer's own A stays, with B = 0.
+    """
+    squared = torch.zeros((), dtype=torch.float64, device=out.device)
+    for pairs, y, z, psi in sketch.read(flat.double()):
+        q = torch.linalg.qr(y).Q
+        core = torch.linalg.lstsq(psi.to(q) @ q, z).solution
+        kept = pairs[0].rank if rank is None else rank
+        svd = truncate(q, core, kept)
+        own_a, own_b = stack_a(out, pairs)[:, :kept].double(), stack_b(out, pairs)[..., :kept].double()
+        a, b = refactor(svd, own_a, split)
+        if gauge == "own":
+            a, b, _ = align(a, b, own_a, own_b)
+        alive = (svd.spectrum[:, 0] > 0)[:, None, None]
+        a, b = torch.where(alive, a, own_a), torch.where(alive, b, torch.zeros_like(b))
+        write_slots(out, pairs, a.to(out), b.to(out))
+        squared += (svd.error * scalings(pairs, out)).square().sum()
+    return squared.sqrt()
+
+
+def check_count(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a whole number from 1")
