@@ -125,14 +125,15 @@ class Console:
             self.bar.update()
         elif important or (t + 1) % max(1, self.rounds // 5) == 0:
             left = (time.monotonic() - self.started) / (t + 1 - self.first) * (self.rounds - t - 1)
-            self.say("  ".join(part for part in (f"round {t + 1}/{self.rounds}", text, evaluation, f"left {_clock(left)}") if part))
+            self.say("  ".join(part for part in (f"round {t + 1}/{self.rounds}", text, evaluation, f"left {clock(left)}") if part))
 
     def close(self) -> None:
         if self.bar:
             self.bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """3725 as `1:02:05`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

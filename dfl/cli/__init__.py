@@ -7,7 +7,8 @@ from importlib import import_module
 from types import ModuleType
 
 # command -> module; they load nothing heavy until their command runs
-COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report"}
+COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",
+            "watch": "watch"}
 EXAMPLES = """examples:
   dfl train launch/recipes/quickstart.yaml --rule.T 5 --output runs/five
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml

@@ -64,7 +64,8 @@ def _graph(topology, shown: list[int], frames: list[str], rounds: list[int]) -> 
 def _weights(mean: np.ndarray, shown: list[int]) -> dict | None:
     num = len(mean)
     others = mean[~np.eye(num, dtype=bool)]
-    text = (f"Mean of W over {'one round' if len(shown) == 1 else f'{len(shown)} rounds'}. On average a peer keeps {mean.diagonal().mean():.2f} for itself; "
+    text = (f"Mean of W over {'one round' if len(shown) == 1 else f'{len(shown)} rounds'}. On average a peer keeps "
+            f"{mean.diagonal().mean():.2f} for itself; "
             + (f"{(others == 0).mean():.0%} of all ordered pairs of peers never heard each other directly." if num > 1 else
                "there is only one peer."))
     peers = [f"peer {i}" for i in range(num)]

@@ -260,7 +260,7 @@ def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar():
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3725, "1:02:05")])
 def test_time_left_reads_as_a_clock(seconds, text):
-    assert record._clock(seconds) == text
+    assert record.clock(seconds) == text
 
 
 def test_the_time_left_of_a_continued_run_counts_only_its_own_rounds(monkeypatch):
