@@ -124,7 +124,7 @@ def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": base}, indent=2, sort_keys=True))
         base_config, processor = tasks.load_processor(config.model, config.data, names)
         base_config.save_pretrained(draft / BASE_CONFIG)
-        processor.save_pretrained(draft)
+        merging.save_processor(processor, draft)
     rounds = int(checkpoint.name.removeprefix("round-"))
     facts = card.Facts(config, record, run, rounds, wish.peer, _origin(adapter), base, settings, losses, merged, wish.push)
     (draft / ABOUT).write_text(json.dumps(_about(config, names, facts), indent=1))

@@ -50,7 +50,7 @@ def merge_folder(folder: Path, config: Config, names: list[str], dtype: str, sha
         whole = whole.to(getattr(torch, config.model.dtype if dtype == "auto" else dtype))
         shutil.rmtree(folder)
         whole.save_pretrained(folder, max_shard_size=shard_size)
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
         stored, num_parameters = whole.dtype, sum(p.numel() for p in whole.parameters())
         del base, model, whole  # a large model need not be there twice
         after = _stock(folder, config, stored)(**{k: v.to(stored) if v.is_floating_point() else v for k, v in probe.items()}).logits
@@ -58,6 +58,13 @@ def merge_folder(folder: Path, config: Config, names: list[str], dtype: str, sha
         _check(before, after)
     return Merged(str(stored).removeprefix("torch."), num_parameters, float((after.float() - before).abs().max()),
                   float(before.abs().max()))
+
+
+def save_processor(processor, folder: Path) -> None:
+    """Without what was true of the reading here only."""
+    for key in ("local_files_only", "is_local"):
+        getattr(processor, "init_kwargs", {}).pop(key, None)
+    processor.save_pretrained(folder)
 
 
 def _stock(folder: Path, config: Config, dtype: torch.dtype) -> nn.Module:
