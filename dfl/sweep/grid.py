@@ -19,7 +19,7 @@ _OUTPUT = ("output", "output_dir")
 
 
 class Cell(NamedTuple):
-    """One combination: its values of the sweep's axes by dotted field, those it was given itself, and what it resolves to."""
+    """One combination: the values of all axes by dotted field, everything the sweep's file sets in it, and what it resolves to."""
 
     fields: dict[str, Any]
     given: dict[str, Any]
@@ -36,7 +36,8 @@ class Sweep(NamedTuple):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep in the YAML file `path`; overrides change its recipe, and --output its folder. Nothing is loaded or written.
+    """The sweep in the YAML file `path`. An override holds in all runs, instead of a field of the grid too; --output is the
+    sweep's folder. Nothing is loaded or written.
 
     ValueError names the field, or the cell that does not resolve to a configuration.
     """
@@ -53,10 +54,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     pairs = [(key, value) for key, value in pairs if key not in _OUTPUT]
     choices = read_axes(tree)
     include = _patterns(tree, "include")
-    for key, _ in pairs:
-        lost = next((axis for axis in [*itertools.chain(*choices)] if f"{key}.".startswith(f"{axis}.")), None)
-        if lost:
-            raise ValueError(f"override --{key}: the sweep sets {lost} itself")
+    choices = _without_overridden(choices, pairs)
     base = apply(own_names(_recipe(tree, path)), pairs)
     base = {key: value for key, value in base.items() if key != "output"}
     varying = [key for group in choices for key in group if len(group[key]) > 1]
@@ -96,6 +94,16 @@ def read_axes(tree: Mapping[str, Any]) -> list[dict[str, list]]:
             lengths = ", ".join(f"{key}: {len(values)}" for key, values in group.items())
             raise ValueError(f"together needs lists of equal length, got {lengths}")
     return [{key: number(list(values)) for key, values in group.items()} for group in groups]
+
+
+def _without_overridden(choices: list[dict[str, list]], pairs: Sequence[tuple[str, Any]]) -> list[dict[str, list]]:
+    given = {key for key, _ in pairs}
+    left = [group for group in choices if not (len(group) == 1 and set(group) <= given)]
+    for key, value in pairs:
+        lost = next((axis for axis in itertools.chain(*left) if f"{key}.".startswith(f"{axis}.")), None)
+        if lost:
+            raise ValueError(f"override --{key} = {value!r}: the sweep sets {lost} in every run")
+    return left
 
 
 def _check_axis(key: Any, values: Any, seen: set[str]) -> None:
@@ -153,8 +161,7 @@ def _cells(base: dict[str, Any], combinations: Iterable[dict[str, Any]], axes: l
             config = resolve(base, sorted(given.items(), key=lambda pair: pair[0].count(".")))
         except ValueError as error:
             raise ValueError(f"run {len(cells)} ({describe(given)}): {error}") from None
-        named = {key: given[key] for key in axes if key in given}
-        cells.append(Cell({key: given.get(key, lookup(config, key)) for key in axes}, named, config))
+        cells.append(Cell({key: given.get(key, lookup(config, key)) for key in axes}, given, config))
     if not cells:
         raise ValueError("the sweep has no run: exclude leaves none")
     for index, cell in enumerate(cells):

@@ -19,6 +19,8 @@ from dfl.sweep.grid import Sweep
 from dfl.sweep.manifest import SweepRun, note_failure, write
 from dfl.train import STOPPED, train
 
+# seconds that torchrun leaves its processes to finish a round after a signal, where the environment does not say
+_GRACE = "600"
 _REFUSED = 2  # the exit status of what will not work a second time either
 
 
@@ -114,8 +116,10 @@ class Runner:
         """The first signal is passed on, and the runs save and leave; a second one ends them at once."""
         self.stops += 1
         for attempt in self.active:
-            # torchrun passes it on to its own processes; to these SIGINT after SIGTERM means at once
-            attempt.process.send_signal(signal.SIGTERM if self.stops == 1 else signal.SIGINT)
+            if self.stops == 1:  # torchrun passes it on to its own
+                attempt.process.send_signal(signal.SIGTERM)
+            else:
+                kill(attempt.process)
 
     def _fill(self) -> None:
         while self.waiting and len(self.active) < self.slots and not self.stops:
@@ -147,7 +151,8 @@ class Runner:
             return Attempt(run, number, slot, process, time.monotonic(), log.tell())
 
     def _environment(self, slot: int) -> dict[str, str]:
-        changed = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(self.threads)}
+        changed = {name: value for name, value in (("OMP_NUM_THREADS", str(self.threads)), ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _GRACE))
+                   if name not in os.environ}
         if self.devices and self.slots > 1:
             changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices_of(slot, self.resources.processes, self.devices))
         return changed
@@ -186,12 +191,13 @@ class Runner:
 def run_here(sweep: Sweep, runs: list[SweepRun], index: int) -> int:
     """One run in this process (under torchrun or srun, in all of them together); the exit status of `dfl train`."""
     run, first = runs[index], place_from_environment().rank == 0
+    if first:
+        write(sweep, runs)
     if run.state == "finished":
         if first:
             print(f"run {run.index} ({run.name}) is finished: {run.output}")
         return 0
     if first:
-        write(sweep, runs)
         note_failure(run, None)
     try:
         return train(run.config, resume=True)
@@ -199,6 +205,17 @@ def run_here(sweep: Sweep, runs: list[SweepRun], index: int) -> int:
         if first:
             note_failure(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process and its children, which torchrun starts in sessions of their own, at once."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = listed.read_text().split() if listed.exists() else []
+    for pid in [process.pid, *map(int, children)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def num_cores() -> int:
@@ -231,7 +248,7 @@ def first_error(log: Path, offset: int, status: int) -> str:
     for pattern in (r"dfl: ", r"[\w.]+(Error|Exception)\b"):
         said = [line for line in lines if re.match(pattern, line)]
         if said:
-            return said[0]
+            return said[0].removeprefix("dfl: ")
     if status < 0:
         return f"ended by signal {-status} ({signal.Signals(-status).name})"
     return f"exit status {status}" + (f": {lines[-1]}" if lines else "")

@@ -119,7 +119,8 @@ def plan(sweep: Sweep, *, overwrite: bool = False) -> list[SweepRun]:
 
     ValueError when the folder holds something else, or a sweep of another recipe (which `overwrite` replaces). Nothing is written.
     """
-    folder, fresh = sweep.output, names([cell.given for cell in sweep.cells], sweep.axes)
+    folder = sweep.output
+    fresh = names([{key: cell.given[key] for key in sweep.axes if key in cell.given} for cell in sweep.cells], sweep.axes)
     earlier = None if overwrite else _manifest(folder)
     if (folder / "recipe.yaml").exists():
         raise ValueError(f"output = {str(folder)!r} already holds a run; give the sweep a folder of its own")
