@@ -1,28 +1,42 @@
-"""PEFT's LoRA on a Hugging Face model, with its parameters as views of a peer's row."""
+"""PEFT's adapters on a Hugging Face model, with their parameters as views of a peer's row."""
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import peft
 import torch
+from peft.tuners.hira.layer import HiraLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dfl import cores
 from dfl.config import LoraConfig
+from dfl.cores import Cores
 from dfl.factors import HeadTensor, Layout, Pair, a_view, b_view, empty_rows, head_view, make_layout
+from dfl.ranks import Ranks
+from dfl.rules.cores import fold
 
 ADAPTER = "default"
 _PEFT_TASKS = {"sequence_classification": peft.TaskType.SEQ_CLS, "causal_lm": peft.TaskType.CAUSAL_LM}
 
 
 class Site(NamedTuple):
-    """An adapted layer of the model and its place in a row."""
+    """An adapted layer of the model, its parameters, and its place in a row of factors."""
 
-    module: LoraLayer
+    module: nn.Module
     pair: Pair
+    a: nn.Parameter
+    b: nn.Parameter
+    magnitude: tuple[nn.Parameter, HeadTensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as (O, I)."""
+        base = self.module.get_base_layer()
+        return base.weight.T if isinstance(base, Conv1D) else base.weight
 
 
 class HeadSite(NamedTuple):
@@ -33,44 +47,94 @@ class HeadSite(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A model with LoRA attached; the base weights are there once, however many peers are hosted."""
+    """A model with an adapter attached; the base weights are there once, however many peers are hosted.
+
+    layout: of the rows that are trained and mixed. lora: of the rows of LoRA factors that the model reads, the same unless the
+    adapter trains cores. offset: a constant residual (what a start at the base weight's own directions adds at first), in a
+    layout like `residual`. residual: the layout of low-rank products beside the adapter, None where there are none.
+    """
 
     model: peft.PeftModel
     layout: Layout
     sites: tuple[Site, ...]
     head: tuple[HeadSite, ...]  # empty while the head is frozen
-    start: Tensor  # (D,) the row every peer starts from
+    start: Tensor  # (D,) the row every peer starts from, up to its rank
+    ranks: Ranks
+    kind: str = "lora"
+    cores: Cores | None = None
+    offset: tuple[Layout, Tensor] | None = None
+    residual: Layout | None = None
+
+    @property
+    def lora(self) -> Layout:
+        return self.cores.lora if self.cores else self.layout
+
+    def factors(self, x: Tensor) -> Tensor:
+        """The LoRA factors (P, D_lora) of trained rows x (P, D): x itself unless the adapter trains cores."""
+        if self.cores is None:
+            return x
+        out = empty_rows(len(x), self.lora.size, dtype=x.dtype, device=x.device)
+        cores.expand(self.cores._replace(bases=self.cores.bases.to(x)), x, out)
+        return out
+
+    def averageable(self, x: Tensor) -> Tensor:
+        """Rows whose mean is the mean of the adapters: scales of heads folded into their cores."""
+        return x if self.cores is None or not self.cores.scaled else fold(self.layout, x)
 
 
-def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], seed: int) -> Adapted:
-    """Put LoRA on `model` and freeze the rest. A ~ U(-1/sqrt(I), 1/sqrt(I)) from `seed`, B = 0.
+class Rows(NamedTuple):
+    """What the model reads of P peers: factors x (P, D_lora), residuals beside them (P, D_E), and by how much each peer's
+    adapter is scaled against the layout's."""
 
-    The head modules become part of the saved adapter, trained or not: a head that was drawn at random has to
-    travel with it. ValueError when a name in `lora.targets` matches nothing, or something that is not linear.
+    x: Tensor
+    residual: Tensor | None = None
+    scale: tuple[float, ...] | None = None
+
+    def row(self, index: int) -> "Rows":
+        """One peer's alone, as rows of one."""
+        return Rows(self.x[index:index + 1], None if self.residual is None else self.residual[index:index + 1],
+                    None if self.scale is None else self.scale[index:index + 1])
+
+
+def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], seed: int,
+           ranks_for: Callable[[int | None], Ranks | None]) -> Adapted:
+    """Put an adapter on `model` and freeze the rest. A ~ U(-1/sqrt(I), 1/sqrt(I)) from `seed`, B = 0, or as lora.start says.
+
+    ranks_for(sum of I + O over the adapted layers): the ranks of the peers. The head modules become part of the saved adapter,
+    trained or not: a head that was drawn at random has to travel with it. ValueError when a name in `lora.targets` matches
+    nothing, or something that is not linear.
     """
     linear = _linear_names(model)
-    wrapped = _wrap(model, lora, task, head_modules, linear)
+    known = ranks_for(None)
+    wrapped = _wrap(model, lora, task, head_modules, linear, known.largest if known else 1)
     wrapped.requires_grad_(False)
     # the layers' dropouts act only in training; everything else was put to eval by whoever loaded the model
-    layers = [(name, module) for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
+    layers = [(name, module) for name, module in wrapped.named_modules() if isinstance(module, (LoraLayer, HiraLayer))]
     for name, module in layers:
         _check_linear(name, module)
     _check_all_match(lora.targets, [name for name, _ in layers], linear)
-    specs = [(_short(name), m.r[ADAPTER], m.lora_A[ADAPTER].in_features, m.lora_B[ADAPTER].out_features, m.scaling[ADAPTER])
-             for name, m in layers]
+    sizes = [(module.in_features, module.out_features) for _, module in layers]
+    ranks = known or ranks_for(sum(i + o for i, o in sizes))
+    specs = [(_short(name), ranks.largest, i, o, ranks.reference) for (name, _), (i, o) in zip(layers, sizes, strict=True)]
     head = _head_parameters(wrapped, head_modules) if lora.head != "frozen" else []
-    layout = make_layout(specs, [(name, p.shape) for name, _, _, p in head])
-    sites = tuple(Site(m, pair) for (_, m), pair in zip(layers, layout.pairs, strict=True))
-    placed = _place(head, layout)
-    start = _start(layout, head, seed)
-    return Adapted(wrapped, layout, sites, placed, start)
+    shapes = [(name, p.shape) for name, _, _, p in head]
+    magnitudes = [(name, (o,)) for name, _, _, o, _ in specs] if lora.adapter == "dora" else []
+    layout = make_layout(specs, shapes, magnitudes)
+    sites = tuple(_site(module, layout, index) for index, (_, module) in enumerate(layers))
+    for site in sites:
+        if lora.adapter != "hira":
+            site.module.r[ADAPTER], site.module.scaling[ADAPTER] = ranks.largest, ranks.reference
+    adapted = Adapted(wrapped, layout, sites, _place(head, layout), _start(layout, sites, head, seed), ranks, lora.adapter)
+    return _with_start(_with_cores(adapted, lora, shapes, head, seed), lora.start)
 
 
-def _wrap(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], linear: set[str]) -> peft.PeftModel:
+def _wrap(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], linear: set[str], rank: int) -> peft.PeftModel:
     targets = lora.targets if isinstance(lora.targets, str) or lora.targets is None else list(lora.targets)
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
-                             use_rslora=lora.rslora, task_type=_PEFT_TASKS.get(task),
-                             modules_to_save=list(head_modules) or None)
+    shared = {"r": rank, "target_modules": targets, "task_type": _PEFT_TASKS.get(task), "modules_to_save": list(head_modules) or None}
+    if lora.adapter == "hira":
+        config = peft.HiraConfig(hira_dropout=lora.dropout, **shared)
+    else:
+        config = peft.LoraConfig(lora_alpha=rank, lora_dropout=lora.dropout, use_dora=lora.adapter == "dora", **shared)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about layouts it sets itself (fan_in_fan_out)
@@ -98,10 +162,18 @@ def _short(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _check_linear(name: str, module: LoraLayer) -> None:
-    if ADAPTER not in module.lora_A or not isinstance(module.lora_A[ADAPTER], nn.Linear):
+def _check_linear(name: str, module: nn.Module) -> None:
+    if not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
         raise ValueError(f"lora.targets matches {_short(name)!r}, a {type(module.get_base_layer()).__name__}; "
                          "allowed: linear layers")
+
+
+def _site(module: nn.Module, layout: Layout, index: int) -> Site:
+    pair = layout.pairs[index]
+    if isinstance(module, HiraLayer):
+        return Site(module, pair, module.hira_A[ADAPTER], module.hira_B[ADAPTER])
+    magnitude = (module.lora_magnitude_vector[ADAPTER].weight, layout.magnitudes[index]) if layout.magnitudes else None
+    return Site(module, pair, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, magnitude)
 
 
 def _head_parameters(model: nn.Module, head_modules: Sequence[str]) -> list:
@@ -125,25 +197,108 @@ def _place(head: list, layout: Layout) -> tuple[HeadSite, ...]:
     return tuple(HeadSite(module, tuple(tensors)) for module, tensors in modules.items())
 
 
-def _start(layout: Layout, head: list, seed: int) -> Tensor:
+def _start(layout: Layout, sites: Sequence[Site], head: list, seed: int) -> Tensor:
     row = empty_rows(1, layout.size)[0]
     generator = torch.Generator().manual_seed(seed)
     for pair in layout.pairs:
         bound = pair.d_in ** -0.5  # Kaiming-uniform with a = sqrt(5), PEFT's own start
         a_view(row, pair).uniform_(-bound, bound, generator=generator)
+    for site in sites:
+        if site.magnitude is not None:
+            head_view(row, site.magnitude[1]).copy_(site.weight.float().norm(dim=1))
     for (_, _, _, parameter), tensor in zip(head, layout.head, strict=True):
         head_view(row, tensor).copy_(parameter.detach())
     return row
 
 
+def _with_cores(adapted: Adapted, lora: LoraConfig, shapes, head: list, seed: int) -> Adapted:
+    """Cores between frozen bases in place of the factors, for the adapters that train those."""
+    if lora.adapter not in ("sb", "ravan"):
+        return adapted
+    heads = lora.heads if lora.adapter == "ravan" else 1
+    made = cores.make_cores(adapted.layout, shapes, heads=heads, scaled=lora.adapter == "ravan", seed=seed)
+    row = cores.start(made)
+    for (_, _, _, parameter), tensor in zip(head, made.layout.head, strict=True):
+        head_view(row, tensor).copy_(parameter.detach())
+    return adapted._replace(layout=made.layout, start=row, cores=made)
+
+
+def _with_start(adapted: Adapted, start: str) -> Adapted:
+    """A and B at the base weight's own directions (PiSSA: its leading singular ones; OLoRA: the first columns of its QR).
+
+    The base weight stays as it is: what the factors add at first, a constant residual -B A takes off. Nothing else is needed for
+    peers to share one start, and an adapter of twice the rank says the same without the constant.
+    Meng, Wang, Zhang 2024, arXiv 2404.02948; Buyukakyuz 2024, arXiv 2406.01775.
+    """
+    if start == "kaiming":
+        return adapted
+    row, layout = adapted.start.clone(), adapted.layout
+    beside = make_layout([(p.name, p.rank, p.d_in, p.d_out, p.scaling) for p in layout.pairs])
+    offset = empty_rows(1, beside.size)[0]
+    for site, other in zip(adapted.sites, beside.pairs, strict=True):
+        weight, rank = site.weight.detach().double().cpu(), min(other.rank, other.d_in, other.d_out)
+        if start == "pissa":
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            sign = torch.where(vh.gather(1, vh.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+            root = (s[:rank] / other.scaling).sqrt()
+            b, a = u[:, :rank] * sign[:rank].mT * root, (vh * sign)[:rank] * root[:, None]
+        else:
+            q, r = torch.linalg.qr(weight)
+            sign = torch.where(r.diagonal() < 0, -1.0, 1.0)
+            b, a = (q * sign)[:, :rank] / other.scaling, (r * sign[:, None])[:rank]
+        b_view(row, site.pair)[:, :rank], a_view(row, site.pair)[:rank] = b.float(), a.float()
+        b_view(offset, other).copy_(-b_view(row, site.pair))
+        a_view(offset, other).copy_(a_view(row, site.pair))
+    return adapted._replace(start=row, offset=(beside, offset), residual=beside)
+
+
+def start_of(adapted: Adapted, peer: int) -> Tensor:
+    """The row (D,) that a peer starts from: the common one, zero beyond the peer's rank."""
+    row = adapted.start.clone()
+    for pair in adapted.layout.pairs:
+        a_view(row, pair)[adapted.ranks.ranks[peer]:] = 0
+        b_view(row, pair)[:, adapted.ranks.ranks[peer]:] = 0
+    return row
+
+
+def with_residual(adapted: Adapted, layout: Layout | None) -> Adapted:
+    """The same with room for the residual that a rule keeps, behind the constant one."""
+    if layout is None:
+        return adapted
+    if adapted.offset is None:
+        return adapted._replace(residual=layout)
+    constant = {pair.name: pair.rank for pair in adapted.offset[0].pairs}
+    return adapted._replace(residual=make_layout([(p.name, constant[p.name] + p.rank, p.d_in, p.d_out, p.scaling)
+                                                  for p in layout.pairs]))
+
+
+def residual_rows(adapted: Adapted, kept: Tensor | None, num_rows: int) -> Tensor | None:
+    """All that lies beside the adapters of P peers (P, D_E): the constant residual and the rule's rows `kept` (P, D_rule)."""
+    if adapted.residual is None or adapted.offset is None:
+        return kept
+    layout, constant = adapted.offset
+    rows = empty_rows(num_rows, adapted.residual.size, device=constant.device if kept is None else kept.device)
+    ruled = make_layout([(p.name, p.rank - o.rank, p.d_in, p.d_out, p.scaling)
+                         for p, o in zip(adapted.residual.pairs, layout.pairs, strict=True)])
+    for pair, other, mine in zip(adapted.residual.pairs, layout.pairs, ruled.pairs, strict=True):
+        a_view(rows, pair)[:, :other.rank] = a_view(constant, other)
+        b_view(rows, pair)[..., :other.rank] = b_view(constant, other)
+        if kept is not None:
+            a_view(rows, pair)[:, other.rank:] = a_view(kept, mine)
+            b_view(rows, pair)[..., other.rank:] = b_view(kept, mine)
+    return rows
+
+
 def bind(adapted: Adapted, x: Tensor, g: Tensor | None = None, trains=frozenset()) -> None:
-    """Make PEFT's parameters views of row x (D,), their gradients views of row g (D,) for the groups in `trains`.
+    """Make PEFT's parameters views of the row of factors x (D,), their gradients views of row g (D,) for the groups in `trains`.
 
     Nothing is copied; what PEFT's layers read and autograd accumulates lies in the rows.
     """
     for site in adapted.sites:
-        _point(site.module.lora_A[ADAPTER].weight, a_view, site.pair, x, g, "A" in trains)
-        _point(site.module.lora_B[ADAPTER].weight, b_view, site.pair, x, g, "B" in trains)
+        _point(site.a, a_view, site.pair, x, g, "A" in trains)
+        _point(site.b, b_view, site.pair, x, g, "B" in trains)
+        if site.magnitude is not None:
+            _point(site.magnitude[0], head_view, site.magnitude[1], x, g, "M" in trains)
     for site in adapted.head:
         for key, tensor in site.tensors:
             _point(getattr(site.module, key), head_view, tensor, x, g, "head" in trains)

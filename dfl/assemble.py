@@ -1,13 +1,14 @@
 """From a configuration to a run that has not begun: what is refused, what is loaded, what is built from it."""
 
 import hashlib
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 import topologies
-from dfl import codecs, executors, partition, rules, tasks
-from dfl.adapters import Adapted, attach
+from dfl import codecs, executors, partition, ranks, rules, tasks
+from dfl.adapters import Adapted, attach, with_residual
 from dfl.config import Config
 from dfl.evaluate import Evaluator
 from dfl.factors import Layout, make_layout
@@ -41,8 +42,34 @@ def check(config: Config):
     check_trackers(config.report_to)
     topology = build_topology(config)
     # its parameters' values, and an interval that has to be chosen
-    rules.check_topology(config.rule.name, build_rule(config, make_layout(()), topology), topology)
+    known = ranks.resolve(config.lora, config.peers, config.seed)
+    if known is None:  # they follow from the model, and may differ
+        rules.check(config.rule.name, config.rule.params, (1, config.lora.rank.largest))
+    rule = build_rule(config, make_layout(()), topology, known)
+    rules.check_topology(config.rule.name, rule, topology)
+    check_adapter(config, rule, known)
     return topology
+
+
+def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None:
+    """ValueError for an adapter, a start or ranks that the rule, or each other, do not fit."""
+    lora, name = config.lora, config.rule.name
+    wanted = {"sb": "fed_sb", "ravan": "ravan"}.get(lora.adapter)
+    if wanted and name not in (wanted, "local"):
+        raise ValueError(f"lora.adapter = {lora.adapter!r} trains cores between frozen bases, which rule.name = {name!r} does not "
+                         f"mix; allowed: {wanted}, local")
+    needed = {rule: adapter for adapter, rule in (("sb", "fed_sb"), ("ravan", "ravan"))}.get(name)
+    if needed and lora.adapter != needed:
+        raise ValueError(f"rule.name = {name!r} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
+    if lora.adapter in ("dora", "hira") and rule.residual is not None:
+        raise ValueError(f"rule.name = {name!r} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; "
+                         "allowed: lora")
+    if lora.start != "kaiming" and lora.adapter != "lora":
+        raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = 'lora', got {lora.adapter!r}")
+    unequal = known is None or known.unequal
+    if unequal and (lora.start != "kaiming" or lora.adapter != "lora"):
+        what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
+        raise ValueError(f"{what} needs one lora.rank for all peers")
 
 
 def build_topology(config: Config):
@@ -68,26 +95,29 @@ def load(config: Config, device: torch.device) -> Loaded:
 
 def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
     """Attach LoRA to the model of a bundle whose training examples are already divided."""
-    adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"))
+    adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"),
+                     partial(ranks.resolve, config.lora, config.peers, config.seed))
     return Loaded(bundle, parts, adapted)
 
 
-def build_rule(config: Config, layout: Layout, topology) -> Rule:
+def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None) -> Rule:
     params = with_contraction(config.rule.name, config.rule.params, topology)
-    return rules.build(config.rule.name, layout, head=config.lora.head, **params)
+    return rules.build(config.rule.name, layout, head=config.lora.head, ranks=known and known.unequal, **params)
 
 
 def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
     """Peers, rule, executor and evaluator of a run that has not begun."""
     bundle, parts, adapted = loaded
+    rule = build_rule(config, adapted.layout, topology, adapted.ranks)
+    adapted = with_residual(adapted, rule.residual)
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
     check_same_start(peers, bundle, runtime.transport)
     autocast = executors.autocasts(config.train.autocast, runtime.device)
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast)
     codec = codecs.build(config.codec.name, **config.codec.params)
-    executor = executors.choose(config.train.executor, runtime.device)
-    return Run(config, peers, build_rule(config, adapted.layout, topology), topology, codec, runtime.transport, executor,
+    executor = executors.choose(config.train.executor, runtime.device, adapted.kind)
+    return Run(config, peers, rule, topology, codec, runtime.transport, executor,
                bundle.task, bundle.train, evaluator)
 
 
@@ -96,7 +126,8 @@ def check_same_start(peers: HostedPeers, bundle, transport) -> None:
     # a trained head is part of the row
     frozen = () if peers.adapted.head else bundle.head_modules
     head = [p.detach().float().cpu().numpy().tobytes() for name in frozen for p in bundle.model.get_submodule(name).parameters()]
-    digests = [hashlib.sha256(b"".join([row.cpu().numpy().tobytes(), *head])).digest() for row in peers.x]
+    digests = [hashlib.sha256(b"".join([row.cpu().numpy().tobytes(), *head])).digest()
+               for row in (peers.x if peers.adapted.ranks.unequal is None else peers.adapted.start[None].expand(len(peers.ids), -1))]
     rows = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])[:, None]
     rows = transport.gather(rows)
     differing = [] if rows is None else (rows[:, 0] != rows[0, 0]).nonzero().flatten().tolist()

@@ -6,8 +6,11 @@
                                 manifest.json         written last: completed rounds, digests of all state files
 """
 
+import copy
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,28 +23,68 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfl.adapters import ADAPTER, Adapted, bind
+from dfl.adapters import ADAPTER, Adapted, Rows, bind
+from dfl.company import together
+from dfl.factors import a_view, b_view
+
+logger = logging.getLogger(__name__)
 
 
 class UnreadableError(ValueError):
     """A checkpoint whose files are missing or do not have the digests its manifest names."""
 
 
-def save_adapter(folder: Path, adapted: Adapted, x: Tensor, base_name: str) -> None:
-    """One row as a folder that `PeftModel.from_pretrained(base, folder)` loads."""
+def save_adapter(folder: Path, adapted: Adapted, rows: Rows, base_name: str) -> None:
+    """One model (rows of one) as a folder that `PeftModel.from_pretrained(base, folder)` loads.
+
+    The adapter has the rank that its values fill; a residual beside the factors becomes part of it, as further rank, so that
+    stock PEFT computes what was evaluated.
+    """
     folder.mkdir(parents=True)
-    bind(adapted, x)
+    bind(adapted, rows.x[0])
     tensors = get_peft_model_state_dict(adapted.model, adapter_name=ADAPTER, save_embedding_layers=False)
+    config = copy.copy(adapted.model.peft_config[ADAPTER])
+    config.base_model_name_or_path, config.inference_mode = base_name, True
+    if adapted.kind != "hira":
+        tensors |= _joined(adapted, rows, tensors, config)
     # clones: a view must not carry the rows beside it
     save_file({name: value.detach().clone().contiguous().cpu() for name, value in tensors.items()},
               str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    config = adapted.model.peft_config[ADAPTER]
-    was, training = config.base_model_name_or_path, config.inference_mode
-    config.base_model_name_or_path, config.inference_mode = base_name, True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.base_model_name_or_path, config.inference_mode = was, training
+    config.save_pretrained(str(folder))
+
+
+def _joined(adapted: Adapted, rows: Rows, names, config) -> dict[str, Tensor]:
+    """A and B of every layer, cut to the slots in use, the residual behind them; rank and alpha of `config` follow."""
+    scale = 1.0 if rows.scale is None else rows.scale[0]
+    found, layers = {}, []
+    for index, pair in enumerate(adapted.lora.pairs):
+        a, b = a_view(rows.x[0], pair), b_view(rows.x[0], pair)
+        beside = None
+        if rows.residual is not None:
+            other = adapted.residual.pairs[index]
+            # the residual has the layout's scaling, the adapter the peer's
+            beside = (a_view(rows.residual[0], other), b_view(rows.residual[0], other) / scale)
+        layers.append((pair.name, a, b, beside))
+    rank = max((_used(a, b) for _, a, b, _ in layers), default=1)
+    extra = max((_used(*beside) for *_, beside in layers if beside), default=0)
+    for name, a, b, beside in layers:
+        a, b = a[:rank], b[:, :rank]
+        if extra:
+            missing = max(0, extra - len(beside[0]))
+            more_a = torch.nn.functional.pad(beside[0][:extra], (0, 0, 0, missing))
+            a, b = torch.cat([a, more_a]), torch.cat([b, torch.nn.functional.pad(beside[1][:, :extra], (0, missing))], 1)
+        found |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    if found.keys() - names.keys():
+        raise AssertionError(f"PEFT does not call its tensors {sorted(found.keys() - names.keys())[:2]}")
+    config.r, config.use_rslora = rank + extra, False
+    config.lora_alpha = adapted.ranks.reference * scale * config.r
+    return found
+
+
+def _used(a: Tensor, b: Tensor) -> int:
+    """How many slots hold anything; at least one."""
+    filled = (a.ne(0).any(1) | b.ne(0).any(0)).nonzero()
+    return int(filled[-1]) + 1 if len(filled) else 1
 
 
 def folder_of(run: Path, rounds: int) -> Path:
@@ -54,9 +97,10 @@ class Checkpointer:
     def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2):
         self.run, self.transport, self.process, self.base_name, self.keep = run, transport, process, base_name, keep
 
-    def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, tensors: dict[str, Tensor],
-             consensus: tuple[Tensor, str] | None) -> Path:
-        """Write the state after `rounds` rounds. `consensus` is the row and a word on what it is, on process 0.
+    def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, rows: Rows, tensors: dict[str, Tensor],
+             consensus: tuple[Rows, str] | None) -> Path:
+        """Write the state after `rounds` rounds: trained rows x (P, D) and the models that they make. `consensus` is the rows of one
+        and a word on what it is, on process 0.
 
         OSError (a full disk) leaves no half checkpoint and keeps the earlier ones. All processes raise.
         """
@@ -65,7 +109,7 @@ class Checkpointer:
         if self.process == 0:
             shutil.rmtree(draft, ignore_errors=True)
         self.transport.agree(0)
-        self._together(draft, target, lambda: self._write(draft, adapted, peers, x, tensors, consensus))
+        self._together(draft, target, lambda: self._write(draft, adapted, peers, x, rows, tensors, consensus))
         self._together(draft, target, lambda: self._publish(draft, target, rounds) if self.process == 0 else None)
         return target
 
@@ -81,39 +125,81 @@ class Checkpointer:
                 shutil.rmtree(draft, ignore_errors=True)
             raise OSError(f"checkpoint {target} could not be written: {error or 'another process failed'}") from error
 
-    def _write(self, draft: Path, adapted, peers, x, tensors, consensus) -> None:
+    def _write(self, draft: Path, adapted, peers, x, rows, tensors, consensus) -> None:
         draft.mkdir(parents=True, exist_ok=True)
-        for row, peer in enumerate(peers):
-            save_adapter(draft / f"peer-{peer}", adapted, x[row], self.base_name)
+        folders = [draft / f"peer-{peer}" for peer in peers]
+        for row, folder in enumerate(folders):
+            save_adapter(folder, adapted, rows.row(row), self.base_name)
         if consensus is not None:
-            save_adapter(draft / "consensus", adapted, consensus[0], self.base_name)
-            (draft / "consensus" / "consensus.json").write_text(json.dumps({"consensus": consensus[1]}))
+            folders.append(draft / "consensus")
+            save_adapter(folders[-1], adapted, consensus[0], self.base_name)
+            (folders[-1] / "consensus.json").write_text(json.dumps({"consensus": consensus[1]}))
         state = {f"x.{peer}": x[row].clone().cpu() for row, peer in enumerate(peers)}
         state |= {name: value.detach().clone().contiguous().cpu() for name, value in tensors.items()}
-        save_file(state, str(draft / f"state-{self.process}.safetensors"))
+        path = draft / f"state-{self.process}.safetensors"
+        save_file(state, str(path))
+        # all of it is on the disk before the manifest is, which says that it is there
+        for written in (path, *(file for folder in folders for file in folder.iterdir()), *folders, draft):
+            _sync(written)
 
     def _publish(self, draft: Path, target: Path, rounds: int) -> None:
         digests = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
-        _write_synced(draft / "manifest.json", json.dumps({"rounds": rounds, "sha256": digests}, indent=1))
-        if target.exists():
-            shutil.rmtree(target)
+        for process in range(self.transport.size):
+            if f"state-{process}.safetensors" not in digests:
+                raise OSError(f"process 0 does not see what {self.transport.describe(process)} wrote; the output must lie on a file "
+                              "system that all processes share")
+        (draft / "manifest.json").write_text(json.dumps({"rounds": rounds, "sha256": digests}, indent=1))
+        _sync(draft / "manifest.json")
+        _sync(draft)
+        if target.exists():  # never a moment without either of the two: `tidy` brings it back
+            shutil.rmtree(_aside(target), ignore_errors=True)
+            os.replace(target, _aside(target))
         os.replace(draft, target)
+        _sync(target.parent)
+        shutil.rmtree(_aside(target), ignore_errors=True)
         published = complete(self.run)
         # later rounds are left from before a return to an earlier checkpoint: the run has not come there yet
         later = [folder for folder in published if _rounds(folder) > rounds]
         for old in later + [folder for folder in published if folder not in later][:-self.keep]:
+            (old / "manifest.json").unlink()  # first: half a folder is no checkpoint
             shutil.rmtree(old)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # a file system that cannot do this for folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _aside(target: Path) -> Path:
+    """Where a checkpoint lies while another of the same round takes its place."""
+    return target.with_name(f".{target.name}.aside")
+
+
+def tidy(run: Path) -> None:
+    """Remove what a killed writer left behind, and put back what it had laid aside."""
+    for draft in (run / "checkpoints").glob(".round-*.draft"):
+        shutil.rmtree(draft, ignore_errors=True)
+    for aside in (run / "checkpoints").glob(".round-*.aside"):
+        target = aside.with_name(aside.name.removeprefix(".").removesuffix(".aside"))
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, target)
 
 
 def complete(run: Path) -> list[Path]:
@@ -127,18 +213,49 @@ def _rounds(folder: Path) -> int:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint whose files are whole, or None. Damaged ones are passed over."""
+    """The newest checkpoint whose files are whole, or None. Damaged ones are passed over, with a warning that names the file."""
     for folder in reversed(complete(run)):
         try:
             verify(folder)
-        except UnreadableError:
+        except UnreadableError as error:
+            logger.warning("dfl: WARNING: %s; the one before it is taken, if there is one", error)
             continue
         return folder
     return None
 
 
-def verify(folder: Path) -> int:
-    """Check all digests; the number of completed rounds. UnreadableError names the first bad file."""
+def choose(run: Path, transport) -> Path | None:
+    """The checkpoint that all processes go on from, or None: process 0 finds it, and the others make sure that they see the same.
+
+    ValueError on all of them, naming the first that does not, or when all checkpoints are damaged.
+    """
+    found = together(transport, lambda: _newest(run) if transport.rank == 0 else None)
+    name, digest = (found.name, _digest(found / "manifest.json")) if found else ("", "")
+    name, digest = transport.share(f"{name} {digest}".encode())[0].decode().split(" ")
+    if not name:
+        return None
+    folder = run / "checkpoints" / name
+    together(transport, lambda: _see(folder, digest) if transport.rank else None)
+    return folder
+
+
+def _newest(run: Path) -> Path | None:
+    tidy(run)
+    found, published = latest(run), complete(run)
+    if published and found is None:
+        raise ValueError(f"output = {str(run)!r}: all of its {len(published)} checkpoints are damaged; "
+                         "pass --overwrite to begin again")
+    return found
+
+
+def _see(folder: Path, digest: str) -> None:
+    verify(folder, state_only=True)
+    if _digest(folder / "manifest.json") != digest:
+        raise UnreadableError(f"checkpoint {folder} is not the one that process 0 has found")
+
+
+def verify(folder: Path, state_only: bool = False) -> int:
+    """Check all digests, or those of the run state; the number of completed rounds. UnreadableError names the first bad file."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         rounds, digests = int(manifest["rounds"]), manifest["sha256"].items()
@@ -148,6 +265,8 @@ def verify(folder: Path) -> int:
         raise UnreadableError(f"checkpoint {folder} has no readable manifest: {error}") from None
     for name, digest in digests:
         path = folder / name
+        if state_only and not name.startswith("state-"):
+            continue
         if not path.is_file() or _digest(path) != digest:
             raise UnreadableError(f"checkpoint {folder}: {name} is missing or damaged")
     return rounds

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.adapters import Adapted
+from dfl.adapters import Adapted, Rows, residual_rows
 from dfl.executors import Executor
-from dfl.factors import Layout, stack_a, stack_b, write_pairs
-from dfl.lowrank import truncate, weighted_sum
-from dfl.rules.products import refactor
+from dfl.factors import Layout, empty_rows, stack_a, stack_b, write_pairs
+from dfl.lowrank import refactor, truncate, weighted_sum
 
 SUMS = ("loss_sum", "correct", "count")
 
@@ -31,18 +30,18 @@ class Evaluator:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
-    def sums(self, x: Tensor, executor: Executor) -> Tensor:
-        """Loss sum, correct and count of each row of x (P, D): (P, 3) float64 on the CPU."""
+    def sums(self, rows: Rows, executor: Executor) -> Tensor:
+        """Loss sum, correct and count of each of P rows: (P, 3) float64 on the CPU."""
         self.adapted.model.eval()
-        totals = torch.zeros(len(x), len(SUMS), dtype=torch.float64, device=self.device)
-        for rows in executor.groups(len(x)):
-            with executor.bound(self.adapted, x, None, rows) as forward:
+        totals = torch.zeros(len(rows.x), len(SUMS), dtype=torch.float64, device=self.device)
+        for index in executor.groups(len(rows.x)):
+            with executor.bound(self.adapted, rows, None, index) as forward:
                 for batch in self.batches:
-                    repeated = _for_each(rows, batch)
+                    repeated = _for_each(index, batch)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                        output = forward(self.task.inputs(repeated), rows)
-                    scores = self.task.score(output, repeated, len(rows))
-                    totals[rows] += torch.stack([scores[name].double() for name in SUMS], 1)
+                        output = forward(self.task.inputs(repeated), index)
+                    scores = self.task.score(output, repeated, len(index))
+                    totals[index] += torch.stack([scores[name].double() for name in SUMS], 1)
         return totals.cpu()
 
     def metrics(self, sums: Tensor) -> list[dict[str, float]]:
@@ -65,10 +64,22 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
 
 
+def consensus_rows(adapted: Adapted, x: Tensor, kept: Tensor | None, product: bool, residual: Layout | None) -> Rows:
+    """The consensus model of trained rows x (N, D), mixed as all peers had the layout's scaling, and of the rules' residuals
+    `kept` (N, D_E) in the layout `residual`."""
+    rows = adapted.factors(adapted.averageable(x).mean(0)[None]) if adapted.cores else None
+    if rows is not None:
+        return Rows(rows)
+    if kept is None:
+        return Rows(consensus(x, adapted.layout, product)[None], residual_rows(adapted, None, 1))
+    row, rest = consensus_with_residual(x, adapted.layout, kept, residual)
+    return Rows(row[None], residual_rows(adapted, rest[None], 1))
+
+
 def consensus(x: Tensor, layout: Layout, product: bool) -> Tensor:
     """The consensus model of rows x (N, D): the mean of the factors, or the best rank-R part of the mean product.
 
-    The head is the mean in both cases.
+    The head, and what else there is, is the mean in both cases.
     """
     mean = x.mean(0)
     if product:
@@ -78,3 +89,20 @@ def consensus(x: Tensor, layout: Layout, product: bool) -> Tensor:
             svd = truncate(*weighted_sum(weights, stack_a(x, pairs), stack_b(x, pairs)), pairs[0].rank)
             write_pairs(mean, pairs, *refactor(svd, own, "balanced"))
     return mean
+
+
+def consensus_with_residual(x: Tensor, layout: Layout, kept: Tensor, residual: Layout) -> tuple[Tensor, Tensor]:
+    """The mean of E_i + B_i A_i of rows x (N, D) and kept (N, D_E), as a row and its residual: what both ranks together can hold."""
+    mean = x.mean(0)
+    rest = empty_rows(1, residual.size, dtype=x.dtype, device=x.device)[0]
+    weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64, device=x.device)
+    places = {pair.name: pair for pair in residual.pairs}
+    for pairs in layout.shapes():
+        others, rank = [places[pair.name] for pair in pairs], pairs[0].rank
+        left, right = weighted_sum(weights, stack_a(x, pairs), stack_b(x, pairs))
+        beside_left, beside_right = weighted_sum(weights, stack_a(kept, others), stack_b(kept, others))
+        svd = truncate(torch.cat([left, beside_left], -1), torch.cat([right, beside_right], -2), rank + others[0].rank)
+        first = svd._replace(u=svd.u[..., :rank], s=svd.s[..., :rank], vh=svd.vh[..., :rank, :])
+        write_pairs(mean, pairs, *refactor(first, stack_a(mean, pairs), "balanced"))
+        write_pairs(rest, others, svd.vh[:, rank:], (svd.u * svd.s[:, None])[..., rank:])
+    return mean, rest

@@ -63,7 +63,7 @@ def evaluate_run(output: Path, overrides: Sequence[str] = (), *, checkpoint: Pat
     loaded = load(config, runtime.device) if data is None else _load_file(config, runtime.device, names, data)
     run = assemble(config, runtime, loaded, topology)
     restore(run, folder)
-    result = evaluate(run, runtime.transport.gather(run.peers.x))
+    result = evaluate(run)
     runtime.transport.close()
     return result and {"checkpoint": str(folder), "round": run.completed, "examples": len(loaded.bundle.valid), **finite(result)}
 
@@ -115,17 +115,16 @@ def settings(target: Target, overrides: Sequence[str], run: Path | None) -> tupl
 
     The model is the target's: the base of an adapter, or the folder itself.
     """
+    told = targets.about(target.folder) if run is None or (target.folder / targets.ABOUT).is_file() else {}
     if run is not None:
         tree, names = read_config(run).to_dict(), label_names(run)
     else:
-        told = targets.about(target.folder)
         tree, names = {"model": told["model"], "data": told["data"]}, told["label_names"]
     if target.kind == "model":
-        own = {"task": tree["model"]["task"], "dtype": tree["model"].get("dtype", "float32")}
-        tree["model"] = own | {"name": str(target.folder.resolve())}
+        tree["model"] = (told["model"] if told else {"task": tree["model"]["task"]}) | {"name": str(target.folder.resolve())}
     elif run is None:
         base = targets.read_json(target.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        tree["model"] = tree["model"] | {"name": str(base)}
+        tree["model"] = told["model"] | {"name": str(base)}
     for key, value in parse_overrides(list(overrides)):
         set_field(tree, key, value)
     return from_dict(tree), names

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dfl.adapters import ADAPTER, Adapted, bind
+from dfl.adapters import ADAPTER, Adapted, Rows, bind
 from dfl.factors import a_view, b_view, head_view
 
 # the gradients are views of the rows of g on purpose; autograd only remarks that they are not dense
@@ -17,12 +17,15 @@ warnings.filterwarnings("ignore", message="grad and param do not obey the gradie
 
 
 class Executor(Protocol):
-    """Yields a function (inputs, rows) -> model output. `inputs` is the equal batches of `rows`, one after the other."""
+    """Yields a function (inputs, index) -> model output. `inputs` is the equal batches of the rows `index`, one after the other.
+
+    g: gradients (P, D) of the rows of factors, for the groups in `trains`.
+    """
 
     def groups(self, num_rows: int) -> list[list[int]]:
         """Which rows go through the model together."""
 
-    def bound(self, adapted: Adapted, x: Tensor, g: Tensor | None, rows: Sequence[int], trains: frozenset[str]): ...
+    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains: frozenset[str]): ...
 
 
 class Sequential:
@@ -32,10 +35,28 @@ class Sequential:
         return [[row] for row in range(num_rows)]
 
     @contextmanager
-    def bound(self, adapted: Adapted, x: Tensor, g: Tensor | None, rows: Sequence[int], trains=frozenset()) -> Iterator:
-        (row,) = rows
-        bind(adapted, x[row], None if g is None else g[row], trains)
-        yield lambda inputs, rows: adapted.model(**inputs)
+    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset()) -> Iterator:
+        (row,) = index
+        bind(adapted, rows.x[row], None if g is None else g[row], trains)
+        scale = 1.0 if rows.scale is None else rows.scale[row]
+        selected = _Selection(1)
+        kept = [] if rows.residual is None else _add_residuals(adapted, rows.residual[row:row + 1], selected)
+        if scale != 1.0:
+            for site in adapted.sites:
+                site.module.scaling[ADAPTER] = site.pair.scaling * scale
+
+        def forward(inputs, index):
+            selected.batch = len(next(iter(inputs.values())))
+            return adapted.model(**inputs)
+
+        try:
+            yield forward
+        finally:
+            for handle in kept:
+                handle.remove()
+            if scale != 1.0:
+                for site in adapted.sites:
+                    site.module.scaling[ADAPTER] = site.pair.scaling
 
 
 class Stacked:
@@ -49,25 +70,30 @@ class Stacked:
         return [list(range(num_rows))] if num_rows else []
 
     @contextmanager
-    def bound(self, adapted: Adapted, x: Tensor, g: Tensor | None, rows: Sequence[int], trains=frozenset()) -> Iterator:
+    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset()) -> Iterator:
+        x = rows.x
         selected = _Selection(len(x))
         patched = [site.module for site in adapted.sites] + [site.module for site in adapted.head]
         for site in adapted.sites:
             a = _leaf(a_view(x, site.pair), g, partial(a_view, pair=site.pair), "A" in trains)
             b = _leaf(b_view(x, site.pair), g, partial(b_view, pair=site.pair), "B" in trains)
-            site.module.forward = partial(_lora_forward, site.module, a, b, site.pair.scaling, selected)
+            scaling = site.pair.scaling if rows.scale is None else site.pair.scaling * x.new_tensor(rows.scale)
+            site.module.forward = partial(_lora_forward, site.module, a, b, scaling, selected)
+        kept = [] if rows.residual is None else _add_residuals(adapted, rows.residual, selected)
         for site in adapted.head:
             tensors = {key: _leaf(head_view(x, t), g, partial(head_view, tensor=t), "head" in trains)
                        for key, t in site.tensors}
             site.module.forward = partial(_head_forward, _check_head(site.module), tensors, selected)
 
-        def forward(inputs, rows):
-            selected.rows, selected.batch = rows, len(next(iter(inputs.values())))
+        def forward(inputs, index):
+            selected.rows, selected.batch = index, len(next(iter(inputs.values())))
             return adapted.model(**inputs)
 
         try:
             yield forward
         finally:
+            for handle in kept:
+                handle.remove()
             for module in patched:
                 module.__dict__.pop("forward", None)
 
@@ -80,7 +106,7 @@ class _Selection:
 
     def check(self, x: Tensor) -> None:
         """A layer fed with something that all examples share (relative positions) cannot be split by peers."""
-        if len(x) % self.batch:
+        if self.num_rows > 1 and len(x) % self.batch:
             raise ValueError(f"train.executor = 'stacked' cannot adapt a layer whose input {tuple(x.shape)} does not lead with "
                              f"the batch of {self.batch}; allowed: 'sequential', or other lora.targets")
 
@@ -96,14 +122,38 @@ def _leaf(view: Tensor, g: Tensor | None, gradient_view, trained: bool) -> Tenso
     return leaf
 
 
-def _lora_forward(module, a_all: Tensor, b_all: Tensor, scaling: float, selected: _Selection, x: Tensor, *args, **kwargs):
+def _lora_forward(module, a_all: Tensor, b_all: Tensor, scaling: float | Tensor, selected: _Selection, x: Tensor, *args, **kwargs):
     """y = base(x) + s (dropout(x) A^T) B^T, with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
     selected.check(x)
     result = module.base_layer(x, *args, **kwargs)
-    a, b = selected.take(a_all), selected.take(b_all)
-    hidden = module.lora_dropout[ADAPTER](x).to(a.dtype).reshape(len(a), -1, a.shape[-1])
-    delta = torch.bmm(torch.bmm(hidden, a.mT), b.mT).view(*x.shape[:-1], b.shape[-2])
-    return result + (delta * scaling).to(result.dtype)
+    delta = _low_rank(selected.take(a_all), selected.take(b_all), module.lora_dropout[ADAPTER](x))
+    if isinstance(scaling, Tensor):
+        delta = (delta.view(len(selected.rows), -1) * selected.take(scaling)[:, None]).view(delta.shape)
+    else:
+        delta = delta * scaling
+    return result + delta.to(result.dtype)
+
+
+def _low_rank(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """(x A^T) B^T with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
+    hidden = x.to(a.dtype).reshape(len(a), -1, a.shape[-1])
+    return torch.bmm(torch.bmm(hidden, a.mT), b.mT).view(*x.shape[:-1], b.shape[-2])
+
+
+def _add_residuals(adapted: Adapted, residual: Tensor, selected: _Selection) -> list:
+    """Hooks that add s (x G^T) F^T to the adapted layers' output, for residuals (P, D_E): part of the frozen model, so there is no
+    dropout and no gradient. Their handles."""
+    handles = []
+    for site, pair in zip(adapted.sites, adapted.residual.pairs, strict=True):
+        hook = partial(_residual_hook, a_view(residual, pair), b_view(residual, pair), pair.scaling, selected)
+        handles.append(site.module.register_forward_hook(hook))
+    return handles
+
+
+def _residual_hook(g_all: Tensor, f_all: Tensor, scaling: float, selected: _Selection, module, args, output: Tensor) -> Tensor:
+    selected.check(args[0])
+    delta = _low_rank(selected.take(g_all), selected.take(f_all), args[0])
+    return output + (delta * scaling).to(output.dtype)
 
 
 def _head_forward(module: nn.Linear, tensors: dict[str, Tensor], selected: _Selection, x: Tensor) -> Tensor:
@@ -126,9 +176,12 @@ def autocasts(setting: str, device: torch.device) -> bool:
     return setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
 
 
-def choose(name: str, device: torch.device) -> Executor:
+def choose(name: str, device: torch.device, kind: str = "lora") -> Executor:
     """The executor of a recipe. `auto`: stacked on an accelerator; sequential on a CPU, where it is bit for bit the same
-    however peers are hosted."""
+    however peers are hosted, and for adapters whose layers are PEFT's own. ValueError for those when they are to be stacked."""
+    own = kind in ("dora", "hira")
+    if name == "stacked" and own:
+        raise ValueError(f"train.executor = 'stacked' cannot run lora.adapter = {kind!r}; allowed: sequential")
     if name == "auto":
-        name = "sequential" if device.type == "cpu" else "stacked"
+        name = "sequential" if device.type == "cpu" or own else "stacked"
     return {"sequential": Sequential, "stacked": Stacked}[name]()

@@ -1,7 +1,7 @@
 """The layout of LoRA factors (and a trained head) in a flat vector: one peer is one row of X_PD.
 
-A row holds all A, then all B, then the head. Shape suffixes: P peers, D row length, L layers of one shape, R rank,
-I and O layer input and output.
+A row holds all A, then all B, then what some adapters train beside or instead (magnitudes, cores), then the head. Shape
+suffixes: P peers, D row length, L layers of one shape, R rank, I and O layer input and output.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUPS = ("A", "B", "M", "head")
+GROUPS = ("A", "B", "M", "core", "head")  # M: magnitudes of DoRA; core: what is trained between frozen bases
 # rows start at multiples of 64 bytes: CPU kernels may round differently on other alignments, and a peer's row must not
 # depend on how many peers are hosted beside it
 _ALIGN = 16
@@ -30,18 +30,22 @@ class Pair(NamedTuple):
 
 
 class HeadTensor(NamedTuple):
+    """A tensor of the head, a magnitude or a core: its shape, and where it lies in a row."""
+
     name: str
     shape: tuple[int, ...]
     offset: int
 
 
 class Layout(NamedTuple):
-    """Where everything lies in a row of length `size`; `groups` maps A, B, head to their columns."""
+    """Where everything lies in a row of length `size`; `groups` maps A, B, M, core, head to their columns."""
 
     pairs: tuple[Pair, ...]
     head: tuple[HeadTensor, ...]
     groups: dict[str, slice]
     size: int
+    magnitudes: tuple[HeadTensor, ...] = ()
+    cores: tuple[HeadTensor, ...] = ()
 
     def has(self, group: str) -> bool:
         cut = self.groups.get(group)
@@ -68,21 +72,27 @@ class Layout(NamedTuple):
         return list(table.values())
 
 
-def make_layout(pairs: Sequence[tuple[str, int, int, int, float]],
-                head: Sequence[tuple[str, Sequence[int]]] = ()) -> Layout:
-    """The layout of layers (name, rank, d_in, d_out, scaling) and head tensors (name, shape)."""
+Shapes = Sequence[tuple[str, Sequence[int]]]
+
+
+def make_layout(pairs: Sequence[tuple[str, int, int, int, float]], head: Shapes = (), magnitudes: Shapes = (),
+                cores: Shapes = ()) -> Layout:
+    """The layout of layers (name, rank, d_in, d_out, scaling), and of tensors (name, shape) of the other groups."""
     num_a = sum(r * i for _, r, i, _, _ in pairs)
     num_b = sum(o * r for _, r, _, o, _ in pairs)
     a, b, placed = 0, num_a, []
     for name, rank, d_in, d_out, scaling in pairs:
         placed.append(Pair(name, rank, d_in, d_out, scaling, a, b))
         a, b = a + rank * d_in, b + d_out * rank
-    offset, tensors = num_a + num_b, []
-    for name, shape in head:
-        tensors.append(HeadTensor(name, tuple(shape), offset))
-        offset += math.prod(shape)
-    groups = {"A": slice(0, num_a), "B": slice(num_a, num_a + num_b), "head": slice(num_a + num_b, offset)}
-    return Layout(tuple(placed), tuple(tensors), groups, offset)
+    groups = {"A": slice(0, num_a), "B": slice(num_a, num_a + num_b)}
+    offset, others = num_a + num_b, {}
+    for group, shapes in (("M", magnitudes), ("core", cores), ("head", head)):
+        start, tensors = offset, []
+        for name, shape in shapes:
+            tensors.append(HeadTensor(name, tuple(shape), offset))
+            offset += math.prod(shape)
+        groups[group], others[group] = slice(start, offset), tuple(tensors)
+    return Layout(tuple(placed), others["head"], groups, offset, others["M"], others["core"])
 
 
 def empty_rows(num_rows: int, size: int, *, dtype=torch.float32, device="cpu") -> Tensor:
@@ -102,7 +112,7 @@ def b_view(x: Tensor, pair: Pair) -> Tensor:
 
 
 def head_view(x: Tensor, tensor: HeadTensor) -> Tensor:
-    """One head tensor: (..., *shape) for x (..., D); a view."""
+    """One tensor of the head, a magnitude or a core: (..., *shape) for x (..., D); a view."""
     return x[..., tensor.offset:tensor.offset + math.prod(tensor.shape)].unflatten(-1, tensor.shape)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +29,16 @@ class Traffic(NamedTuple):
 
 
 def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Sequence[int], states: list[State],
-           w: np.ndarray, t: int, *, lr: float = 0.0, local_steps: int = 0, tag: int = 0) -> Traffic:
+           w: np.ndarray, t: int, *, lr: float = 0.0, local_steps: int = 0, tag: int = 0,
+           fold: Callable[..., Tensor] | None = None) -> Traffic:
     """Exchange and mix round t for the hosted peers: rows x_PD change in place, `states` is updated.
 
     w (N, N): the mixing matrix of the round. Every receiver uses the values from before the mix. A peer also takes its
     own message as the codec decodes it. A neighbour's message that is not finite is refused: its weight stays with the receiver.
     tag: what the messages belong to (`digest_of_common`); TypeError where a neighbour's is another.
+    fold: peers whose adapters are scaled differently: fold(row, k) as if all were scaled alike, fold(row, k, True) back.
     """
+    fold = fold or same
     speaks = bool(rule.sends(t))
     length = rule.length(t)
     edges = edges_of(w) if speaks else []
@@ -44,7 +47,7 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
     outbox = {}
     if speaks:
         for row, round in enumerate(rounds):
-            message, states[row] = rule.send(x[row], states[row], round)
+            message, states[row] = rule.send(fold(x[row], row), states[row], round)
             outbox[round.peer] = codec.encode(message)
     size = None if length is None else codec.size(length, x.dtype)
     encoded = time.perf_counter()
@@ -58,8 +61,13 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
         for row, round in enumerate(rounds):
             inbox, round, bad = _refuse(decoded[round.peer], round, finite)
             refused += bad
+            new, state = x[row], states[row]
             # what a peer cannot hear from itself it cannot mix; its next local phase says that it has diverged
-            mixed.append(rule.mix(x[row], inbox, states[row], round) if finite[round.peer] else (x[row], states[row]))
+            if finite[round.peer]:
+                new, state = rule.mix(fold(new, row), inbox, state, round)
+                # alone, it keeps its bits, which folding there and back may not
+                new = fold(new, row, True) if len(inbox) > 1 or fold is same else x[row]
+            mixed.append((new, state))
         for row, (new, state) in enumerate(mixed):
             x[row] = new
             states[row] = state
@@ -67,6 +75,11 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
     receivers = Counter(sender for sender, _ in edges)
     message_bytes = sum(receivers[peer] * len(message) for peer, message in outbox.items())
     return Traffic(len(edges), message_bytes, refused, encoded - start, moved - encoded, mixed_at - moved)
+
+
+def same(row: Tensor, k: int, back: bool = False) -> Tensor:
+    """All peers are scaled alike."""
+    return row
 
 
 def _row(w: np.ndarray, peer: int) -> dict[int, float]:

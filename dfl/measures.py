@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl.factors import GROUPS, Layout, stack_a, stack_b
+from dfl.factors import GROUPS, Layout, a_view, b_view, empty_rows, make_layout, stack_a, stack_b
 from dfl.lowrank import product_gram
 
 
@@ -78,16 +78,36 @@ def product_distance(x: Tensor, layout: Layout) -> float:
     return float(_norms(scaled_product_gram(x, layout=layout), centred).square().mean().sqrt())
 
 
-def measure(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout) -> dict[str, float]:
-    """All measures of a round from the rows before and after the mix (N, D)."""
+def whole(x: Tensor, layout: Layout, kept: Tensor | None, residual: Layout | None) -> tuple[Tensor, Layout]:
+    """Rows x (N, D) of A and B together with the residuals `kept` (N, D_E) beside them, as factors of larger rank."""
+    if kept is None:
+        return x, layout
+    joined = make_layout([(p.name, p.rank + o.rank, p.d_in, p.d_out, p.scaling)
+                          for p, o in zip(layout.pairs, residual.pairs, strict=True)])
+    rows = empty_rows(len(x), joined.size, dtype=x.dtype, device=x.device)
+    for pair, mine, other in zip(joined.pairs, layout.pairs, residual.pairs, strict=True):
+        a_view(rows, pair).copy_(torch.cat([a_view(x, mine), a_view(kept, other)], -2))
+        b_view(rows, pair).copy_(torch.cat([b_view(x, mine), b_view(kept, other)], -1))
+    return rows, joined
+
+
+Models = tuple[Tensor, Tensor, Layout]
+
+
+def measure(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout, models: Models | None = None) -> dict[str, float]:
+    """All measures of a round from the rows before and after the mix (N, D).
+
+    models: the same with what lies beside the factors (`whole`), for what is said of products.
+    """
+    whole_before, whole_after, whole_layout = models or (before, after, layout)
     cross, relative = cross_term(before, w, layout)
     result = {"consensus_distance": consensus_distance(after)}
     for group in GROUPS:
         if layout.has(group):
             result[f"consensus_distance_{group}"] = consensus_distance(after[:, layout.groups[group]])
     return result | {
-        "product_distance": product_distance(after, layout),
+        "product_distance": product_distance(whole_after, whole_layout),
         "cross_term": cross,
         "cross_term_relative": relative,
-        "aggregation_error": aggregation_error(before, after, w, layout),
+        "aggregation_error": aggregation_error(whole_before, whole_after, w, whole_layout),
     }

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl.adapters import Adapted
+from dfl import cores
+from dfl.adapters import Adapted, Rows, residual_rows, start_of
 from dfl.config import TrainConfig
 from dfl.dropout import PeerDropout
 from dfl.executors import Executor, autocasts
-from dfl.factors import GROUPS, Layout, empty_rows
+from dfl.factors import GROUPS, Layout, empty_rows, stack_a, stack_b, write_pairs
+from dfl.lowrank import align
 from dfl.seeds import derive, permutation
 
 
@@ -58,8 +60,17 @@ class HostedPeers:
         self.ids, self.adapted, self.streams, self.train = list(ids), adapted, list(streams), train
         self.seed, self.device, self.layout = seed, device, adapted.layout
         self.x = empty_rows(len(self.ids), self.layout.size, device=device)
-        self.x[:] = adapted.start.to(device)
+        for row, peer in enumerate(self.ids):
+            self.x[row] = start_of(adapted, peer).to(device)
         self.g = empty_rows(len(self.ids), self.layout.size, device=device)
+        # what the model reads: the rows themselves, or the factors that their cores make
+        self.factors, self.factor_gradients = self.x, self.g
+        if adapted.cores:
+            self.factors, self.factor_gradients = (empty_rows(len(self.ids), adapted.lora.size, device=device) for _ in range(2))
+            self._bases = adapted.cores._replace(bases=adapted.cores.bases.to(device))
+        self.residual = residual_rows(adapted, None, len(self.ids))
+        ratios = tuple(adapted.ranks.ratio(peer) for peer in self.ids)
+        self.scale = None if all(ratio == 1.0 for ratio in ratios) else ratios
         self.params = [_by_group(row, self.layout) for row in self.x]
         self.grads = [_by_group(row, self.layout) for row in self.g]
         self.optimizer = self._make_optimizer()
@@ -77,6 +88,73 @@ class HostedPeers:
             return torch.optim.SGD(flat, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True)
         return torch.optim.AdamW(flat, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
                                  fused=True)
+
+    def rows(self) -> Rows:
+        """What the model reads of the hosted peers now."""
+        self._expand()
+        return Rows(self.factors, self.residual, self.scale)
+
+    def keep_residuals(self, kept: Tensor | None) -> None:
+        """The rule's residuals (P, D_E) become part of the models."""
+        self.residual = residual_rows(self.adapted, kept, len(self.ids))
+
+    @property
+    def fold(self):
+        """What `gossip` asks for where peers are scaled differently: B times the peer's ratio, or back; None where they are not."""
+        return None if self.scale is None else self._folded
+
+    def _folded(self, row: Tensor, k: int, back: bool = False) -> Tensor:
+        row = row.clone()
+        row[self.layout.groups["B"]] *= 1 / self.scale[k] if back else self.scale[k]
+        return row
+
+    def alike(self) -> Tensor:
+        """A copy of the rows (P, D) as if all adapters were scaled alike, in which they can be compared and averaged."""
+        x = empty_rows(*self.x.shape, device=self.device)
+        x.copy_(self.adapted.averageable(self.x))
+        if self.scale is not None:
+            x[:, self.layout.groups["B"]] *= x.new_tensor(self.scale)[:, None]
+        return x
+
+    @property
+    def turns_moments(self) -> bool:
+        return self.train.state == "carried" and self.train.at_refactor == "rotate"
+
+    def after_refactor(self, frames: Tensor | None) -> None:
+        """The factors have a new basis: apply train.at_refactor to the moments. frames: the rows (P, D) before, for rotate.
+
+        rotate: R brings a peer's old pair closest to its new one; first moments become R^T m_A and m_B R. Second moments turn with
+        the squares of R, which is what they are for uncorrelated entries; zeros would make the next steps 1 / sqrt(1 - beta2) too
+        long, as the step counter goes on.
+        """
+        if self.train.state == "fresh" or self.train.at_refactor == "reset":
+            self.reset_moments()
+        elif self.train.at_refactor == "rotate":
+            for row, (old, new) in enumerate(zip(frames, self.x, strict=True)):
+                if not torch.equal(old, new):
+                    self._rotate_moments(row, old, new)
+
+    def _rotate_moments(self, row: int, old: Tensor, new: Tensor) -> None:
+        moments = {key: torch.zeros_like(new) for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
+        states = [(self.layout.groups[group], self.optimizer.state.get(p, {})) for group, p in self.params[row].items()
+                  if group in ("A", "B")]
+        for cut, state in states:
+            for key in moments.keys() & state.keys():
+                if state[key] is not None:
+                    moments[key][cut] = state[key]
+        for pairs in self.layout.shapes():
+            *_, turn = align(*(stack(x, pairs) for x in (old, new) for stack in (stack_a, stack_b)))
+            for key, whole in moments.items():
+                r = turn.square() if key == "exp_avg_sq" else turn
+                write_pairs(whole, pairs, r.mT @ stack_a(whole, pairs), stack_b(whole, pairs) @ r)
+        for cut, state in states:
+            for key in moments.keys() & state.keys():
+                if state[key] is not None:
+                    state[key].copy_(moments[key][cut])
+
+    def _expand(self) -> None:
+        if self.adapted.cores:
+            cores.expand(self._bases, self.x, self.factors)
 
     def steps(self, row: int) -> int:
         """Optimiser steps of a round."""
@@ -120,7 +198,7 @@ class HostedPeers:
                 self.generators[row].manual_seed(derive(self.seed, "local", self.ids[row], t))
             # what draws from the global generator (stochastic depth) must not depend on the hosting either
             torch.manual_seed(derive(self.seed, "global", self.ids[rows[0]], t))
-            with executor.bound(self.adapted, self.x, self.g, rows, trains) as forward:
+            with executor.bound(self.adapted, self.rows(), self.factor_gradients, rows, _groups(trains)) as forward:
                 for k in range(max(map(self.steps, rows))):
                     active = [row for row in rows if k < self.steps(row)]
                     losses = self._step(t, k, active, trains, task, split, forward, corrections)
@@ -133,6 +211,7 @@ class HostedPeers:
 
     def _step(self, t, k, active, trains, task, split, forward, corrections) -> Tensor:
         self._zero_gradients(active)
+        self._expand()
         total = torch.zeros(len(active), device=self.device)
         for micro in range(self.train.accumulation):
             numbers = [(t * self.steps(row) + k) * self.train.accumulation + micro for row in active]
@@ -142,6 +221,8 @@ class HostedPeers:
             losses = task.losses(output, batch, len(active))
             (losses.sum() / self.train.accumulation).backward()
             total += losses.detach() / self.train.accumulation
+        if self.adapted.cores:
+            cores.pull_back(self._bases, self.x, self.factor_gradients, self.g)
         self._correct_and_clip(active, trains, corrections)
         self._set_gradients(active, trains)
         for group in self.optimizer.param_groups:
@@ -159,11 +240,12 @@ class HostedPeers:
 
     def _zero_gradients(self, active: list[int]) -> None:
         # in place: the gradients are views that autograd accumulates into
-        if len(active) == len(self.g):
-            self.g.zero_()
-        else:
-            for row in active:
-                self.g[row].zero_()
+        for g in (self.g,) if self.factor_gradients is self.g else (self.g, self.factor_gradients):
+            if len(active) == len(g):
+                g.zero_()
+            else:
+                for row in active:
+                    g[row].zero_()
 
     def _correct_and_clip(self, active, trains, corrections) -> None:
         for row in active:
@@ -221,5 +303,10 @@ class HostedPeers:
         self._active = last_trained
 
 
+def _groups(trains: frozenset[str]) -> frozenset[str]:
+    """The groups of factors whose gradients make those of `trains`: a core moves B."""
+    return trains - {"core"} | {"B"} if "core" in trains else trains
+
+
 def _by_group(row: Tensor, layout: Layout) -> dict[str, Tensor]:
-    return {name: row[cut] for name, cut in layout.groups.items() if cut.stop > cut.start}
+    return {name: row[cut] for name, cut in layout.groups.items() if layout.has(name)}

@@ -8,12 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters import Rows
 from dfl.codecs import Codec
 from dfl.config import Config
-from dfl.evaluate import Evaluator, consensus, summary
+from dfl.diagnostics import diagnose
+from dfl.evaluate import Evaluator, consensus_rows, summary
 from dfl.executors import Executor
+from dfl.factors import empty_rows
 from dfl.gossip import Traffic, digest_of_common, gossip
-from dfl.measures import measure
+from dfl.measures import measure, whole
 from dfl.peers import DivergenceError, HostedPeers
 from dfl.rules.base import Rule, State
 from dfl.transport.base import Transport
@@ -44,6 +47,25 @@ class Run:
     def __post_init__(self):
         self.states = self.states or [self.rule.init(row) for row in self.peers.x]
         self.tag = digest_of_common(self.rule, self.peers.layout, self.peers.x)
+        self.show_residuals()
+
+    def residuals(self) -> Tensor | None:
+        """The residuals (P, D_E) that the rule keeps for the hosted peers; None for a rule without."""
+        if self.rule.residual is None:
+            return None
+        rows = empty_rows(len(self.states), self.rule.residual.size, device=self.peers.device)
+        for row, state in enumerate(self.states):
+            rows[row] = state["residual"]
+        return rows
+
+    def show_residuals(self) -> None:
+        """What the rule keeps becomes part of the models: after every change of `states`."""
+        if self.rule.residual is not None:
+            self.peers.keep_residuals(self.residuals())
+
+    def consensus(self, x: Tensor, kept: Tensor | None) -> Rows:
+        """The consensus model of the rows x (N, D) of all peers, scaled alike, and their residuals."""
+        return consensus_rows(self.peers.adapted, x, kept, self.rule.product, self.rule.residual)
 
 
 class Hooks(NamedTuple):
@@ -89,6 +111,7 @@ def _go_back(run: Run, begun: tuple) -> None:
     run.completed, snapshot, states = begun
     run.states[:] = states
     run.peers.restore(snapshot)
+    run.show_residuals()
 
 
 def due(every: int, t: int) -> bool:
@@ -108,32 +131,66 @@ def _local(run: Run, t: int, stop: bool) -> tuple[Tensor | None, int]:
 
 def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | None:
     """Exchange, mix, measure, evaluate round t; the round's record on process 0."""
-    w = run.topology.matrix(t)
-    measured = due(run.config.measure.every, t)
-    evaluated = due(run.config.eval.every, t) or t + 1 == run.config.train.rounds
-    before = run.peers.x.clone() if measured else None
+    w, config = run.topology.matrix(t), run.config
+    evaluated = due(config.eval.every, t) or t + 1 == config.train.rounds
+    look = Look(due(config.measure.every, t), due(config.measure.layers, t))
+    before = look.before(run)
     bytes_before = run.transport.wire_bytes
-    lr = run.peers.learning_rate(t / run.config.train.rounds)
-    traffic = gossip(run.rule, run.codec, run.transport, run.peers.x, run.peers.ids, run.states, w, t, lr=lr,
-                     local_steps=run.peers.steps(0), tag=run.tag)
-    if run.rule.changes_basis and traffic.edges:
-        run.peers.reset_moments()
+    lr = run.peers.learning_rate(t / config.train.rounds)
+    traffic = _exchange(run, w, t, lr)
     sent = run.transport.wire_bytes - bytes_before
     record = _round_record(run, t, lr, losses, local_seconds, traffic, sent)
     started = time.perf_counter()
-    rows = run.transport.gather(run.peers.x) if measured or evaluated else None
-    if measured:
-        rows_before = run.transport.gather(before)
-        if record is not None:
-            record["measures"] = measure(rows_before, rows, w, run.peers.layout)
+    found = look.after(run, before, w)
     measured_at = time.perf_counter()
-    if evaluated:
-        evaluation = evaluate(run, rows)
-        if record is not None:
-            record["eval"] = evaluation
+    evaluation = evaluate(run) if evaluated else None
     if record is not None:
+        record |= found | ({"eval": evaluation} if evaluated else {})
         record["seconds"] |= {"measure": measured_at - started, "evaluate": time.perf_counter() - measured_at}
     return record
+
+
+def _exchange(run: Run, w, t: int, lr: float) -> Traffic:
+    """Exchange and mix; the optimiser follows where mixing turns the basis of the factors."""
+    peers = run.peers
+    frames = peers.x.clone() if run.rule.changes_basis and peers.turns_moments else None
+    traffic = gossip(run.rule, run.codec, run.transport, peers.x, peers.ids, run.states, w, t, lr=lr, local_steps=peers.steps(0),
+                     tag=run.tag, fold=peers.fold)
+    run.show_residuals()
+    if run.rule.changes_basis and traffic.edges:
+        peers.after_refactor(frames)
+    return traffic
+
+
+class Look(NamedTuple):
+    """What is measured of a round: the whole, and layer by layer."""
+
+    whole: bool
+    layers: bool
+
+    def before(self, run: Run) -> tuple[Tensor, Tensor | None] | None:
+        return (run.peers.alike(), run.residuals()) if self.whole or self.layers else None
+
+    def after(self, run: Run, before: tuple[Tensor, Tensor | None] | None, w) -> dict:
+        """Measures of all peers on process 0; nothing elsewhere."""
+        if before is None:
+            return {}
+        gathered = [None if rows is None else run.transport.gather(rows) for rows in (*before, run.peers.alike(), run.residuals())]
+        if gathered[0] is None:
+            return {}
+        adapted, residual = run.peers.adapted, run.rule.residual
+        # cores are read as the factors that they make
+        x_before, kept_before, x_after, kept_after = gathered
+        x_before, x_after = adapted.factors(x_before), adapted.factors(x_after)
+        factors = (x_before, x_after, w, adapted.lora)
+        models = (*(whole(x, adapted.lora, kept, residual)[0] for x, kept in ((x_before, kept_before), (x_after, kept_after))),
+                  whole(x_after, adapted.lora, kept_after, residual)[1])
+        found = {}
+        if self.whole:
+            found["measures"] = measure(*factors, models)
+        if self.layers:
+            found["layers"] = diagnose(*factors, models)
+        return found
 
 
 def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent: int) -> dict | None:
@@ -157,29 +214,34 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
             **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
 
 
-def evaluate(run: Run, rows: Tensor | None) -> dict | None:
-    """Every peer's own model where it is hosted, the consensus model on process 0; the results there, None elsewhere.
-
-    rows: X_ND on process 0.
-    """
-    sums = run.transport.gather(run.evaluator.sums(run.peers.x, run.executor))
+def evaluate(run: Run) -> dict | None:
+    """Every peer's own model where it is hosted, the consensus model on process 0; the results there, None elsewhere."""
+    sums = run.transport.gather(run.evaluator.sums(run.peers.rows(), run.executor))
+    gathered = gather_models(run) if run.config.eval.consensus else None
     if sums is None:
         return None
     peers = run.evaluator.metrics(sums)
     names = list(peers[0])
     result = {name: summary([p[name] for p in peers]) for name in names}
     result["peers"] = {name: [p[name] for p in peers] for name in names}
-    if run.config.eval.consensus:
-        row = consensus(rows, run.peers.layout, run.rule.product)
-        result["consensus"] = run.evaluator.metrics(run.evaluator.sums(row[None], run.executor))[0]
+    if gathered is not None:
+        result["consensus"] = run.evaluator.metrics(run.evaluator.sums(run.consensus(*gathered), run.executor))[0]
     return result
 
 
+def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
+    """The rows of all peers, scaled alike, and the residuals beside them on process 0; None elsewhere."""
+    kept = run.residuals()
+    x = run.transport.gather(run.peers.alike())
+    kept = None if kept is None else run.transport.gather(kept)
+    return None if x is None else (x, kept)
+
+
 def _start_record(run: Run) -> dict | None:
-    """The evaluation before the first round: all peers are equal, so one is evaluated."""
+    """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
     if 0 not in run.peers.ids:
         return None
-    metrics = run.evaluator.metrics(run.evaluator.sums(run.peers.x[:1], run.executor))[0]
+    metrics = run.evaluator.metrics(run.evaluator.sums(run.peers.rows().row(0), run.executor))[0]
     num = run.config.peers
     return {"round": 0, "eval": {**{k: summary([v]) for k, v in metrics.items()},
                                  "peers": {k: [v] * num for k, v in metrics.items()}, "consensus": metrics}}

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from dfl.assemble import Loaded, assemble, check, load
-from dfl.checkpoint import Checkpointer, latest, read_state, verify
+from dfl.checkpoint import Checkpointer, choose, read_state, verify
+from dfl.company import check_company, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
-from dfl.evaluate import consensus
-from dfl.folder import begin, prepare
+from dfl.folder import begin, check_shared, prepare
 from dfl.report import closing_table
-from dfl.rounds import Hooks, Run, run_rounds
+from dfl.rounds import Hooks, Run, gather_models, run_rounds
 from dfl.runtime import Runtime, StopSignal, start
 
 # a stop asked for by a signal: "try again later", as in sysexits.h
@@ -19,18 +19,32 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     """Run a configuration to its end (or to a signal); the exit status. Process 0 writes the run folder and prints the table."""
     topology = check(config)
     runtime = start(config)
-    output = Path(config.output)
+    try:
+        finished = _train_all(config, runtime, topology, resume, overwrite)
+    except BaseException as error:
+        runtime.transport.leave(error)
+        raise
+    runtime.transport.close()
+    return 0 if finished else STOPPED
+
+
+def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool) -> bool:
+    """The run and its baseline. False when a signal came before the end."""
+    transport, output = runtime.transport, Path(config.output)
+    check_secret(transport)
+    check_company(transport, settings(config, resume=resume, overwrite=overwrite))
     resumed_from = prepare(config, output, runtime, resume, overwrite)
-    loaded = load(config, runtime.device)
+    loaded = together(transport, lambda: load(config, runtime.device))
+    bundle = loaded.bundle
+    check_company(transport, contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
     finished = _train_one(config, runtime, loaded, topology, output, resumed_from)
     if finished and config.baseline:
         alone = _baseline(config)
         folder = Path(alone.output)
-        finished = _train_one(alone, runtime, loaded, topology, folder, latest(folder) if resume else None)
+        finished = _train_one(alone, runtime, loaded, topology, folder, choose(folder, transport) if resume else None)
     if runtime.place.rank == 0 and finished:
         print(closing_table(output), flush=True)
-    runtime.transport.close()
-    return 0 if finished else STOPPED
+    return finished
 
 
 def _baseline(config: Config) -> Config:
@@ -41,10 +55,11 @@ def _baseline(config: Config) -> Config:
 
 def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None) -> bool:
     run = assemble(config, runtime, loaded, topology)
-    if resumed_from is not None:
-        restore(run, resumed_from)
-    first = runtime.place.rank == 0
-    record = begin(config, run, loaded, output, runtime, resumed_from is None) if first else None
+    first, new = runtime.place.rank == 0, resumed_from is None
+    if not new:
+        together(runtime.transport, lambda: restore(run, resumed_from))
+    record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new) if first else None)
+    check_shared(output, runtime.transport, new)
     saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep)
     stop = StopSignal()
     try:
@@ -61,16 +76,14 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
 
 def save(run: Run, saver: Checkpointer) -> None:
     """A checkpoint of the state after `run.completed` rounds, together with the other processes."""
-    rows = run.transport.gather(run.peers.x)
-    product = run.rule.product
-    merged = None
-    if rows is not None:
-        what = "best rank-r approximation of the mean product" if product else "mean of the factors"
-        merged = (consensus(rows, run.peers.layout, product), what)
+    gathered, merged = gather_models(run), None
+    if gathered is not None:
+        what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
+        merged = (run.consensus(*gathered), what)
     tensors = {f"rule.{peer}.{key}": value for peer, state in zip(run.peers.ids, run.states, strict=True)
                for key, value in state.items()}
     tensors |= {f"moments.{name}": value for name, value in run.peers.moments().items()}
-    saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, tensors, merged)
+    saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.peers.rows(), tensors, merged)
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -79,7 +92,10 @@ def restore(run: Run, folder: Path) -> None:
     found = read_state(folder, run.peers.ids)
     for row, peer in enumerate(run.peers.ids):
         run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)
-        run.states[row] = {key: found[f"rule.{peer}.{key}"].to(run.peers.device) for key in run.states[row]}
+        mine = f"rule.{peer}."
+        run.states[row] = {name.removeprefix(mine): value.to(run.peers.device) for name, value in found.items()
+                           if name.startswith(mine)}
+    run.show_residuals()
     moments = {name.removeprefix("moments."): value for name, value in found.items() if name.startswith("moments.")}
     last = run.rule.trains(run.completed - 1) if run.completed else frozenset()
     run.peers.load_moments(moments, last)

@@ -20,11 +20,12 @@ from dfl.config.schema import (
     MeasureConfig,
     ModelConfig,
     Plugin,
+    RankConfig,
     TrainConfig,
 )
 
 __all__ = ["CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "Plugin",
-           "TrainConfig", "from_dict", "load", "resolve"]
+           "RankConfig", "TrainConfig", "from_dict", "load", "resolve"]
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:

@@ -67,6 +67,9 @@ def _coerce_union(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint)
     if value is None and type(None) in options:
         return None
+    structured = [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(value, Mapping) and structured:
+        return build(structured[0], value, where)
     errors = []
     for option in options:
         if option is not type(None):

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 from dfl.config.build import wrong
-from dfl.config.schema import Config
+from dfl.config.schema import Config, RankConfig
 
 _POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid",
-             "lora.rank", "lora.alpha", "train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size",
+             "lora.rank", "lora.alpha", "lora.heads", "train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size",
              "train.accumulation", "train.lr", "train.eps", "train.clip", "eval.batch_size", "checkpoint.keep", "threads", "timeout")
 _NOT_NEGATIVE = ("seed", "topology_seed", "data_seed", "train.weight_decay", "train.momentum", "eval.every",
-                 "measure.every", "checkpoint.every")
+                 "measure.every", "measure.layers", "checkpoint.every")
 _FRACTION = ("model.dropout", "lora.dropout", "train.warmup", "data.valid_fraction")
 
 
@@ -25,9 +25,12 @@ def validate(config: Config) -> None:
     """Refuse values and combinations that cannot work. ValueError names the field, the value and what is allowed."""
     for key in _POSITIVE:
         value = _get(config, key)
-        # a learning rate of zero is the cheapest oracle of the mixing: allowed
-        if value is not None and not (0 < value < math.inf or (value == 0 and key == "train.lr")):
-            raise wrong(key, value, "a positive number")
+        for one in value if isinstance(value, tuple) else (value,):
+            # a learning rate of zero is the cheapest oracle of the mixing: allowed
+            plain = one is None or isinstance(one, RankConfig)
+            if not plain and not (0 < one < math.inf or (one == 0 and key == "train.lr")):
+                raise wrong(key, value, "a positive number")
+    _check_ranks(config)
     for key in _NOT_NEGATIVE:
         value = _get(config, key)
         if value is not None and not 0 <= value < math.inf:
@@ -44,3 +47,27 @@ def validate(config: Config) -> None:
         raise ValueError("train.at_switch = 'carried' needs train.state = 'carried': fresh moments carry nothing")
     if not all(0 <= b < 1 for b in train.betas):
         raise wrong("train.betas", list(train.betas), "two numbers from 0 up to, not including, 1")
+
+
+def _check_ranks(config: Config) -> None:
+    """Lists with one entry a peer, and one of the two ways to give ranks that differ."""
+    lora = config.lora
+    for key in ("rank", "alpha", "rslora"):
+        value = getattr(lora, key)
+        if isinstance(value, tuple) and len(value) != config.peers:
+            raise wrong(f"lora.{key}", list(value), f"one value, or a list of {config.peers}, one a peer")
+    if not isinstance(lora.rank, RankConfig):
+        return
+    given = lora.rank
+    if (given.choices is None) == (given.budget_mb is None):
+        raise ValueError(f"lora.rank.choices = {given.choices} and lora.rank.budget_mb = {given.budget_mb}: give exactly one of them")
+    if given.choices is not None and (not given.choices or min(given.choices) < 1):
+        raise wrong("lora.rank.choices", list(given.choices), "whole numbers from 1")
+    if given.weights is not None and (given.choices is None or len(given.weights) != len(given.choices) or min(given.weights) < 0
+                                      or not sum(given.weights) > 0):
+        raise wrong("lora.rank.weights", list(given.weights), "a number from 0 for each of lora.rank.choices, not all 0")
+    budgets = given.budget_mb if isinstance(given.budget_mb, tuple) else (given.budget_mb,)
+    if given.budget_mb is not None and (len(budgets) not in (1, config.peers) or min(budgets) <= 0):
+        raise wrong("lora.rank.budget_mb", given.budget_mb, f"a positive number, or a list of {config.peers}, one a peer")
+    if given.largest < 1:
+        raise wrong("lora.rank.largest", given.largest, "a whole number from 1")

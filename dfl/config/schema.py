@@ -43,12 +43,25 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class RankConfig:
+    """Ranks that differ from peer to peer: drawn from `choices`, or as large as the memory of each peer allows."""
+
+    choices: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None  # how often each choice is drawn; None: equally
+    budget_mb: float | tuple[float, ...] | None = None  # for factors, gradients and two moments, of every peer or of each
+    largest: int = 64  # with budget_mb
+
+
+@dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 8
-    alpha: float = 16.0
+    adapter: Literal["lora", "dora", "hira", "sb", "ravan"] = "lora"
+    rank: RankConfig | tuple[int, ...] | int = 8  # one for all, a list with one a peer, or RankConfig
+    alpha: tuple[float, ...] | float = 16.0  # one for all, or one a peer; the change of a weight is alpha / rank times B A
     dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None  # None: PEFT's own choice for the architecture
-    rslora: bool = False
+    rslora: tuple[bool, ...] | bool = False  # alpha / sqrt(rank) instead
+    start: Literal["kaiming", "pissa", "olora"] = "kaiming"  # of A and B; the last two begin at the base weight's own directions
+    heads: int = 4  # of a ravan adapter
     head: Literal["frozen", "mixed", "local"] = "frozen"
 
 
@@ -70,6 +83,7 @@ class TrainConfig:
     warmup: float = 0.0  # fraction of the run
     state: Literal["fresh", "carried"] = "fresh"  # optimiser moments across rounds
     at_switch: Literal["fresh", "carried"] = "fresh"  # and of a factor that becomes active again
+    at_refactor: Literal["rotate", "reset", "keep"] = "rotate"  # and where mixing turns the basis: rotate the first, reset the second
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     executor: Literal["auto", "sequential", "stacked"] = "auto"
 
@@ -84,6 +98,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class MeasureConfig:
     every: int = 1  # rounds; 0: never
+    layers: int = 10  # rounds between diagnostics layer by layer; 0: never
 
 
 @dataclass(frozen=True)

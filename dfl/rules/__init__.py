@@ -12,6 +12,7 @@ from dfl.rules.alternating import adf, rolora, tad
 from dfl.rules.base import Round, Rule
 from dfl.rules.broadcast import ps, sp
 from dfl.rules.coefficients import flora_na
+from dfl.rules.cores import fed_sb, ravan
 from dfl.rules.factors import ffa, local, lora, share_a
 from dfl.rules.orthonormal import fed_svd
 from dfl.rules.padding import hetlora, replicate
@@ -43,6 +44,8 @@ RULES: dict[str, Callable[..., Rule]] = {
     "fedex": fedex,
     "fedex_choco": fedex_choco,
     "flora": flora,
+    "fed_sb": fed_sb,
+    "ravan": ravan,
     "local": local,
 }
 

@@ -290,7 +290,8 @@ def saver(root, folder, keep=2):
     """Saves the state of an assembled run under a number of rounds of our choice."""
     run, loaded = tiny_runs.make_run(make_config(root, folder))
     writer = checkpoint.Checkpointer(folder, InProcess(), 0, "base", keep)
-    return lambda rounds: writer.save(rounds, loaded.adapted, run.peers.ids, run.peers.x, {}, (run.peers.x[0], "mean"))
+    rows = run.peers.rows()
+    return lambda rounds: writer.save(rounds, loaded.adapted, run.peers.ids, run.peers.x, rows, {}, (rows.row(0), "mean"))
 
 
 def published(folder):

@@ -221,7 +221,7 @@ def test_an_input_that_does_not_lead_with_the_batch_is_refused_rather_than_split
     config = tiny_runs.make_config(model(root, "bert"), root / "data.csv", root / "out", train__executor="stacked")
     run, loaded = tiny_runs.make_run(config)
     site = loaded.adapted.sites[0].module
-    with run.executor.bound(loaded.adapted, run.peers.x, None, range(4)) as forward:
+    with run.executor.bound(loaded.adapted, run.peers.rows(), None, range(4)) as forward:
         forward({"input_ids": torch.ones(8, 4, dtype=torch.long)}, list(range(4)))
         with pytest.raises(ValueError, match="stacked.*does not lead with the batch of 8"):
             site(torch.ones(1, 8, 16))
@@ -232,7 +232,7 @@ def test_the_model_is_its_own_again_after_a_stacked_pass(root):
                                    lora__head="mixed")
     run, loaded = tiny_runs.make_run(config)
     with pytest.raises(RuntimeError, match="stop"):
-        with run.executor.bound(loaded.adapted, run.peers.x, run.peers.g, range(4), ALL):
+        with run.executor.bound(loaded.adapted, run.peers.rows(), run.peers.g, range(4), ALL):
             raise RuntimeError("stop")
     assert not any("forward" in vars(m) for m in loaded.adapted.model.modules())
 
@@ -243,7 +243,7 @@ def test_a_head_that_is_not_linear_cannot_be_trained_stacked(root):
     place = loaded.adapted.head[0]._replace(module=nn.LayerNorm(2))
     adapted = loaded.adapted._replace(head=(place,))
     with pytest.raises(ValueError, match="'stacked' cannot train a LayerNorm"):
-        with Stacked().bound(adapted, run.peers.x, run.peers.g, range(4), ALL):
+        with Stacked().bound(adapted, run.peers.rows(), run.peers.g, range(4), ALL):
             pass
 
 

@@ -37,7 +37,7 @@ def test_the_start_is_the_base_model(pieces):
     run, loaded = make_run(config)
     batch = run.task.collate([run.split.features[k] for k in range(4)])
     net = loaded.adapted.model.eval()
-    with torch.no_grad(), Sequential().bound(loaded.adapted, run.peers.x, None, [0]) as forward:
+    with torch.no_grad(), Sequential().bound(loaded.adapted, run.peers.rows(), None, [0]) as forward:
         adapted = forward(run.task.inputs(batch), [0]).logits
         with net.disable_adapter():
             base = net(**run.task.inputs(batch)).logits

@@ -97,7 +97,8 @@ everywhere = pytest.mark.parametrize("name", PARAMS)
 
 
 def test_the_table_is_complete():
-    assert TABLE.keys() == rules.RULES.keys() == rules.describe().keys()
+    # those of cores have no A and B to pass it with: test_rules_cores
+    assert TABLE.keys() | {"fed_sb", "ravan"} == rules.RULES.keys() == rules.describe().keys()
 
 
 @everywhere
