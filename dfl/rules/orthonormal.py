@@ -28,6 +28,8 @@ def fed_svd(layout: Layout, *, form: str = "orthonormal", head: str = "frozen") 
     frozen_a = ffa(layout, head=head)
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        if form == "spectral":  # the weights of W are equal up to rounding; here B has to be the same to the bit
+            round = round._replace(weights=dict.fromkeys(inbox, 1 / len(inbox)))
         out, state = frozen_a.mix(x, inbox, state, round)
         if form == "spectral" and len(inbox) > 1:
             in_eigenbasis(layout, out)
