@@ -170,7 +170,7 @@ def counts(entries: list[tuple]) -> str:
     return f"{', '.join(named)} of {len(states)} runs"
 
 
-def sweep_frame(entries: list[tuple], folder: Path, height: int = 24):
+def sweep_frame(entries: list[tuple], folder: Path, width: int = 80, height: int = 24):
     """What rich prints of a sweep: how many ended, and the runs that there is room for, those at work first."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
@@ -178,15 +178,19 @@ def sweep_frame(entries: list[tuple], folder: Path, height: int = 24):
     from rich.text import Text
     finished = sum(entry.state == "finished" for entry, _ in entries)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("run", "state", "rounds", "left", "last"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", justify="right" if name in ("rounds", "left", "last") else "left")
+    columns = [("state", 8), ("rounds", 7), ("left", 7), ("last", 6)]
+    columns = [column for column in columns if width >= 60 or column[0] != "left"]
+    table.add_column("run", no_wrap=True, overflow="ellipsis", max_width=max(8, width - sum(least + 2 for _, least in columns) - 2))
+    for name, least in columns:
+        table.add_column(name, no_wrap=True, min_width=least, justify="left" if name == "state" else "right")
     order = ["begun", "failed", "waiting", "finished"]
     ordered = sorted(entries, key=lambda pair: order.index(pair[0].state))
     room = max(3, height - HEADER_LINES)
     for entry, run in ordered[:room]:
-        done, left = (run.done, seconds_left(run)) if run else (0, None)
-        table.add_row(entry.name, entry.state, f"{done}/{run.total or '?'}" if run else "–",
-                      clock(left) if left and entry.state == "begun" else "–", _last(run))
+        left = seconds_left(run) if run and entry.state == "begun" else None
+        cells = {"state": entry.state, "rounds": f"{run.done}/{run.total or '?'}" if run else "–",
+                 "left": clock(left) if left else "–", "last": _last(run)}
+        table.add_row(entry.name, *(cells[name] for name, _ in columns))
     if len(entries) > room:
         table.add_row(f"{len(entries) - room} more")
     errors = [Text(f"{entry.name}: {entry.error}", style="yellow") for entry, _ in entries if entry.state == "failed"]
@@ -195,11 +199,12 @@ def sweep_frame(entries: list[tuple], folder: Path, height: int = 24):
 
 
 def _last(run: RunData | None) -> str:
+    """The mean over peers of the primary metric."""
     if run is None or not run.records:
         return "–"
     metric, _ = choose_metric([run], None)
     records = evaluated(run, metric)
-    return f"{metric} {show(number(records[-1], 'eval', metric, 'mean'))}" if records else "–"
+    return show(number(records[-1], "eval", metric, "mean")) if records else "–"
 
 
 def watch(folder: Path, *, once: bool = False, every: float = 1.0, stream=None) -> int:
@@ -245,7 +250,7 @@ def _frames(folder: Path, every: float, size) -> Iterator[tuple]:
         width, height = size()
         if is_sweep(folder):
             entries = sweep.look()
-            yield sweep_frame(entries, folder, height), all(entry.state in ("finished", "failed") for entry, _ in entries)
+            yield sweep_frame(entries, folder, width, height), all(entry.state in ("finished", "failed") for entry, _ in entries)
         else:
             run = single.look()
             yield run_frame(run, folder, width, height), ended(run)

@@ -34,7 +34,7 @@ def megabytes(count: float) -> str:
 
 
 def sections(run: RunData, metric: str, higher: bool, targets: list[float]) -> list[Section]:
-    """What is to be read about one run, in order. Parts without data say so."""
+    """What is to be read about one run, in order. A section without data says so."""
     return [*_progress(run, metric, higher, targets), _disagreement(run), _time(run), _network(run), _data(run),
             _peers(run, metric), _facts(run)]
 
@@ -80,13 +80,13 @@ def _of(values: list, k: int) -> float | None:
 
 
 def _progress(run: RunData, metric: str, higher: bool, targets: list[float]) -> list[Section]:
+    loss = charts.lines("Training loss", "Mean loss of the local steps of each round, before mixing.",
+                        [charts.variant("training loss", "loss", _loss_lines(run))])
+    if not evaluated(run, metric):
+        return [Section("Progress", notes=["No evaluation has been recorded yet."], charts=[loss] if loss else [])]
     names = [metric, *(name for name in metrics_of(run) if name != metric)]
     by_round = charts.lines(f"{metric.capitalize()} by round", _what_happened(run, metric, higher),
                             [charts.variant(name, name, metric_lines(run, name)) for name in names], choose="metric")
-    loss = charts.lines("Training loss", "Mean loss of the local steps of each round, before mixing.",
-                        [charts.variant("training loss", "loss", _loss_lines(run))])
-    if by_round is None:
-        return [Section("Progress", notes=["No evaluation has been recorded yet."], charts=[loss] if loss else [])]
     cost, alone = spent(run), spent(run.baseline) if run.baseline else {}
     found = []
     for index, (unit, scale, text) in enumerate((
@@ -164,7 +164,8 @@ def _disagreement(run: RunData) -> Section:
     held = dict.fromkeys(name for record in run.records for name in scalars(record))
 
     def line(name: str, colour: int = 0) -> dict:
-        return charts.series(name.replace("_", " "), [(r["round"], scalars(r).get(name)) for r in run.records], "line", colour)
+        points = [(r["round"], scalars(r)[name]) for r in run.records if name in scalars(r)]
+        return charts.series(name.replace("_", " "), points, "line", colour)
 
     distances = [line(name, k) for k, name in enumerate(DISTANCES) if name in held]
     found = [charts.lines("Consensus distance after mixing", "How far peers are from their mean: the root of the mean squared "
