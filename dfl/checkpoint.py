@@ -155,7 +155,8 @@ class Checkpointer:
             shutil.rmtree(_aside(target), ignore_errors=True)
             os.replace(target, _aside(target))
         os.replace(draft, target)
-        _sync(target.parent)
+        for folder in (target.parent, self.run):
+            _sync(folder)
         shutil.rmtree(_aside(target), ignore_errors=True)
         published = complete(self.run)
         # later rounds are left from before a return to an earlier checkpoint: the run has not come there yet

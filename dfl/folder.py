@@ -1,7 +1,9 @@
 """The folder of a run: who may write into it, and what process 0 leaves there and prints."""
 
+import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,16 @@ import yaml
 
 from dfl import partition
 from dfl.assemble import Loaded
-from dfl.checkpoint import complete, latest
+from dfl.checkpoint import choose
+from dfl.company import together
 from dfl.config import Config, load
 from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
 from dfl.rounds import Run
 from dfl.runtime import Runtime
 
+# a file system on a network may show within this time only what another machine has written
+SHARED_SECONDS = 30.0
 # more classes than this are not counted peer by peer
 MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
@@ -25,21 +30,22 @@ _FREE = {"device", "backend", "threads", "timeout", "report_to", "output", "eval
 def prepare(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from. Refuses a folder that holds another run before anything is touched."""
     if resume:
-        found, published = latest(output), complete(output)
-        if published and found is None:
-            raise ValueError(f"output = {config.output!r}: all of its {len(published)} checkpoints are damaged; "
-                             "pass --overwrite to begin again")
+        found = choose(output, runtime.transport)
         if found is not None:
-            _check_continuation(config, output)
+            together(runtime.transport, lambda: _check_continuation(config, output) if runtime.place.rank == 0 else None)
         return found
+    together(runtime.transport, lambda: _make_room(config, output, overwrite) if runtime.place.rank == 0 else None)
+    return None
+
+
+def _make_room(config: Config, output: Path, overwrite: bool) -> None:
     if (output / "recipe.yaml").exists() and not overwrite:
         raise ValueError(f"output = {config.output!r} already holds a run; pass --resume to go on, --overwrite to replace it, "
                          "or another --output")
-    runtime.transport.agree(0)  # all have looked before one removes
-    if overwrite and runtime.place.rank == 0 and (output / "recipe.yaml").exists():
+    if overwrite and (output / "recipe.yaml").exists():
+        # the recipe is last: a start that is killed here leaves no checkpoints of which nobody knows the run
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
         shutil.rmtree(output)
-    runtime.transport.agree(0)
-    return None
 
 
 def _check_continuation(config: Config, output: Path) -> None:
@@ -62,13 +68,49 @@ def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runti
         return Recording(config, run, loaded, output, runtime)
     except (OSError, ValueError) as error:
         if new:
-            for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
-                (output / name).unlink(missing_ok=True)
-            if output.is_dir() and not any(output.iterdir()):
-                output.rmdir()
+            clear(output)
         if isinstance(error, OSError) and error.filename is None:  # a write does not say where, as an open does
             raise OSError(error.errno, error.strerror, str(output)) from error
         raise
+
+
+def clear(output: Path) -> None:
+    """Take away what a start has written."""
+    for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
+        (output / name).unlink(missing_ok=True)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
+
+
+def check_shared(output: Path, transport, new: bool) -> None:
+    """ValueError on all processes unless all see what process 0 has just written: each will write its part of a checkpoint there."""
+    path = output / "run.json"
+    expected = transport.share(hashlib.sha256(path.read_bytes()).digest() if transport.rank == 0 else b"")[0]
+
+    def see() -> None:
+        until = time.monotonic() + SHARED_SECONDS
+        while not path.is_file() or hashlib.sha256(path.read_bytes()).digest() != expected:
+            if time.monotonic() > until:
+                raise ValueError(f"output = {str(output)!r} does not show here what process 0 has written to it; it must lie on a "
+                                 "file system that all processes share")
+            time.sleep(0.1)
+
+    try:
+        together(transport, see)
+    except ValueError:
+        if new and transport.rank == 0:
+            clear(output)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All or nothing: a process that is killed here leaves the file that was there before."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class Recording:
@@ -76,14 +118,14 @@ class Recording:
 
     def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime):
         output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_whole(output / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
         # JSON is written last: a folder with a run.json is a run that has started
         self.primary = run.task.primary
         facts = loaded.bundle.facts | {"primary": self.primary, "higher_is_better": run.task.higher_is_better,
                                        "shards": _shards(loaded), "rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
                                        "processes": runtime.place.size, "device": str(runtime.device)}
-        (output / "run.json").write_text(json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
+        write_whole(output / "run.json", json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
         self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
         self.console = Console(config.train.rounds, run.completed)

@@ -51,6 +51,21 @@ def make_run(config: configuration.Config):
     return assemble.assemble(config, runtime, loaded, topology), loaded
 
 
+class StopAfter:
+    """In the place of the signal handler: asks for a stop in round `rounds` (counted from the call's first)."""
+
+    def __init__(self, rounds):
+        self.left = rounds
+
+    @property
+    def received(self):
+        self.left -= 1
+        return int(self.left <= 0)
+
+    def restore(self):
+        pass
+
+
 def adapter_digests(run: Path) -> dict[str, str]:
     """SHA-256 of every adapter of the last checkpoint, by folder."""
     last = max((run / "checkpoints").glob("round-*"))

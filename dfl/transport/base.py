@@ -14,6 +14,8 @@ class Transport(Protocol):
     """Moves encoded messages along the edges of a round. Counts its bytes: `wire_bytes` of messages with their headers
     between processes, `control_bytes` of what it tells other processes beside them (flags, rows for measures)."""
 
+    rank: int  # which of how many processes this is
+    size: int
     wire_bytes: int
     control_bytes: int
     run: int  # a number that all processes of a run share; a message of another run is refused

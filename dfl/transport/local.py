@@ -10,6 +10,7 @@ from dfl.transport.base import Inboxes, Outbox
 class InProcess:
     """The transport of a simulation and of a run under plain python."""
 
+    rank, size = 0, 1
     wire_bytes = 0
     control_bytes = 0
     run = 0

@@ -145,24 +145,9 @@ def test_there_is_nothing_but_safetensors_and_json(root, tmp_path):
     assert adapter.stat().st_size < held + 8000  # a view does not carry the rows beside it
 
 
-class StopAfter:
-    """In the place of the signal handler: asks for a stop in round `rounds` (counted from the call's first)."""
-
-    def __init__(self, rounds):
-        self.left = rounds
-
-    @property
-    def received(self):
-        self.left -= 1
-        return int(self.left <= 0)
-
-    def restore(self):
-        pass
-
-
 def halted_and_resumed(config, monkeypatch, *stops):
     for number, rounds in enumerate(stops):
-        monkeypatch.setattr(train, "StopSignal", lambda rounds=rounds: StopAfter(rounds))
+        monkeypatch.setattr(train, "StopSignal", lambda rounds=rounds: tiny_runs.StopAfter(rounds))
         assert train.train(config, resume=number > 0) == train.STOPPED
     monkeypatch.undo()
     assert train.train(config, resume=True) == 0

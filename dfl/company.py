@@ -1,0 +1,148 @@
+"""Who belongs to a run: before the first round its processes compare what they were started with and what they have read.
+
+A process that differs is refused, with the field, by all of them alike. What is compared is small: settings as text, and digests
+of the base model, the examples, their partition and the first graphs.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+import dfl
+from dfl.transport.base import Transport, edges_of
+
+Result = TypeVar("Result")
+# the environment variable with a secret that the processes of a run share; it never travels
+SECRET = "DFL_SECRET"
+# settings that may differ between the processes of a run: they change no result, or what they lead to is compared itself
+_OWN = {"device", "threads", "timeout", "report_to", "output", "model.name", "data.train", "data.valid", "topology_seed", "data_seed"}
+# at most so many numbers of a tensor, and so many examples, go into a digest, spaced evenly
+TENSOR_SAMPLE, EXAMPLE_SAMPLE = 256, 256
+
+
+def together(transport: Transport, step: Callable[[], Result]) -> Result:
+    """`step()` of every process. Where it fails on one, all raise what the first of those said, so that none goes on alone."""
+    error = None
+    try:
+        result = step()
+    except (ValueError, OSError) as failure:
+        error = failure
+    kind = "" if error is None else "ValueError " if isinstance(error, ValueError) else "OSError "
+    said = [data.decode() for data in transport.share((kind + " ".join(str(error).split()) if kind else "").encode())]
+    first = next((process for process, text in enumerate(said) if text), None)
+    if first is None:
+        return result
+    if first == transport.rank == 0:
+        raise error
+    kind, _, text = said[first].partition(" ")
+    where = f"{transport.describe(first)}: " if first else ""
+    raise (ValueError if kind == "ValueError" else OSError)(where + text) from error
+
+
+def settings(config, **options: bool) -> dict[str, Any]:
+    """What a process was started with, by dotted name, but for what may differ; the seeds as they are used."""
+    seeds = {name: config.seed if value is None else value
+             for name, value in (("topology_seed", config.topology_seed), ("data_seed", config.data_seed))}
+    flat = {key: value for key, value in _flatten(config.to_dict()) if key not in _OWN}
+    return {"version": dfl.__version__, **flat, **seeds, **{f"--{name}": value for name, value in options.items()}}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def contents(model: torch.nn.Module, train, valid, parts, topology) -> dict[str, Any]:
+    """What a process has read and derived: digests of the base model, the examples, their partition and the first graphs."""
+    return {"base model": model_digest(model), "label names": train.label_names,
+            "number of training examples": len(train), "training examples": examples_digest(train),
+            "number of evaluation examples": len(valid), "evaluation examples": examples_digest(valid),
+            "partition": _hex(np.asarray(part, dtype=np.int64).tobytes() + b"|" for part in parts),
+            "topology": _hex(repr(edges_of(topology.matrix(t))).encode() for t in range(3))}
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """Of the frozen weights: names, shapes, types and a spaced sample of each, so that a large model takes no time either.
+
+    A change in few numbers of a large tensor goes unseen. LoRA and the head are left out: their start is compared by itself.
+    """
+    def parts():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "lora_" in name or "modules_to_save" in name:
+                continue
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
+            flat = tensor.detach().reshape(-1)
+            yield flat[::max(1, flat.numel() // TENSOR_SAMPLE)].float().cpu().numpy().tobytes()
+
+    return _hex(parts())
+
+
+def examples_digest(split) -> str:
+    """Of all labels, and of a spaced sample of the tokenised examples."""
+    def parts():
+        yield np.asarray(split.labels, dtype=np.int64).tobytes()
+        for index in range(0, len(split), max(1, len(split) // EXAMPLE_SAMPLE)):
+            for key, value in sorted(split.features[index].items()):
+                yield key.encode() + np.ascontiguousarray(value).tobytes()
+
+    return _hex(parts())
+
+
+def _hex(parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def check_company(transport: Transport, fields: Mapping[str, Any]) -> None:
+    """ValueError on all processes when one of them has other `fields` than process 0; it names the first, and both values."""
+    mine = json.dumps(fields, sort_keys=True, default=str).encode()
+    all_fields = [json.loads(data) for data in transport.share(mine)]
+    for process, other in enumerate(all_fields):
+        for name in [*all_fields[0], *other]:
+            here, there = all_fields[0].get(name), other.get(name)
+            if here != there:
+                raise ValueError(f"{transport.describe(process)} does not belong to this run: {name} = {there!r}, "
+                                 f"but {here!r} on {transport.describe(0)}")
+
+
+def check_secret(transport: Transport, env: Mapping[str, str] = os.environ) -> None:
+    """ValueError on all processes unless they have the same DFL_SECRET, or none. Sets the transport's run number.
+
+    The secret does not travel: every process gives a random number, and all these, with its own place, go into a keyed digest
+    (HMAC-SHA256) that the others compute as well. A process without the secret can neither make one nor use an old one again.
+    """
+    secret = env.get(SECRET, "").encode()
+    given = transport.share(bytes([bool(secret)]) + os.urandom(16))
+    nonce = b"".join(given)
+    for other, data in enumerate(given):
+        if data[0] != given[0][0]:
+            raise ValueError(f"{transport.describe(other)} does not belong to this run: {SECRET} is {_is_set(data)} there, "
+                             f"and {_is_set(given[0])} on {transport.describe(0)}")
+    proofs = transport.share(_proof(secret, nonce, transport.rank))
+    strangers = [k for k, proof in enumerate(proofs) if not hmac.compare_digest(proof, _proof(secret, nonce, k))]
+    # process 0 speaks first; if it is the stranger, it may well find nothing wrong, but another one does
+    verdicts = [int.from_bytes(data, "big") for data in transport.share(((strangers[0] + 1) if strangers else 0).to_bytes(4, "big"))]
+    for judge, verdict in enumerate(verdicts):
+        if verdict:
+            raise ValueError(f"{transport.describe(verdict - 1)} does not belong to this run: its {SECRET} is not that of "
+                             f"{transport.describe(judge)}")
+    transport.run = int.from_bytes(hmac.digest(secret, b"run" + nonce, "sha256")[:8], "big")
+
+
+def _proof(secret: bytes, nonce: bytes, process: int) -> bytes:
+    return hmac.digest(secret, b"process %d of " % process + nonce, "sha256")
+
+
+def _is_set(data: bytes) -> str:
+    return "set" if data[0] else "not set"
