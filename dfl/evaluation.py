@@ -84,7 +84,7 @@ def evaluate_model(target: Target, overrides: Sequence[str], data: str | None, r
     """One adapter or one whole model, as stock transformers and PEFT load it. Of several processes the first does it all."""
     run = run or target.run
     if run is None and data is None:
-        raise ValueError(f"{str(target.folder)!r} holds no examples: give --data FILE, or --run RUN for those of the run it comes from")
+        raise ValueError(f"{str(target.folder)!r} holds no examples: give --data FILE, or --run RUN for the run's own")
     config, names = settings(target, overrides, run)
     place = place_from_environment()
     if place.rank != 0:

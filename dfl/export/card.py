@@ -121,13 +121,14 @@ def evaluation(facts: Facts) -> dict[str, dict[str, float | None]]:
 
 def _what(facts: Facts) -> str:
     config, labels = facts.config, facts.record["facts"]["label_names"]
-    kind = "A whole model: LoRA factors merged into" if facts.merged else "A LoRA adapter for"
+    name = {"dora": "DoRA", "hira": "HiRA"}.get(config.lora.adapter, "LoRA")
+    kind = f"A whole model: {name} merged into" if facts.merged else f"A {name} adapter for"
     parts = [f"{kind} {_linked(facts)}, trained by gossip among {config.peers} peers without a server: every peer trained on its own "
              f"data, exchanged factors with the neighbours a mixing matrix gave it, and mixed them. {_whose(facts)}"]
     if config.model.layers:
         parts.append(f"The base model is cut to its first {config.model.layers} layers.")
-    alpha = f"{facts.settings['lora_alpha']:g}"
-    rank = f"Rank {rank_text(facts.settings)}, alpha {alpha}, head {config.lora.head}, after round {facts.rounds}."
+    alpha = f", alpha {facts.settings['lora_alpha']:g}" if "lora_alpha" in facts.settings else ""
+    rank = f"Rank {rank_text(facts.settings)}{alpha}, head {config.lora.head}, after round {facts.rounds}."
     parts.append(f"{rank} Labels: {', '.join(labels[:50])}{', ...' if len(labels) > 50 else ''}." if labels else rank)
     if facts.losses:
         parts.append(_lost(facts))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dfl import tasks
@@ -94,6 +94,6 @@ def _untie(model: PeftModel) -> None:
     """An adapted output layer gets a matrix of its own: merging into one that is the embedding as well would change both."""
     net = model.get_base_model()
     out, embedding = net.get_output_embeddings(), net.get_input_embeddings()
-    if isinstance(out, LoraLayer) and out.get_base_layer().weight is embedding.weight:
+    if isinstance(out, BaseTunerLayer) and out.get_base_layer().weight is embedding.weight:
         out.get_base_layer().weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
         net.config.tie_word_embeddings = net.config.get_text_config().tie_word_embeddings = False

@@ -8,8 +8,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dfl.lowrank import truncate
-from dfl.rules.products import refactor
+from dfl.lowrank import refactor, truncate
 from dfl.targets import ADAPTER_CONFIG, read_json
 
 WEIGHTS = "adapter_model.safetensors"

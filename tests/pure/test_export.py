@@ -18,6 +18,7 @@ from dfl import checkpoint, cli, train
 from dfl.executors import Sequential
 from dfl.export import merging, push
 from dfl.record import read_lines
+from dfl.rounds import gather_models
 
 QUIET = ("grad and param do not obey", ".*is_gradient_checkpointing", ".*tie_word_embeddings", "fan_in_fan_out")
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings(*(f"ignore:{message}" for message in QUIET))]
@@ -29,6 +30,11 @@ CASES = {
     "llama, two layers": ("llama", CLASSIFY, {"lora__head": "mixed", "model__layers": 2}),
     "gpt2, adapted output": ("gpt2", GENERATE, {"lora__targets": "[c_attn,lm_head]"}),
     "llama, next token": ("llama", GENERATE, {"rule": "tad"}),
+    "ranks of their own, and a residual": ("bert", CLASSIFY, {"lora__rank": "[1,2,3,4]", "rule": "fedhl"}),
+    "a residual, mixed head": ("gpt2", CLASSIFY, {"rule": "fedex", "lora__head": "mixed"}),
+    "DoRA": ("gpt2", GENERATE, {"lora__adapter": "dora"}),
+    "HiRA": ("llama", GENERATE, {"lora__adapter": "hira"}),
+    "PiSSA": ("bert", CLASSIFY, {"lora__start": "pissa", "train__lr": 0.01}),
     "vit, mixed head": ("vit", IMAGES, {"lora__head": "mixed"}),
 }
 
@@ -72,12 +78,11 @@ def logits_of_the_run(words, folder):
     config = tiny_runs.configuration.load(None, words)
     state, _ = tiny_runs.make_run(config)
     train.restore(state, folder)
-    rows = torch.cat([state.peers.x, train.consensus(state.peers.x, state.peers.layout, state.rule.product)[None]])
-    batches, found = [state.task.inputs(batch) for batch in state.evaluator.batches], []
-    for row in range(5):
-        with Sequential().bound(state.peers.adapted, rows, None, [row]) as forward:
-            found.append([forward(batch, [row]).logits.clone() for batch in batches])
-    return batches, dict(zip(["0", "1", "2", "3", "consensus"], found, strict=True))
+    batches, found = [state.task.inputs(batch) for batch in state.evaluator.batches], {}
+    for name, rows in (("3", state.peers.rows().row(3)), ("consensus", state.consensus(*gather_models(state)))):
+        with Sequential().bound(state.peers.adapted, rows, None, [0]) as forward:
+            found[name] = [forward(batch, [0]).logits.clone() for batch in batches]
+    return batches, found
 
 
 def of_the_card(folder, monkeypatch, root):
@@ -205,7 +210,14 @@ def test_another_rank_is_the_best_of_that_rank_and_the_loss_is_told(root, tmp_pa
         assert settings["r"] == rank and not settings["rank_pattern"] and not settings["alpha_pattern"]
         assert ("before the rank was lowered" in text) is (rank == 2) is (not card(tmp_path / f"{rank}").data.eval_results)
     dfl("eval", tmp_path / "8", "--run", tmp_path / "run")  # stock PEFT loads it
-    assert settings["lora_alpha"] == pytest.approx(16 * (8 / 4) ** (0.5 if rslora else 1))  # the scaling stayed
+    assert settings["lora_alpha"] / 8 == pytest.approx(16 / (2 if rslora else 4))  # the scaling stayed
+
+
+@pytest.mark.parametrize("adapter, kind", [("dora", "DORA"), ("hira", "HIRA")])
+def test_what_is_more_than_a_product_keeps_its_rank(root, tmp_path, capsys, adapter, kind):
+    dfl("train", *arguments(root, tmp_path / "run", "bert", lora__adapter=adapter, train__rounds=1))
+    dfl("export", tmp_path / "run", "--rank", 1, status=2)
+    assert re.search(f"--rank 1: the adapter (holds .*magnitude|is of the kind '{kind}').*; allowed: plain LoRA", capsys.readouterr().err)
 
 
 def sign_again(folder):
