@@ -23,8 +23,8 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# a requeued job waits until its old credentials have expired: 121 seconds by default
-AuthInfo=socket={folder}/munge.socket,cred_expire=1
+# a requeued job waits until its old credentials have expired: two minutes by default, and 5 seconds is the least
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -80,6 +80,7 @@ def start(folder: Path, nodes: int = 4, proctrack: str = "linuxproc") -> None:
         raise ValueError(f"folder = {str(folder)!r} has {len(str(folder))} characters; allowed: at most {_LONGEST}")
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)  # munge lets everybody come to its socket
     ports = _free_ports(nodes + 1)
     lines = [_NODE.format(k=k, port=port) for k, port in enumerate(ports[1:], 1)]
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, port=ports[0], user=getpass.getuser(), proctrack=proctrack,

@@ -1,0 +1,144 @@
+"""The Slurm scripts on a real Slurm: four nodes on this machine, made by tests/slurm_cluster.py."""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+import workplace
+from tiny_runs import adapter_digests
+
+from dfl.checkpoint import complete, latest
+from dfl.runtime import Place, place_from_environment
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(240)]
+TRAIN, SWEEP = "launch/slurm/train.sbatch", "launch/slurm/sweep.sbatch"
+
+
+class Cluster:
+    """Commands of a Slurm cluster, given in a workplace."""
+
+    def __init__(self, state: Path, place: Path):
+        self.state, self.place = state, place
+
+    def __call__(self, *words: str, **environment: str) -> str:
+        return workplace.run(self.place, *words, **slurm_cluster.environment(self.state)
+                             | {"PATH": f"{workplace.ENVIRONMENT['PATH']}:/usr/sbin"} | environment)
+
+    def submit(self, *words: str, **environment: str) -> str:
+        return self("sbatch", "--parsable", *words, **environment).strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        fields = self("scontrol", "show", "job", "--oneliner", job).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
+
+    def log(self, job: str) -> str:
+        path = Path(self.job(job)["StdOut"])
+        return path.read_text() if path.exists() else "no log yet"
+
+    def finish(self, job: str, state: str = "COMPLETED", seconds: float = 120) -> str:
+        """Wait until the job has ended in `state`; its log."""
+        def over() -> bool:
+            return self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        workplace.wait_for(over, seconds, lambda: (self.job(job), self.log(job)))
+        assert self.job(job)["JobState"] == state, self.log(job)
+        return self.log(job)
+
+    def reach(self, job: str, output: str, rounds: int) -> None:
+        """Wait until a run has recorded so many rounds and is still at it."""
+        workplace.wait_for(lambda: workplace.rounds_recorded(self.place / output) >= rounds, 90, lambda: self.log(job))
+        assert workplace.rounds_recorded(self.place / output) < workplace.ROUNDS
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return workplace.make(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def slurm(place):
+    if slurm_cluster.missing():
+        pytest.skip(slurm_cluster.missing())
+    state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # pytest's own folders have too long a path
+    try:
+        slurm_cluster.start(state)
+        yield Cluster(state, place)
+    finally:
+        slurm_cluster.stop(state)
+        shutil.rmtree(state)
+
+
+def test_two_nodes_make_the_plain_run(slurm, place):
+    """With a site file, and with arguments that a careless script would split or expand."""
+    (place / "site.sh").write_text("echo the site file of $SLURM_JOB_ID\n")
+    output = "runs/two nodes; and *"
+    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--rule", "{name: lora}", "--output", output, DFL_SITE="site.sh")
+    log = slurm.finish(job)
+    assert log.startswith(f"the site file of {job}\n") and "4 peers on 2 process(es)" in log
+    assert adapter_digests(place / output) == workplace.plain_digests(place)
+
+
+def test_stopped_twice_and_nothing_lost(slurm, place):
+    """By the warning that --signal sends, after which the script requeues itself; then by Slurm, as when it pre-empts."""
+    output = "runs/stopped"
+    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", output)
+    slurm.reach(job, output, 12)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    workplace.wait_for(lambda: slurm.job(job)["Restarts"] == "1", 60, lambda: slurm.log(job))
+    first = latest(place / output)
+    assert first is not None and int(first.name[-5:]) >= 12, "the round that was running is saved"
+    slurm.reach(job, output, workplace.rounds_recorded(place / output) + 8)
+    slurm("scontrol", "requeue", job)
+    log = slurm.finish(job)
+    assert slurm.job(job)["Restarts"] == "2"
+    assert log.count("the state is saved, --resume goes on") == 2 and log.count("is requeued and goes on") == 1
+    assert log.count("4 peers on 2 process(es)") == 3, "one log, appended to"
+    assert workplace.rounds_recorded(place / output) == workplace.ROUNDS
+    assert adapter_digests(place / output) == workplace.plain_digests(place)
+
+
+def test_cancelled(slurm, place):
+    """No process is left, what is there is whole, and the plain command finishes it."""
+    output = "runs/cancelled"
+    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", output, DFL_PROCESSES="2")
+    slurm.reach(job, output, 12)
+    slurm("scancel", job)
+    assert "4 peers on 4 process(es)" in slurm.finish(job, "CANCELLED")
+    workplace.wait_for(lambda: not slurm_cluster.job_processes(slurm.state), 30, lambda: slurm_cluster.job_processes(slurm.state))
+    assert latest(place / output) == complete(place / output)[-1]
+    assert not list((place / output / "checkpoints").glob(".*")), "no draft of a checkpoint"
+    slurm("python", "-m", "dfl", "train", "my.yaml", "--output", output, "--resume")
+    assert adapter_digests(place / output) == workplace.plain_digests(place)
+
+
+def test_sweep_is_an_array(slurm, place):
+    """Submitted by `dfl sweep --slurm`: a task a run, each of two processes; run again, it finds both finished."""
+    (place / "sweep.yaml").write_text("recipe: my.yaml\ngrid: {rule: [lora, ffa]}\noutput: runs/sweep\n")
+    command = ["python", "-m", "dfl", "sweep", "sweep.yaml", "--sbatch", "ntasks=2"]
+    submitted = slurm(*command, "--slurm")
+    job = re.search(r"Submitted batch job (\d+)", submitted)[1]
+    logs = [slurm.finish(f"{job}_{index}") for index in range(2)]
+    assert all("4 peers on 2 process(es)" in log for log in logs) and "rule lora" in logs[0] and "rule ffa" in logs[1]
+    folders = {path.parent.name: adapter_digests(path.parent) for path in (place / "runs/sweep").glob("*/run.json")}
+    assert len(folders) == 2 and list(folders.values()).count(workplace.plain_digests(place)) == 1
+    again = slurm.submit("--array=1", SWEEP, "sweep.yaml")
+    assert "is finished" in slurm.finish(f"{again}_1")
+    assert "needs sbatch --array=FIRST-LAST" in slurm.finish(slurm.submit(SWEEP, "sweep.yaml"), "FAILED")
+
+
+def test_run_that_fails_is_not_requeued(slurm):
+    job = slurm.submit(TRAIN, "my.yaml", "--train.rounds", "many")
+    log = slurm.finish(job, "FAILED")
+    assert "dfl: train.rounds = 'many'" in log and "requeued" not in log
+
+
+def test_place_of_a_process_under_slurm():
+    batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_NODELIST": "gpu[1-2]"}
+    assert place_from_environment(batch) == Place(), "a batch script with four tasks is not one of them"
+    step = batch | {"SLURM_STEP_NODELIST": "gpu[1-3]", "SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "SLURM_NTASKS": "7"}
+    first = step | {"SLURM_NODEID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}
+    last = step | {"SLURM_NODEID": "2", "SLURM_PROCID": "6", "SLURM_LOCALID": "0"}
+    assert place_from_environment(first) == Place(rank=2, size=7, local_rank=2, local_size=3)
+    assert place_from_environment(last) == Place(rank=6, size=7, local_rank=0, local_size=1)
