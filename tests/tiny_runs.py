@@ -33,8 +33,8 @@ def arguments(model: Path, data: Path, output: Path, **fields) -> list[str]:
 
 def _words(key: str, value) -> list[str]:
     """`{name: tad, T: 5}` as --rule=tad --rule.T=5."""
-    if isinstance(value, str) and value.startswith("{"):
-        fields = yaml.safe_load(value)
+    fields = yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else {}
+    if "name" in fields:
         return [f"--{key}={fields.pop('name')}", *(f"--{key}.{name}={inner}" for name, inner in fields.items())]
     return [f"--{key}={'null' if value is None else value}"]
 

@@ -59,7 +59,7 @@ def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", rank
     from what it passes on. In the spirit of Fed-PLoRA, 2026, arXiv 2602.16936.
     """
     check_split(split)
-    beside = residual_layout(layout, largest_rank(layout))
+    beside = residual_layout(layout, largest_rank(layout) or None)
 
     def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         """The frozen directions fill the slots that the peer does not train."""
@@ -139,7 +139,7 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
     if not 0 < gamma <= 1:
         raise ValueError(f"rule.gamma = {gamma!r} is not allowed; allowed: a number above 0, up to 1")
     beside = residual_layout(layout, residual_rank)
-    whole = residual_layout(layout, largest_rank(beside) + largest_rank(layout))  # a copy follows adapter and residual
+    whole = residual_layout(layout, largest_rank(beside) + largest_rank(layout) or None)  # a copy follows adapter and residual
 
     def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         row = x.clone()
