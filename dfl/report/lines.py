@@ -5,7 +5,6 @@ from pathlib import Path
 
 import yaml
 
-from dfl.checkpoint import latest
 from dfl.record import read_lines
 from dfl.report.runs import primary_of, read_description
 
@@ -80,6 +79,7 @@ def _cell(value: float | None) -> str:
 
 
 def how_to_load(run: Path) -> list[str]:
+    from dfl.checkpoint import latest  # brings PEFT along, seconds that who only looks at a run need not wait
     folder = latest(run)
     if folder is None:
         return ["adapters: none, the run has no complete checkpoint"]
