@@ -329,8 +329,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_draft(root, tmp_path,
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         save_file(tensors, path, **kwargs)
 
+    sync = checkpoint._sync
     if fails == "manifest":
-        monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+        monkeypatch.setattr(checkpoint, "_sync", lambda path: full_disk() if path.name == "manifest.json" else sync(path))
     elif fails == "publish":
         monkeypatch.setattr(checkpoint.os, "replace", full_disk)
     else:
@@ -339,6 +340,60 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_draft(root, tmp_path,
         save(2)
     assert published(tmp_path) == ["round-00001"]
     assert checkpoint.verify(checkpoint.latest(tmp_path)) == 1
+
+
+def test_a_kill_while_a_checkpoint_of_the_same_round_is_replaced_loses_none(root, tmp_path, monkeypatch):
+    """Only one is kept: after every step of the replacement a start finds the old one or the new one, and no leftovers."""
+    save = saver(root, tmp_path, keep=1)
+    save(3)
+    replace = os.replace
+    for moves in (0, 1, 2):  # killed before the old one is laid aside, before the new one takes its place, and after that
+        left = iter([replace] * moves)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, "replace", lambda *names, left=left: next(left, killed)(*names))
+            if moves == 2:
+                patch.setattr(checkpoint, "complete", killed)
+            with pytest.raises(KeyboardInterrupt):
+                save(3)
+        assert published(tmp_path) != ["round-00003"] or moves == 2
+        assert checkpoint.choose(tmp_path, InProcess()).name == "round-00003"
+        assert published(tmp_path) == ["round-00003"]
+
+
+def killed(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_the_file(root, tmp_path, caplog):
+    save = saver(root, tmp_path)
+    save(1)
+    save(2)
+    flip(tmp_path / "checkpoints" / "round-00002" / "peer-1" / "adapter_model.safetensors")
+    assert checkpoint.latest(tmp_path).name == "round-00001"
+    said = [record.getMessage() for record in caplog.records if record.name == "dfl.checkpoint"]
+    assert len(said) == 1 and "WARNING" in said[0] and "round-00002: peer-1/adapter_model.safetensors is missing or damaged" in said[0]
+
+
+def test_half_a_removal_is_no_checkpoint(root, tmp_path, monkeypatch):
+    """The oldest is removed from its manifest on: a kill in between does not leave something that looks damaged."""
+    save = saver(root, tmp_path, keep=1)
+    save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda folder, ignore_errors=False: None if ignore_errors else killed())
+        with pytest.raises(KeyboardInterrupt):
+            save(2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["round-00002"] and "round-00001" in published(tmp_path)
+
+
+def test_a_checkpoint_without_the_part_of_a_process_is_not_published(root, tmp_path):
+    """As on machines whose output folders have the same name and are not the same."""
+    run, loaded = tiny_runs.make_run(make_config(root, tmp_path))
+    transport = InProcess()
+    transport.size = 2
+    writer = checkpoint.Checkpointer(tmp_path, transport, 0, "base")
+    with pytest.raises(OSError, match="process 0 does not see what process 1 wrote.*all processes share"):
+        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.peers.rows(), {}, None)
+    assert published(tmp_path) == []
 
 
 class OtherFails(InProcess):
@@ -356,7 +411,7 @@ def test_when_another_process_fails_nothing_is_published(root, tmp_path):
     run, loaded = tiny_runs.make_run(make_config(root, tmp_path))
     writer = checkpoint.Checkpointer(tmp_path, OtherFails(), 0, "base")
     with pytest.raises(OSError, match="another process failed"):
-        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, {}, None)
+        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.peers.rows(), {}, None)
     assert published(tmp_path) == []
 
 
