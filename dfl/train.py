@@ -1,12 +1,15 @@
 """`dfl train`: from a configuration to a run folder with adapters."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dfl.assemble import Loaded, assemble, check, load
+from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, name_of
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
-from dfl.folder import begin, check_shared, prepare
+from dfl.folder import Recording, begin, check_shared, prepare
 from dfl.report import closing_table
 from dfl.rounds import Hooks, Run, gather_models, run_rounds
 from dfl.runtime import Runtime, StopSignal, start
@@ -15,12 +18,16 @@ from dfl.runtime import Runtime, StopSignal, start
 STOPPED = 75
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
-    """Run a configuration to its end (or to a signal); the exit status. Process 0 writes the run folder and prints the table."""
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()) -> int:
+    """Run a configuration to its end (or to a signal); the exit status. Process 0 writes the run folder and prints the table.
+
+    callbacks: beside those that the configuration names; the same on all processes.
+    """
     topology = check(config)
+    callbacks = load_callbacks(config.callbacks, callbacks)
     runtime = start(config)
     try:
-        finished = _train_all(config, runtime, topology, resume, overwrite)
+        finished = _train_all(config, runtime, topology, resume, overwrite, callbacks)
     except BaseException as error:
         runtime.transport.leave(error)
         raise
@@ -28,20 +35,20 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     return 0 if finished else STOPPED
 
 
-def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool) -> bool:
-    """The run and its baseline. False when a signal came before the end."""
+def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback]) -> bool:
+    """The run and its baseline, which has no callbacks. False when a signal came before the end."""
     transport, output = runtime.transport, Path(config.output)
     check_secret(transport)
-    check_company(transport, settings(config, resume=resume, overwrite=overwrite))
+    check_company(transport, settings(config, resume=resume, overwrite=overwrite) | {"callbacks": list(map(name_of, callbacks))})
     resumed_from = prepare(config, output, runtime, resume, overwrite)
     loaded = together(transport, lambda: load(config, runtime.device))
     bundle = loaded.bundle
     check_company(transport, contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
-    finished = _train_one(config, runtime, loaded, topology, output, resumed_from)
+    finished = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks)
     if finished and config.baseline:
         alone = _baseline(config)
         folder = Path(alone.output)
-        finished = _train_one(alone, runtime, loaded, topology, folder, choose(folder, transport) if resume else None)
+        finished = _train_one(alone, runtime, loaded, topology, folder, choose(folder, transport) if resume else None, ())
     if runtime.place.rank == 0 and finished:
         print(closing_table(output), flush=True)
     return finished
@@ -49,11 +56,13 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
 
 def _baseline(config: Config) -> Config:
     """The same run without mixing, in a folder inside the run's."""
-    tree = config.to_dict() | {"rule": config.baseline, "baseline": None, "output": f"{config.output}/baseline-{config.baseline}"}
+    tree = config.to_dict() | {"rule": config.baseline, "baseline": None, "callbacks": [],
+                               "output": f"{config.output}/baseline-{config.baseline}"}
     return from_dict(tree)
 
 
-def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None) -> bool:
+def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None,
+               callbacks: Sequence[Callback]) -> bool:
     run = assemble(config, runtime, loaded, topology)
     first, new = runtime.place.rank == 0, resumed_from is None
     if not new:
@@ -61,10 +70,17 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new) if first else None)
     check_shared(output, runtime.transport, new)
     saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep)
+    if first:
+        (output / ENDED).unlink(missing_ok=True)
+    watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
     stop = StopSignal()
     try:
-        hooks = Hooks(record.round if first else lambda _: None, lambda: save(run, saver), lambda: stop.received > 0)
-        finished = run_rounds(run, hooks)
+        watching.call("on_train_begin")
+        finished = run_rounds(run, _hooks(run, saver, record, stop, watching))
+        if not finished and watching.asked_by:
+            finished = True
+            together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by) if first else None)
+        watching.call("on_train_end")
     finally:
         stop.restore()
         if first:
@@ -74,8 +90,24 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     return finished
 
 
-def save(run: Run, saver: Checkpointer) -> None:
-    """A checkpoint of the state after `run.completed` rounds, together with the other processes."""
+def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSignal, watching: Callbacks) -> Hooks:
+    def record_round(line: dict | None) -> None:
+        if record is not None:
+            record.round(line)
+        watching.record(line)
+
+    return Hooks(record_round, lambda: watching.saved(run.completed, save(run, saver)),
+                 lambda: stop.received > 0 or watching.control.should_training_stop)
+
+
+def _note_end(record: Recording, output: Path, rounds: int, callback: str) -> None:
+    """A run that a callback has ended is done, though it has not had all of its rounds."""
+    (output / ENDED).write_text(json.dumps({"round": rounds, "callback": callback}))
+    record.console.say(f"ended after round {rounds}, as {callback} asked; the state is saved")
+
+
+def save(run: Run, saver: Checkpointer) -> Path:
+    """A checkpoint of the state after `run.completed` rounds, together with the other processes; its folder."""
     gathered, merged = gather_models(run), None
     if gathered is not None:
         what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
@@ -83,7 +115,7 @@ def save(run: Run, saver: Checkpointer) -> None:
     tensors = {f"rule.{peer}.{key}": value for peer, state in zip(run.peers.ids, run.states, strict=True)
                for key, value in state.items()}
     tensors |= {f"moments.{name}": value for name, value in run.peers.moments().items()}
-    saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.peers.rows(), tensors, merged)
+    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.peers.rows(), tensors, merged)
 
 
 def restore(run: Run, folder: Path) -> None:

@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
+from dfl.callbacks import CallbackError
+
 # command -> module; they load nothing heavy until their command runs
 COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",
             "watch": "watch"}
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return module(args.command).run(args, overrides)
     except ValueError as error:
         return _fail(error, 2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, CallbackError) as error:
         return _fail(error, 1)
 
 
@@ -71,6 +73,6 @@ def _fail(error: Exception, status: int) -> int:
     if os.environ.get("DFL_TRACEBACK") == "1":
         raise error
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or not isinstance(error, ValueError):
+    if rank == "0" or not isinstance(error, (ValueError, CallbackError)):
         print(f"dfl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status

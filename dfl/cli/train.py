@@ -20,7 +20,9 @@ def run(args, overrides: list[str]) -> int:
         import yaml
 
         from dfl.assemble import check
+        from dfl.callbacks import load_callbacks
         check(resolved)
+        load_callbacks(resolved.callbacks)
         print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
         return 0
     from dfl.train import train

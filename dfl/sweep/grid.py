@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfl import assemble
+from dfl.callbacks import load_callbacks
 from dfl.config import Config, resolve
 from dfl.config.aliases import ALIASES, apply, own_names
 from dfl.config.recipes import number, parse_overrides, read_yaml
@@ -191,6 +192,7 @@ def check(sweep: Sweep, indices: Iterable[int] | None = None) -> None:
         cell = sweep.cells[index]
         try:
             assemble.check(cell.config)
+            load_callbacks(cell.config.callbacks)
             _check_files(cell.config, located)
         except ValueError as error:
             raise ValueError(f"run {index} ({describe(cell.given)}): {error}") from None

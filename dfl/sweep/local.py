@@ -95,7 +95,7 @@ class Runner:
         if self.waiting:
             self.progress.say(f"{len(self.runs)} runs, {self.progress.done} finished; {self.slots} at a time with "
                               f"{self.resources.processes} process(es) each; logs in {self.runs[0].log.parent}")
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             while self.active or (self.waiting and not self.stops):
                 self._fill()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dfl.callbacks import ENDED
 from dfl.checkpoint import complete
 from dfl.config import Config, Plugin
 from dfl.config.aliases import ALIASES
@@ -74,7 +75,7 @@ def _with_state(run: SweepRun) -> SweepRun:
         done, rounds, baseline = _saved(run.output), recipe["train"]["rounds"], recipe.get("baseline")
     folders = [run.output] + ([run.output / f"baseline-{baseline}"] if baseline else [])
     error = _failure(run)
-    if recipe is not None and all(_saved(folder) >= rounds for folder in folders):
+    if recipe is not None and all(_saved(folder) >= rounds or (folder / ENDED).is_file() for folder in folders):
         return run._replace(state="finished", done=done, rounds=rounds)
     state = "failed" if error is not None else "waiting" if recipe is None else "begun"
     return run._replace(state=state, done=done, rounds=rounds, error=error)
