@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
 def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
     rules.check(config.rule.name, config.rule.params)
-    for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank")):
+    for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank"), ("weights", "model.name")):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
     codecs.build(config.codec.name, **config.codec.params)
@@ -58,7 +58,7 @@ def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None
     if wanted and name not in (wanted, "local"):
         raise ValueError(f"lora.adapter = {lora.adapter!r} trains cores between frozen bases, which rule.name = {name!r} does not "
                          f"mix; allowed: {wanted}, local")
-    needed = {rule: adapter for adapter, rule in (("sb", "fed_sb"), ("ravan", "ravan"))}.get(name)
+    needed = {"fed_sb": "sb", "ravan": "ravan", "dora": "dora", "hira": "hira"}.get(name)
     if needed and lora.adapter != needed:
         raise ValueError(f"rule.name = {name!r} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
     if lora.adapter in ("dora", "hira") and rule.residual is not None:
@@ -100,15 +100,17 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     return Loaded(bundle, parts, adapted)
 
 
-def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None) -> Rule:
+def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None) -> Rule:
     params = with_contraction(config.rule.name, config.rule.params, topology)
+    if rules.accepts(config.rule.name, "weights") and adapted is not None:
+        params["weights"] = {site.pair.name: site.weight for site in adapted.sites}
     return rules.build(config.rule.name, layout, head=config.lora.head, ranks=known and known.unequal, **params)
 
 
 def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
     """Peers, rule, executor and evaluator of a run that has not begun."""
     bundle, parts, adapted = loaded
-    rule = build_rule(config, adapted.layout, topology, adapted.ranks)
+    rule = build_rule(config, adapted.layout, topology, adapted.ranks, adapted)
     adapted = with_residual(adapted, rule.residual)
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)

@@ -20,6 +20,7 @@ from dfl.rules.products import decaf, florist
 from dfl.rules.projection import lora_fair
 from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
 from dfl.rules.sketches import fedask
+from dfl.rules.weighted import dora, hira
 
 RULES: dict[str, Callable[..., Rule]] = {
     "lora": lora,
@@ -46,6 +47,8 @@ RULES: dict[str, Callable[..., Rule]] = {
     "flora": flora,
     "fed_sb": fed_sb,
     "ravan": ravan,
+    "dora": dora,
+    "hira": hira,
     "local": local,
 }
 

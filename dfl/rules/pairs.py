@@ -32,7 +32,8 @@ class Heard(NamedTuple):
     weights: Tensor
     own: int  # index of the peer itself
     round: Round
-    notes: Tensor | None = None  # (J, K) what each peer added to its message
+    beside: Tensor | None = None  # (J, K) what travels with A and B: magnitudes, the head; averaged already
+    notes: Tensor | None = None  # (J, 1) what each peer added to its message
 
     def factors(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """A (J, L, R, I) and B (J, L, O, R) of the layers of one shape."""
@@ -84,14 +85,15 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
             return x.clone(), {**state, **silent}
         messages = inbox if not packed else {j: slots.unpack(message) for j, message in inbox.items()}
         out = x.clone()
-        if also_cuts:
-            beside = {j: m[num_factors:layout.length(sends)] for j, m in messages.items()}
-            write_groups(out, also_cuts, weighted_mean(beside, round.weights))
         peers = tuple(sorted(messages))
         weights = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=x.device)
         rows = torch.stack([messages[j][:num_factors] for j in peers])
+        beside = {j: messages[j][num_factors:layout.length(sends)] for j in peers}
+        if also_cuts:
+            write_groups(out, also_cuts, weighted_mean(beside, round.weights))
         notes = None if note is None else torch.stack([messages[j][-1:] for j in peers])
-        return out, combine(out, Heard(peers, rows, weights, peers.index(round.peer), round, notes), state)
+        heard = Heard(peers, rows, weights, peers.index(round.peer), round, torch.stack(list(beside.values())), notes)
+        return out, combine(out, heard, state)
 
     def start(x: Tensor) -> State:
         return {**init(x), **{name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}}
