@@ -14,7 +14,7 @@ from dfl.report.statistics import Estimate, estimate, paired
 
 SEEDS = ("seed", "topology_seed", "data_seed")
 # what does not change what a run computes
-_IGNORED = {"output", "device", "backend", "threads", "timeout", "report_to", "baseline", "train.executor"} | set(SEEDS)
+_IGNORED = {"output", "device", "backend", "threads", "timeout", "report_to", "callbacks", "baseline", "train.executor"} | set(SEEDS)
 _IGNORED_ROOMS = ("eval.", "measure.", "checkpoint.")
 
 
@@ -57,17 +57,22 @@ def place(runs: list[RunData]) -> tuple[list[Member], list[str]]:
     rate chosen for it) is no setting: it would leave nothing to compare.
     """
     trees = [dotted(run.config) for run in runs]
-    rules = _labels(trees, "rule")
+    rules, topologies = _labels(trees, "rule"), _labels(trees, "topology")
+    own = [k for k, run in enumerate(runs) if not _is_baseline(run)] or range(len(runs))
     others = [key for key in dict.fromkeys(key for tree in trees for key in tree)
               if not key.startswith(("rule.", "topology.", *_IGNORED_ROOMS)) and key not in _IGNORED and _varies(trees, key)]
-    tied = [key for key in others if len(set(rules)) > 1 and not any(
-        _varies([tree for tree, label in zip(trees, rules, strict=True) if label == rule], key) for rule in rules)]
-    members = [Member(run, rule, topology, ", ".join(f"{key}={_text(tree.get(key))}" for key in others if key not in tied),
-                      tuple(_text(tree.get(key)) for key in SEEDS), tree)
-               for run, tree, rule, topology in zip(runs, trees, rules, _labels(trees, "topology"), strict=True)]
-    notes = [f"{key} goes with the rule: " + ", ".join(dict.fromkeys(f"{rule} {_text(tree.get(key))}"
-                                                                     for tree, rule in zip(trees, rules, strict=True))) + "."
+    tied = [key for key in others if len({rules[k] for k in own}) > 1 and not any(
+        _varies([trees[k] for k in own if rules[k] == rule], key) for rule in rules)]
+    notes = [f"{key} goes with the rule: " + ", ".join(dict.fromkeys(f"{rules[k]} {_text(trees[k].get(key))}" for k in own)) + "."
              for key in tied]
+    alone = [trees[k] for k, run in enumerate(runs) if _is_baseline(run)]
+    members = []
+    for run, tree, rule, topology in zip(runs, trees, rules, topologies, strict=True):
+        # local training beside each rule has that rule's values
+        kept = [key for key in tied if _is_baseline(run) and _varies(alone, key)]
+        rule = " ".join([rule, *(f"{key}={_text(tree.get(key))}" for key in kept)])
+        setting = ", ".join(f"{key}={_text(tree.get(key))}" for key in others if key not in tied)
+        members.append(Member(run, rule, topology, setting, tuple(_text(tree.get(key)) for key in SEEDS), tree))
     return members, notes
 
 
@@ -90,15 +95,15 @@ def distinct(members: list[Member]) -> tuple[list[Member], list[str]]:
     for member in members:
         key = member.rule, member.where, member.replicate
         other = kept.get(key)
-        if other and not (_is_baseline(member) or _is_baseline(other)):
+        if other and not (_is_baseline(member.run) or _is_baseline(other.run)):
             notes.append(f"{other.run.name} and {member.run.name} differ in no field that counts: only the longer one is used.")
         if other is None or member.run.done > other.run.done:
             kept[key] = member
     return list(kept.values()), notes
 
 
-def _is_baseline(member: Member) -> bool:
-    return member.run.folder.name == "baseline-local"
+def _is_baseline(run: RunData) -> bool:
+    return run.folder.name == "baseline-local"
 
 
 def outcome(run: RunData, metric: str, higher: bool) -> dict[str, float | None]:

@@ -155,13 +155,15 @@ function drawHeat(chart, state, svg, width) {
   const share = (v) => high > low ? (v - low) / (high - low) : 0.5;
   make(svg, "text", { x: 2, y: 11 }, row);
   const rowStep = Math.ceil(12 / height), wide = Math.max(...columns.map((c) => c.length)) * 6.4 + 8, columnStep = Math.ceil(Math.min(wide, 90) / cell);
+  // numbers in all cells, or in none
+  const written = height >= 14 && known.every((v) => cell > 6.6 * inCell(v).length + 4);
   rows.forEach((name, i) => {
     if (i % rowStep === 0) make(svg, "text", { x: margin - 5, y: top + height * (i + 0.5) + 4, "text-anchor": "end" }, tail(name, margin - 8));
     columns.forEach((_, j) => {
       const v = values[i][j], [r, g, b] = v === null ? [0, 0, 0] : ramp(share(v)), x = margin + j * cell, y = top + i * height;
       make(svg, "rect", { x, y, width: Math.max(cell - (cell > 8 ? 1 : 0), 0.5), height: Math.max(height - (height > 8 ? 1 : 0), 0.5),
         fill: v === null ? "none" : `rgb(${r},${g},${b})`, stroke: v === null && cell > 8 ? "var(--line)" : "none" });
-      if (v !== null && cell > 6.6 * inCell(v).length + 4 && height >= 14) {
+      if (v !== null && written) {
         const text = make(svg, "text", { x: x + cell / 2, y: y + height / 2 + 4, "text-anchor": "middle" }, inCell(v));
         text.style.fill = 0.3 * r + 0.59 * g + 0.11 * b > 130 ? "#111" : "#fff";
       }
@@ -266,13 +268,19 @@ function numbers(chart, state, box) {
   }
 }
 
+const alike = new Map();
+
 function setUp(figure, chart) {
   const state = { variant: 0, hidden: new Set(), frame: 0, cursor: -1 }, plot = figure.querySelector(".plot");
   const controls = make(plot, "div", { class: "controls" });
   if (chart.variants && chart.variants.length > 1) {
     const select = make(make(controls, "label", {}, `${chart.choose}: `), "select", { "aria-label": `${chart.title}: ${chart.choose}` });
     chart.variants.forEach((v, k) => make(select, "option", { value: k }, v.name));
-    select.addEventListener("change", () => { state.variant = Number(select.value); state.hidden.clear(); restart(); });
+    const choose = (k) => { select.value = state.variant = k; state.hidden.clear(); restart(); };
+    const names = JSON.stringify([chart.choose, ...chart.variants.map((v) => v.name)]);
+    alike.set(names, [...(alike.get(names) || []), choose]);
+    // charts with the same choices show the same one
+    select.addEventListener("change", () => alike.get(names).forEach((other) => other(Number(select.value))));
   }
   const keys = make(plot, "div", { class: "controls" }), holder = make(plot, "div");
   const readout = make(plot, "output", { class: "readout", "aria-live": "polite" });

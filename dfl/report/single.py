@@ -11,10 +11,14 @@ from dfl.report.runs import OBSERVING, RunData, evaluated, layers, metrics_of, n
 MAX_BARS, MAX_CELLS = 60, 120
 # what well-known measures mean; any other scalar is shown under its own name
 MEANINGS = {
+    "consensus_distance": "How far peers are from their mean: the root of the mean squared distance of all numbers of a peer.",
+    **{f"consensus_distance_{group}": f"The same of {what} alone." for group, what in
+       (("A", "the factors A"), ("B", "the factors B"), ("M", "the magnitudes"), ("head", "the head"))},
     "product_distance": "How far the peers' products BA are from their mean: the root of the mean squared Frobenius distance.",
     "cross_term": "What averaging A and B apart loses of the averaged product BA: Frobenius norm, mean over receivers.",
     "cross_term_relative": "The cross term over the size of the averaged product, mean over receivers.",
     "aggregation_error": "How far a peer's product after mixing is from the average of the products it received: Frobenius norm.",
+    "refused": "Messages that were refused in the round because they were not finite.",
     "truncation_error": "What cutting an averaged product back to the rank of the adapter loses.",
 }
 UNKNOWN = "As the rule or the measures report it."

@@ -104,6 +104,8 @@ def test_choices_and_the_slider_change_what_is_drawn(pages, browser):
     first = browser.value(title)
     browser.value("{ const s = document.querySelector('figure.lines select'); s.value = 1; s.dispatchEvent(new Event('change')); 0 }")
     assert browser.value(title) != first and browser.complaints() == []
+    chosen = "[...new Set([...document.querySelectorAll('figure.lines select')].map(s => s.selectedOptions[0].textContent))]"
+    assert browser.value(chosen) == ["edge_activation p=0.5"]  # all charts show the same topology
 
 
 def test_a_page_that_breaks_would_be_noticed(pages, browser):

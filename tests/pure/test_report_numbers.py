@@ -128,6 +128,18 @@ def test_a_learning_rate_chosen_for_each_rule_is_no_setting(tmp_path):
     assert {m.setting for m in members} == {"train.lr=0.01", "train.lr=0.02"} and notes == []
 
 
+def test_local_training_beside_rules_with_values_of_their_own_keeps_them_apart(tmp_path):
+    runs = []
+    for rule, lr in (("lora", 0.01), ("ffa", 0.02)):
+        folder = write_run(tmp_path / rule, [record(1, [0.5, 0.5])], rule=rule, train={"lr": lr}, baseline="local")
+        write_run(folder / "baseline-local", [record(1, [0.2, 0.2])], rule="local", train={"lr": lr})
+        runs += [run := read_run(folder), run.baseline]
+    members, notes = place(runs)
+    assert notes == ["train.lr goes with the rule: lora 0.01, ffa 0.02."] and {m.setting for m in members} == {""}
+    assert [m.rule for m in members] == ["lora", "local train.lr=0.01", "ffa", "local train.lr=0.02"]
+    assert len(differences(members, {id(m): 0.5 for m in members}, "lora")) == 3
+
+
 def test_the_same_run_twice_is_no_second_seed(tmp_path):
     long, short = ([record(t, [0.5, 0.5]) for t in range(n)] for n in (5, 3))
     runs = [read_run(write_run(tmp_path / name, records, rounds=4)) for name, records in (("a", short), ("b", long))]
