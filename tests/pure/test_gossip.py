@@ -1,0 +1,98 @@
+"""One exchange: what is refused before it can do harm, and what that leaves the others with."""
+
+import numpy as np
+import pytest
+import torch
+
+import topologies
+from dfl import codecs, rules
+from dfl.factors import empty_rows, make_layout
+from dfl.gossip import digest_of_common, gossip
+from dfl.transport import InProcess
+
+NUM = 5
+LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])
+WANT_AN_ADAPTER = {"fed_sb", "ravan", "dora", "hira"}
+EVERY = [name for name in rules.RULES if name not in WANT_AN_ADAPTER | {"local"}]
+
+
+def rows():
+    x = empty_rows(NUM, LAYOUT.size)
+    x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+    x[:, LAYOUT.groups["A"]] = x[0, LAYOUT.groups["A"]]  # common, for the rules that freeze it
+    return x
+
+
+class Spoiled(InProcess):
+    """A medium in which every number of peer `sender`'s message becomes `value` on its way to others."""
+
+    def __init__(self, sender, value):
+        self.sender, self.value = sender, value
+
+    def exchange(self, t, outbox, edges, size, tag=0):
+        inboxes = super().exchange(t, outbox, edges, size, tag)
+        for inbox in inboxes.values():
+            if self.sender in inbox:
+                inbox[self.sender] = torch.full_like(inbox[self.sender].view(torch.float32), self.value).view(torch.uint8)
+        return inboxes
+
+
+def mix(name, transport, w, x):
+    rule, out = rules.build(name, LAYOUT, **({"T": 1} if name == "tad" else {})), x.clone()
+    states = [rule.init(row) for row in x]
+    traffic = gossip(rule, codecs.build("none"), transport, out, range(NUM), states, w, 0)
+    return out, states, traffic
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_message_that_is_not_finite_is_refused_and_counted(name, value):
+    """As if the link were not there: its weight stays with the receiver. No QR or SVD ever sees it."""
+    w = topologies.build("complete", NUM).matrix(0)
+    x = rows()
+    out, states, traffic = mix(name, Spoiled(2, value), w, x)
+    assert out.isfinite().all() and traffic.refused == NUM - 1
+    assert all(value.isfinite().all() for state in states for value in state.values() if value.is_floating_point())
+    without = w.copy()
+    for i in range(NUM):
+        if i != 2:
+            without[i, i], without[i, 2] = without[i, i] + without[i, 2], 0.0
+    expected, _, clean = mix(name, InProcess(), without, x)
+    assert clean.refused == 0
+    receivers = [i for i in range(NUM) if i != 2]
+    torch.testing.assert_close(out[receivers], expected[receivers], rtol=0, atol=1e-6)
+
+
+def test_large_numbers_are_numbers():
+    x = rows()
+    x[3] *= 1e10
+    out, _, traffic = mix("decaf", InProcess(), topologies.build("ring", NUM).matrix(0), x)
+    assert out.isfinite().all() and traffic.refused == 0
+
+
+def test_who_has_diverged_itself_keeps_its_row():
+    x = rows()
+    x[2, 0] = float("nan")
+    out, _, traffic = mix("decaf", InProcess(), topologies.build("ring", NUM).matrix(0), x)
+    assert traffic.refused == 2 and torch.equal(out[2].isnan(), x[2].isnan())
+    assert out[[0, 1, 3, 4]].isfinite().all()
+
+
+class Recorder(InProcess):
+    def exchange(self, t, outbox, edges, size, tag=0):
+        self.tag = tag
+        return super().exchange(t, outbox, edges, size, tag)
+
+
+def test_frozen_factors_that_differ_are_a_type_error():
+    rule, x = rules.build("ffa", LAYOUT), rows()
+    tag = digest_of_common(rule, LAYOUT, x)
+    assert 0 < tag < 2**32 and tag == digest_of_common(rule, LAYOUT, x[:1])
+    transport = Recorder()
+    gossip(rule, codecs.build("none"), transport, x.clone(), range(NUM), [{}] * NUM, np.full((NUM, NUM), 1 / NUM), 0, tag=tag)
+    assert transport.tag == tag  # it travels with every message: tests/distributed holds that another one is refused
+    x[3, 0] += 1
+    with pytest.raises(TypeError, match="2 different A"):
+        digest_of_common(rule, LAYOUT, x)
+    assert digest_of_common(rule, LAYOUT, x[3:4]) != tag
+    assert digest_of_common(rules.build("lora", LAYOUT), LAYOUT, x) == 0
