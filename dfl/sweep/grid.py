@@ -165,11 +165,12 @@ def _cells(base: dict[str, Any], combinations: Iterable[dict[str, Any]], axes: l
         cells.append(Cell({key: given.get(key, lookup(config, key)) for key in axes}, given, config))
     if not cells:
         raise ValueError("the sweep has no run: exclude leaves none")
+    seen: dict[str, int] = {}
     for index, cell in enumerate(cells):
-        for earlier, other in enumerate(cells[:index]):
-            if cell.config == other.config:
-                raise ValueError(f"runs {earlier} ({describe(other.given)}) and {index} ({describe(cell.given)}) are the same "
-                                 "configuration")
+        earlier = seen.setdefault(json.dumps(cell.config.to_dict(), sort_keys=True, default=str), index)
+        if earlier != index:
+            raise ValueError(f"runs {earlier} ({describe(cells[earlier].given)}) and {index} ({describe(cell.given)}) are the same "
+                             "configuration")
     return cells
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dfl.runtime import place_from_environment
 from dfl.sweep.grid import Sweep
-from dfl.sweep.manifest import SweepRun, note_failure, write
+from dfl.sweep.manifest import SweepRun, note_failure, write, write_recipe
 from dfl.train import STOPPED, train
 
 # seconds that torchrun leaves its processes to finish a round after a signal, where the environment does not say
@@ -135,6 +135,7 @@ class Runner:
     def _start(self, run: SweepRun, number: int, slot: int) -> Attempt | None:
         """None when somebody else has the run: its processes hold a lock on their log, for as long as one of them lives."""
         run.log.parent.mkdir(parents=True, exist_ok=True)
+        write_recipe(run)
         command = command_of(run, self.resources.processes, self.threads)
         environment = os.environ | self._environment(slot)
         with run.log.open("ab") as log:

@@ -207,7 +207,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write(sweep: Sweep, runs: list[SweepRun], *, overwrite: bool = False) -> None:
-    """Put the manifest and the recipes of all runs into the sweep's folder. `overwrite` removes the runs of an earlier one."""
+    """Put the manifest into the sweep's folder. `overwrite` removes the runs of an earlier one."""
     folder = sweep.output
     earlier = _manifest(folder) if overwrite else None
     for run in earlier["runs"] if earlier else []:
@@ -215,10 +215,13 @@ def write(sweep: Sweep, runs: list[SweepRun], *, overwrite: bool = False) -> Non
     if earlier:
         shutil.rmtree(folder / "logs", ignore_errors=True)
         shutil.rmtree(folder / "recipes", ignore_errors=True)
-    for run in runs:
-        _write(run.recipe, yaml.safe_dump(run.config.to_dict(), sort_keys=False))
     listed = [{"index": run.index, "name": run.name, "fields": run.fields, "output": str(run.output)} for run in runs]
     _write(folder / MANIFEST, json.dumps({"axes": sweep.axes, "runs": listed, "recipe": plain(sweep.base)}, indent=1, default=str))
+
+
+def write_recipe(run: SweepRun) -> None:
+    """The resolved recipe of a run, for the process that carries it out."""
+    _write(run.recipe, yaml.safe_dump(run.config.to_dict(), sort_keys=False))
 
 
 def _write(path: Path, text: str) -> None:

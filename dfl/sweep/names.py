@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ def names(fields: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]
     last = [axis.rpartition(".")[2] for axis in axes]
     labels = {axis: name if last.count(name) == 1 else axis for axis, name in zip(axes, last, strict=True)}
     found = ["__".join(_part(key, labels[key], value) for key, value in one.items()) or "run" for one in fields]
-    lower = [name.casefold() for name in found]
-    return [name if lower.count(name.casefold()) == 1 and len(name) <= _LONGEST else f"{name[:_LONGEST - 9]}__{_digest(one)}"
+    count = Counter(name.casefold() for name in found)
+    return [name if count[name.casefold()] == 1 and len(name) <= _LONGEST else f"{name[:_LONGEST - 9]}__{_digest(one)}"
             for name, one in zip(found, fields, strict=True)]
 
 
