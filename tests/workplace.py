@@ -19,8 +19,8 @@ ROUNDS = 60
 def make(folder: Path) -> Path:
     """`my.yaml` in it runs four peers for 60 rounds with a checkpoint every ten; `launch` is the project's."""
     model, data = tiny_models.save(folder / "model", "bert"), tiny_runs.write_data(folder)
-    config = tiny_runs.make_config(model, data, Path("runs/plain"), train__rounds=ROUNDS, train__local_steps=4, eval__every=20,
-                                   checkpoint__every=10, measure__every=0)
+    config = tiny_runs.make_config(model, data, Path("runs/plain"), lora__rank=16, train__rounds=ROUNDS, train__local_steps=4,
+                                   eval__every=20, checkpoint__every=10, measure__every=0)
     (folder / "my.yaml").write_text(yaml.safe_dump(config.to_dict()))
     (folder / "launch").symlink_to(ROOT / "launch")
     (folder / "tests").symlink_to(ROOT / "tests")

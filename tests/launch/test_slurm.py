@@ -13,7 +13,7 @@ from tiny_runs import adapter_digests
 from dfl.checkpoint import complete, latest
 from dfl.runtime import Place, place_from_environment
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 TRAIN, SWEEP = "launch/slurm/train.sbatch", "launch/slurm/sweep.sbatch"
 
 
@@ -38,7 +38,7 @@ class Cluster:
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else "no log yet"
 
-    def finish(self, job: str, state: str = "COMPLETED", seconds: float = 120) -> str:
+    def finish(self, job: str, state: str = "COMPLETED", seconds: float = 240) -> str:
         """Wait until the job has ended in `state`; its log."""
         def over() -> bool:
             return self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
@@ -48,7 +48,7 @@ class Cluster:
 
     def reach(self, job: str, output: str, rounds: int) -> None:
         """Wait until a run has recorded so many rounds and is still at it."""
-        workplace.wait_for(lambda: workplace.rounds_recorded(self.place / output) >= rounds, 90, lambda: self.log(job))
+        workplace.wait_for(lambda: workplace.rounds_recorded(self.place / output) >= rounds, 120, lambda: self.log(job))
         assert workplace.rounds_recorded(self.place / output) < workplace.ROUNDS
 
 
