@@ -1,6 +1,7 @@
 """A folder as a user of the launchers has it: launch scripts, a recipe of a few seconds, and what the plain command makes of it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,10 +17,10 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 ROUNDS = 60
 
 
-def make(folder: Path) -> Path:
-    """`my.yaml` in it runs four peers for 60 rounds with a checkpoint every ten; `launch` is the project's."""
+def make(folder: Path, rounds: int = ROUNDS) -> Path:
+    """`my.yaml` in it runs four peers with a checkpoint every ten rounds; `launch` and `tests` are the project's."""
     model, data = tiny_models.save(folder / "model", "bert"), tiny_runs.write_data(folder)
-    config = tiny_runs.make_config(model, data, Path("runs/plain"), lora__rank=16, train__rounds=ROUNDS, train__local_steps=4,
+    config = tiny_runs.make_config(model, data, Path("runs/plain"), lora__rank=16, train__rounds=rounds, train__local_steps=4,
                                    eval__every=20, checkpoint__every=10, measure__every=0)
     (folder / "my.yaml").write_text(yaml.safe_dump(config.to_dict()))
     (folder / "launch").symlink_to(ROOT / "launch")
@@ -40,6 +41,12 @@ def plain_digests(folder: Path) -> dict[str, str]:
     if not (folder / "runs/plain").exists():
         run(folder, sys.executable, "-m", "dfl", "train", "my.yaml")
     return tiny_runs.adapter_digests(folder / "runs/plain")
+
+
+def readme_blocks(section: str, language: str = "bash") -> list[str]:
+    """The blocks of a section of launch/README.md, as they stand there."""
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (ROOT / "launch/README.md").read_text(), re.S | re.M))
+    return re.findall(rf"```{language}\n(.*?)```", sections[section], re.S)
 
 
 def wait_for(ready, seconds: float, what) -> None:

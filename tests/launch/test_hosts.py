@@ -13,8 +13,7 @@ import pytest
 import workplace
 from tiny_runs import adapter_digests
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(600),
-              pytest.mark.skipif(network.missing() is not None, reason=f"no hosts: {network.missing()}")]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 # seconds after which a silent host counts as lost, and that are waited for one more host where fewer would do
 QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
 
@@ -24,8 +23,16 @@ def place(tmp_path_factory) -> Path:
     return workplace.make(tmp_path_factory.mktemp("hosts"))
 
 
+@pytest.fixture(scope="module")
+def quick_place(tmp_path_factory) -> Path:
+    """With a recipe of four rounds."""
+    return workplace.make(tmp_path_factory.mktemp("quick"), rounds=4)
+
+
 @pytest.fixture
 def hosts():
+    if network.missing():
+        pytest.skip(f"no hosts: {network.missing()}")
     with network.Hosts(2) as made:
         yield made
 
@@ -101,3 +108,27 @@ def test_hosts_come_and_go(place, hosts):
         assert first.wait(300) == 0, said(place, "host1")
     assert said(place, "host1").count("4 peers on 1 process(es)") == 2
     assert adapter_digests(place / output) == workplace.plain_digests(place)
+
+
+def test_readme_has_no_block_that_is_not_run():
+    sections = ("One machine", "Several machines", "Slurm")
+    blocks = [block for section in sections for block in workplace.readme_blocks(section)]
+    assert len(blocks) == (workplace.ROOT / "launch/README.md").read_text().count("```bash") > 0
+
+
+def test_readme_on_one_machine(quick_place):
+    """As written; every run is the plain one."""
+    for block in workplace.readme_blocks("One machine"):
+        workplace.run(quick_place, "bash", "-euc", block, timeout=240)
+    for name in ("one", "two", "restarted"):
+        assert adapter_digests(quick_place / "runs" / name) == workplace.plain_digests(quick_place)
+
+
+def test_readme_on_several_machines(quick_place, hosts):
+    """The first block on both hosts, as written; the second makes its own."""
+    both, alone = workplace.readme_blocks("Several machines")
+    started = [hosts.start(name, "bash", "-euc", both, cwd=quick_place, env=workplace.ENVIRONMENT) for name in hosts.names]
+    assert [process.wait(240) for process in started] == [0, 0]
+    workplace.run(quick_place, "bash", "-euc", alone, timeout=240)
+    for name in ("hosts", "slow"):
+        assert adapter_digests(quick_place / "runs" / name) == workplace.plain_digests(quick_place)

@@ -24,8 +24,7 @@ class Cluster:
         self.state, self.place = state, place
 
     def __call__(self, *words: str, **environment: str) -> str:
-        return workplace.run(self.place, *words, **slurm_cluster.environment(self.state)
-                             | {"PATH": f"{workplace.ENVIRONMENT['PATH']}:/usr/sbin"} | environment)
+        return workplace.run(self.place, *words, timeout=240, SLURM_CONF=f"{self.state}/slurm.conf", **environment)
 
     def submit(self, *words: str, **environment: str) -> str:
         return self("sbatch", "--parsable", *words, **environment).strip()
@@ -132,6 +131,30 @@ def test_run_that_fails_is_not_requeued(slurm):
     job = slurm.submit(TRAIN, "my.yaml", "--train.rounds", "many")
     log = slurm.finish(job, "FAILED")
     assert "dfl: train.rounds = 'many'" in log and "requeued" not in log
+
+
+def test_readme_under_slurm(tmp_path):
+    """Every block in its order, as written, but for the place of the trial cluster; jobs end before the next block is run."""
+    if slurm_cluster.missing():
+        pytest.skip(slurm_cluster.missing())
+    place = workplace.make(tmp_path, rounds=4)
+    (place / "sweep.yaml").write_text(*workplace.readme_blocks("Slurm", "yaml"))
+    blocks = workplace.readme_blocks("Slurm")
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as state:
+        slurm = Cluster(Path(state), place)
+        try:
+            for block in blocks:
+                assert "/tmp/trial" in block or block not in (blocks[0], blocks[-1])
+                slurm("bash", "-euc", block.replace("/tmp/trial", state))
+                if "sbatch" in block:
+                    jobs = set(re.findall(r"JobId=(\d+)", slurm("scontrol", "show", "job", "--oneliner")))
+                    assert all(slurm.finish(job) for job in jobs)
+        finally:
+            slurm_cluster.stop(Path(state))
+        assert not slurm_cluster.job_processes(Path(state))
+    assert "rule tad" in next(place.glob("dfl-*.log")).read_text() and len(adapter_digests(place / "runs/slurm")) == 5
+    assert adapter_digests(place / "runs/srun") == workplace.plain_digests(place)
+    assert len(list((place / "runs/sweep").glob("*/run.json"))) == 2
 
 
 def test_place_of_a_process_under_slurm():
