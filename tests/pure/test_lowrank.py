@@ -255,6 +255,11 @@ class TestProcrustes:
         reference[:, 0] = torch.linalg.pinv(a[0])[:, :, 0]  # orthogonal to the other rows of A
         rotation = align(a[0], b[0], reference, b[0], "A")[2]
         torch.testing.assert_close(rotation, torch.eye(3, dtype=a.dtype).expand(2, 3, 3), rtol=0, atol=1e-10)
+        frame = orthogonal(3, 11, batch=(20,))
+        known = frame[..., :1] @ frame[..., :1].mT + 0.5 * frame[..., 1:2] @ frame[..., 1:2].mT
+        torch.testing.assert_close(procrustes(known), torch.eye(3, dtype=a.dtype).expand(20, 3, 3), rtol=0, atol=1e-10)
+        one = frame[..., :1] @ frame[..., :1].mT
+        torch.testing.assert_close(procrustes(one), torch.eye(3, dtype=a.dtype).expand(20, 3, 3), rtol=0, atol=1e-10)
         wild = procrustes(torch.diag(torch.tensor([1.0, 0.0, 0.0]).double()) @ orthogonal(3, 3))
         torch.testing.assert_close(wild @ wild.mT, torch.eye(3, dtype=a.dtype), rtol=0, atol=1e-12)
 
