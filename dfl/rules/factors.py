@@ -37,8 +37,9 @@ def share_a(layout: Layout, *, head: str = "frozen") -> Rule:
 
 
 def local(layout: Layout, *, head: str = "frozen") -> Rule:
-    """Train A and B alone, never mix: the baseline that gossip has to beat.
+    """Train A and B (or cores) alone, never mix: the baseline that gossip has to beat.
 
     x_i <- x_i (D). Nothing is sent.
     """
-    return factor_gossip(layout, lambda t: BOTH, lambda t: NOTHING, head=head)
+    trained = frozenset({"core"}) if layout.has("core") else BOTH
+    return factor_gossip(layout, lambda t: trained, lambda t: NOTHING, head=head)

@@ -32,6 +32,7 @@ KINDS = {
     "pissa": {"lora__start": "pissa"},
     "olora and a residual": {"lora__start": "olora", "rule": "{name: fedhl, residual_rank: 4}"},
     "cores": {"rule": "fed_sb", "lora__adapter": "sb"},
+    "cores alone": {"rule": "local", "lora__adapter": "sb"},
     "heads": {"rule": "ravan", "lora__adapter": "ravan", "lora__heads": 2, "lora__rank": 4},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,172 @@
+"""What mixing costs: the low-rank kernel against a dense SVD, and every rule's mix on the shapes of real models.
+
+    python benchmarks/mixing.py kernel [--size 4096] [--rank 16] [--neighbors 8]
+    python benchmarks/mixing.py rules [--model roberta-large] [--ranks 8 16 32] [--device cuda] [--budget 20]
+
+`rules`: one peer of a ring mixes three messages (its own and two neighbours'), float32, query and value of every layer; seconds of
+send and mix, best of several, as multiples of `lora` in the same run, and bytes of one message beside the closed form. A rule that
+would take longer than `--budget` seconds is measured on the first layers and scaled up, and says so.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from stamp import write
+from torch import Tensor
+
+import topologies
+from dfl import rules
+from dfl.cores import make_cores
+from dfl.factors import Layout, a_view, b_view, empty_rows, head_view, make_layout
+from dfl.lowrank import truncate, weighted_sum
+from dfl.rules import Round
+
+# layers, and (d_in, d_out) of query and value
+MODELS = {"roberta-large": (24, ((1024, 1024), (1024, 1024))), "llama-3-8b": (32, ((4096, 4096), (4096, 1024)))}
+PARAMS = {"tad": {"T": 1}}
+ADAPTERS = {"fed_sb": "sb", "ravan": "ravan", "dora": "dora", "hira": "hira"}
+HEADS = 4
+
+
+def kernel(size: int, rank: int, neighbors: int, device: torch.device) -> dict:
+    """The best rank-R part of a weighted sum of products: compact against dense, the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(neighbors, rank, size, generator=generator).to(device) / size ** 0.5
+    b = torch.randn(neighbors, size, rank, generator=generator).to(device)
+    weights = torch.full((neighbors,), 1 / neighbors, dtype=torch.float64, device=device)
+    compact_s, compact = best(lambda: truncate(*weighted_sum(weights, a, b), rank), device, repeats=5)
+    dense_s, (u, s, vh) = best(lambda: torch.linalg.svd(torch.einsum("j,jor,jri->oi", weights.float(), b, a), full_matrices=False),
+                               device, repeats=1)
+    dense = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    difference = float(((compact.u * compact.s) @ compact.vh - dense).norm() / dense.norm())
+    # what the two thin QRs and the core's SVD must at least do, at the speed of a matrix product of the same factors
+    flops = 4 * 2 * size * (neighbors * rank) ** 2 + 20 * (neighbors * rank) ** 3
+    left, right = weighted_sum(weights, a, b)
+    product_s, _ = best(lambda: (left.mT @ left, right @ right.mT), device, repeats=5)
+    peak = 2 * 2 * size * (neighbors * rank) ** 2 / product_s
+    return {"size": size, "rank": rank, "neighbors": neighbors, "compact_s": compact_s, "dense_s": dense_s,
+            "ratio": dense_s / compact_s, "relative_difference": difference, "flops": flops, "limit_s": flops / peak,
+            "times_the_limit": compact_s / (flops / peak)}
+
+
+def best(function: Callable, device: torch.device, repeats: int):
+    """Seconds of the fastest of `repeats` calls, and what the last returned."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
+
+
+def make(name: str, model: str, rank: int, layers: int) -> tuple[Layout, dict]:
+    """The layout of a peer's row for a rule on the first `layers` layers of a model, and what else its factory wants."""
+    shapes = MODELS[model][1]
+    pairs = [(f"{k}.{'qv'[m]}", rank, i, o, 1.0) for k in range(layers) for m, (i, o) in enumerate(shapes)]
+    adapter = ADAPTERS.get(name)
+    layout = make_layout(pairs, magnitudes=[(p[0], (p[3],)) for p in pairs] if adapter == "dora" else ())
+    extra = {}
+    if adapter in ("sb", "ravan"):
+        layout = make_cores(layout, (), heads=HEADS if adapter == "ravan" else 1, scaled=adapter == "ravan", seed=0).layout
+    elif adapter:
+        frozen = [torch.randn(o, i) / i ** 0.5 for i, o in shapes]  # one weight of each shape stands for all layers
+        extra["weights"] = {p[0]: frozen[index % len(shapes)] for index, p in enumerate(pairs)}
+    return layout, extra
+
+
+def rows(layout: Layout, device: torch.device) -> Tensor:
+    """Three peers that started together and drifted, A the same where a rule wants it."""
+    generator = torch.Generator().manual_seed(0)
+    x = empty_rows(3, layout.size, device=device)
+    for pair in layout.pairs:
+        a_view(x, pair).copy_((torch.randn(pair.rank, pair.d_in, generator=generator) / pair.d_in ** 0.5).expand(3, -1, -1))
+        b_view(x, pair).copy_(0.1 * torch.randn(3, pair.d_out, pair.rank, generator=generator))
+    for tensor in (*layout.magnitudes, *layout.cores):
+        head_view(x, tensor).copy_(1 + 0.1 * torch.randn(3, *tensor.shape, generator=generator))
+    return x
+
+
+def mix_seconds(name: str, model: str, rank: int, layers: int, device: torch.device, repeats: int) -> tuple[float, int]:
+    """Seconds of one peer's send and mix, and the bytes of its message."""
+    layout, extra = make(name, model, rank, layers)
+    extra = {"weights": {key: w.to(device) for key, w in extra["weights"].items()}} if extra else {}
+    rule = rules.build(name, layout, **PARAMS.get(name, {}), **extra)
+    x = rows(layout, device)
+    weights = {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}
+    rounds = [Round(0, peer, weights) for peer in range(3)]
+    states = [rule.init(row) for row in x]
+    inbox = {}
+    for peer in range(3):
+        message, states[peer] = rule.send(x[peer], states[peer], rounds[peer])
+        inbox[peer] = message.clone()
+
+    def once():
+        rule.send(x[0], states[0], rounds[0])
+        return rule.mix(x[0], inbox, states[0], rounds[0])
+
+    once()
+    return best(once, device, repeats)[0], inbox[0].numel() * 4
+
+
+def closed_form(name: str, model: str, rank: int) -> int:
+    """Bytes of one float32 message to one neighbour, from the papers' formulas."""
+    layers, shapes = MODELS[model]
+    ins, outs = (sum(s[k] for s in shapes) * layers for k in (0, 1))
+    count = layers * len(shapes)
+    numbers = {"ffa": rank * outs, "fed_svd": rank * outs, "rolora": rank * outs, "share_a": rank * ins, "local": 0,
+               "fed_sb": count * rank ** 2, "ravan": count * (HEADS * (rank // HEADS) ** 2 + HEADS),
+               "fedask": 2 * rank * outs + 4 * rank * ins,  # sketches of width 2 R and 4 R
+               "dora": rank * (ins + outs) + outs}.get(name, rank * (ins + outs))
+    return 4 * numbers
+
+
+def all_rules(model: str, rank: int, device: torch.device, budget: float) -> dict:
+    layers, table = MODELS[model][0], {}
+    plain, _ = mix_seconds("lora", model, rank, layers, device, repeats=5)
+    for name in rules.RULES:
+        if name == "local":
+            continue
+        some, _ = mix_seconds(name, model, rank, 2, device, repeats=1)
+        measured = layers if some * layers / 2 < budget else 2
+        seconds, sent = (some, 0) if measured == 2 else mix_seconds(name, model, rank, layers, device, repeats=3)
+        if measured != layers:
+            layout, extra = make(name, model, rank, layers)
+            sent = 4 * (rules.build(name, layout, **PARAMS.get(name, {}), **extra).length(0) or 0)
+        seconds *= layers / measured
+        expected = closed_form(name, model, rank)
+        table[name] = {"seconds": seconds, "times_lora": seconds / plain, "layers_measured": measured, "message_bytes": sent,
+                       "closed_form_bytes": expected}
+        part = "" if measured == layers else f"  ({measured} layers)"
+        print(f"{model:14} r={rank:<3} {name:12} {seconds * 1e3:10.1f} ms {seconds / plain:8.1f} x lora  {sent / 1e6:8.2f} MB  "
+              f"closed form {expected / 1e6:8.2f} MB{part}", flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kernel", "rules"))
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--neighbors", type=int, default=8)
+    parser.add_argument("--model", choices=tuple(MODELS), nargs="*", default=list(MODELS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 32])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--budget", type=float, default=20.0)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    assert np.allclose(topologies.build("ring", 8).matrix(0)[0, [0, 1, 7]], 1 / 3)  # what `mix_seconds` mixes with
+    if args.what == "kernel":
+        result = kernel(args.size, args.rank, args.neighbors, device)
+        print("  ".join(f"{key} {value:.4g}" for key, value in result.items()))
+    else:
+        result = {model: {rank: all_rules(model, rank, device, args.budget) for rank in args.ranks} for model in args.model}
+    write(f"mixing_{args.what}_{device.type}", vars(args), result)
+
+
+if __name__ == "__main__":
+    main()
