@@ -128,7 +128,7 @@ class Runner:
             attempt = self._start(run, number, free)
             if attempt is None:
                 self.unfinished.append(run.name)
-                self.progress.ended(f"{run.name}  is at work in another process")
+                self.progress.say(f"{run.name}  is at work in another process")
             else:
                 self.active.append(attempt)
 
@@ -187,6 +187,9 @@ class Runner:
         left = len(self.waiting) + len(self.unfinished)
         if left:
             self.progress.say(f"{left} runs are not finished; the same command goes on where they stopped")
+        elif not self.failed:
+            folder = self.runs[0].output.parent
+            self.progress.say(f"all {len(self.runs)} runs are finished; compare them: python -m dfl report {folder}")
 
 
 def run_here(sweep: Sweep, runs: list[SweepRun], index: int) -> int:

@@ -30,13 +30,14 @@ def root(tmp_path_factory):
     return folder
 
 
-def write(root, folder, grid, **fields) -> Path:
+def write(root, folder, grid, include=(), **fields) -> Path:
     recipe: dict = {}
     for key, value in parse_overrides(tiny_runs.arguments(root / "bert", root / "data.csv", "unused", **fields)):
         set_field(recipe, key, value)
     folder.mkdir(exist_ok=True)
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"recipe": recipe, "grid": grid, "output": str(folder / "out")}, sort_keys=False))
+    tree = {"recipe": recipe, "grid": grid, "include": list(include), "output": str(folder / "out")}
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 
@@ -55,18 +56,37 @@ def states(path) -> dict[str, str]:
     return {run.name: run.state for run in sweeps.read(path.parent / "out")}
 
 
-def test_two_at_a_time_one_fails_each_time_and_is_listed(root, tmp_path):
-    path = write(root, tmp_path, {"train.lr": [0.01, 1e30]}, lora__head="mixed")
+FLAKY = '''
+from pathlib import Path
+import dfl
+
+class Flaky(dfl.Callback):
+    def on_round_end(self, run, control, record):
+        mark = Path(__file__).with_name("tried")
+        if run.round == 2 and not mark.exists():
+            mark.touch()
+            raise OSError("only the first time")
+'''
+
+
+def test_two_at_a_time_what_fails_is_tried_again_and_listed(root, tmp_path, monkeypatch):
+    """One rate makes any run diverge, and a callback fails once."""
+    (tmp_path / "flaky_hook.py").write_text(FLAKY)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write(root, tmp_path, {"train.lr": [0.01, 1e30]}, [{"callbacks": ["flaky_hook:Flaky"]}], lora__head="mixed")
     said = finish(start(path, "--jobs", "2"), 1)
-    assert states(path) == {"lr=0.01": "finished", "lr=1e+30": "failed"}
-    assert "2 at a time" in said and re.search(r"\[1/2\] lr=0.01  finished in .*, left \d\d:\d\d", said)
-    closing, log = said.partition("1 of 2 runs failed:")[2], path.parent / "out" / "logs" / "lr=1e+30.log"
+    assert states(path) == {"lr=0.01": "finished", "lr=1e+30": "failed", "callbacks=flaky_hook-Flaky": "finished"}
+    assert "2 at a time" in said and re.search(r"\[1/3\] lr=0.01  finished in .*, left \d\d:\d\d", said)
+    assert "callbacks=flaky_hook-Flaky  failed after" in said
+    assert "will be tried again: callback flaky_hook:Flaky failed in on_round_end after round 2: OSError: only the first time" in said
+    closing, log = said.partition("1 of 3 runs failed:")[2], path.parent / "out" / "logs" / "lr=1e+30.log"
     assert "  lr=1e+30\n    peer " in closing and "diverged in round" in closing and str(log) in closing
     assert log.read_text().count("== ") == 2 and "attempt 2" in log.read_text()
     metrics = path.parent / "out" / "lr=0.01" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     # what is finished stays as it is, what failed is tried again
-    assert "1 of 2 runs failed" in finish(start(path, "--retries", "0"), 1)
+    assert "1 of 3 runs failed" in finish(start(path, "--retries", "0"), 1)
     assert metrics.stat().st_mtime_ns == before and "attempt 1" in log.read_text().rpartition("== ")[2]
 
 
