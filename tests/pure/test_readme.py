@@ -12,6 +12,7 @@ from tiny_runs import make_config, make_run, write_data
 from torch.func import functional_call
 
 from dfl import config as configuration
+from dfl import rules
 from dfl.assemble import check
 from dfl.factors import a_view, b_view
 from dfl.rounds import Hooks, run_rounds
@@ -101,3 +102,13 @@ def test_the_results_are_the_committed_ones():
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
     assert study.table() in README
+
+
+def test_the_table_of_rules_is_the_registry():
+    lines = (ROOT / "dfl" / "rules" / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(rules.RULES)
+    for name, *_, unequal, module in rows:
+        name = name.strip("`")
+        assert unequal.startswith("yes") == rules.accepts(name, "ranks"), name
+        assert rules.RULES[name].__module__ == f"dfl.rules.{module}", name
