@@ -15,7 +15,7 @@ from dfl.config import Config
 from dfl.transport import Distributed, InProcess, Transport, hosting
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
-START_SECONDS = 240.0
+START_SECONDS = 300.0
 # a signal that comes twice within this time is one wish, forwarded by a launcher
 ECHO_SECONDS = 5.0
 
@@ -119,10 +119,10 @@ def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> N
     Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
     that of the transport, so that its watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
     """
-    patience = max(timeout, START_SECONDS) + 60
+    patience = timedelta(seconds=max(1.2 * timeout, START_SECONDS))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=place.rank, world_size=place.size,
-                                timeout=timedelta(seconds=patience), device_id=device if backend == "nccl" else None)
+                                timeout=patience, device_id=device if backend == "nccl" else None)
     except RuntimeError as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "

@@ -50,6 +50,7 @@ def split_overrides(words: list[str], parser: argparse.ArgumentParser) -> tuple[
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 refused, 75 stopped by a signal with its state saved."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is one line of ours, not pages of C++ frames
     words = list(sys.argv[1:] if argv is None else argv)
     top, made = make_parser()
     overrides: list[str] = []

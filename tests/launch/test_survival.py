@@ -1,0 +1,180 @@
+"""Signals, kills and silence through the real launchers: a run that went on ends in the same bits, and nobody waits for ever."""
+
+import multiprocessing as mp
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_runs
+
+from dfl.checkpoint import latest
+from dfl.record import read_lines
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import kill_loop
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Model, data, and a run of twelve rounds that nobody disturbed (`straight`)."""
+    folder = tmp_path_factory.mktemp("survival")
+    kill_loop.prepare(folder)
+    return folder
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it does not come"
+        time.sleep(0.005)
+
+
+def goes_on_to_the_same_end(folder, output) -> None:
+    job = kill_loop.Forked(1, kill_loop.words(folder, output), folder / "resumed.log")
+    job.finish()
+    kill_loop.compare(output, folder / "straight")
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phases", [["anywhere"], ["draft", "manifest"]])
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(folder, tmp_path, phases):
+    """The survivors leave by themselves, with a line each."""
+    output = tmp_path / "run"
+    lines = kill_loop.one_run(kill_loop.Forked, folder, output, 2, 2, random.Random(1), phases)
+    assert len(lines) == 2
+    kill_loop.compare(output, folder / "straight")
+
+
+def test_torchrun_starts_killed_workers_again_and_they_meet(folder, tmp_path):
+    output = tmp_path / "run"
+    lines = kill_loop.one_run(kill_loop.Torchrun, folder, output, 2, 1, random.Random(2), ["draft"])
+    assert len(lines) == 1 and lines[0]["round"] >= 0
+    kill_loop.compare(output, folder / "straight")
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to, number", [("torchrun", signal.SIGTERM), ("one worker", signal.SIGUSR1)])
+def test_a_signal_saves_the_state_of_all_processes(folder, tmp_path, to, number):
+    """The launcher forwards it to the workers; or one of them hears it alone."""
+    output = tmp_path / "run"
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+               "-m", "dfl", *kill_loop.words(folder, output), "--checkpoint.every=0"]
+    job = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=ROOT, env=ENVIRONMENT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: kill_loop.rounds_of(output) >= 2)
+        os.kill(job.pid if to == "torchrun" else kill_loop.children(job.pid)[1], number)
+        said = job.communicate(timeout=100)[0]
+    finally:
+        job.kill()
+    done = kill_loop.rounds_of(output)
+    assert 2 <= done < kill_loop.ROUNDS and latest(output).name == f"round-{done:05}"
+    assert f"stopped after round {done}; the state is saved, --resume goes on" in said
+    if to == "one worker":  # the launcher reports who left first, and ends the other, which has nothing left to do
+        assert "exitcode  : 75" in said
+    goes_on_to_the_same_end(folder, output)
+
+
+def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_path):
+    tree = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 4, "train__local_steps": 150,
+            "checkpoint__every": 1, "model__layers": 1}
+    words = {name: ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / name, **tree), "--resume"]
+             for name in ("run", "straight")}
+    job = subprocess.Popen([sys.executable, "-m", "dfl", *words["run"]], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: latest(tmp_path / "run") is not None)
+    time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(5) == -signal.SIGINT
+    saved, recorded = (int(latest(tmp_path / "run").name[-5:]), kill_loop.rounds_of(tmp_path / "run"))
+    assert saved >= recorded - 1
+    for name in ("run", "straight"):
+        kill_loop.Forked(1, words[name], tmp_path / f"{name}.log").finish()
+    assert tiny_runs.adapter_digests(tmp_path / "run") == tiny_runs.adapter_digests(tmp_path / "straight")
+    assert [line["round"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(5))
+
+
+# -- silence and strangers, through the command line, without a launcher ------------------------------------------------------
+
+
+class Started:
+    """Processes with an environment as torchrun's or srun's; process 0 holds the store where they meet."""
+
+    def __init__(self, arguments: list[list[str]], folder: Path):
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "dfl.train"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.logs = [folder / f"log.{rank}" for rank in range(len(arguments))]
+        self.processes = [context.Process(target=kill_loop._work, args=(rank, len(arguments), port, argv, str(path)))
+                          for rank, (argv, path) in enumerate(zip(arguments, self.logs, strict=True))]
+        for process in self.processes:
+            process.start()
+
+    def leave(self, seconds: float, but=()) -> list[tuple[int, list[str]]]:
+        """The exit status and the lines of each, but for those in `but`."""
+        until, found = time.monotonic() + seconds, []
+        try:
+            for rank, process in enumerate(self.processes):
+                if rank not in but:
+                    process.join(max(0, until - time.monotonic()))
+                    said = self.logs[rank].read_text()
+                    assert process.exitcode is not None, f"process {rank} hangs; it said: {said}"
+                    assert "Traceback" not in said and "frame #" not in said, said
+                    found.append((process.exitcode, [line for line in said.splitlines() if line.startswith("dfl: ")]))
+        finally:
+            for process in self.processes:
+                process.kill()
+        return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_silent_process_is_named_on_every_command_line(folder, tmp_path, victim):
+    """Also process 0, with which the store falls silent in which notes could be left."""
+    words = [*kill_loop.words(folder, tmp_path / "run"), "--train.rounds=2000", "--timeout=4"]
+    job = Started([words] * 3, tmp_path)
+    wait_until(lambda: kill_loop.rounds_of(tmp_path / "run") >= 2)
+    os.kill(job.processes[victim].pid, signal.SIGSTOP)
+    for status, lines in job.leave(30, but=[victim]):
+        assert status == 1 and len(lines) == 1, lines
+        assert lines[0].startswith(f"dfl: process {victim} (peer") and f"host {socket.gethostname()}) said nothing for " in lines[0]
+        assert " s, in round " in lines[0]
+
+
+def test_a_stranger_is_refused_on_every_command_line(folder, tmp_path):
+    words = kill_loop.words(folder, tmp_path / "run")
+    found = Started([words, words, [*words, "--train.lr=0.5"]], tmp_path).leave(60)
+    assert [status for status, _ in found] == [2, 2, 2]
+    assert [len(lines) for _, lines in found] == [1, 0, 0]
+    assert "does not belong to this run: train.lr = 0.5, but 0.001 on process 0" in found[0][1][0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_never_comes_is_one_line(folder, tmp_path, monkeypatch):
+    from dfl import runtime
+    monkeypatch.setattr(runtime, "START_SECONDS", 2.0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    config = tiny_runs.make_config(folder / "bert", folder / "data.csv", tmp_path / "run", timeout=0.5)
+    with pytest.raises(ConnectionError, match=r"process 0 on .* did not meet the other 1 at 127.0.0.1:\d+: "):
+        runtime.start(config)
