@@ -49,7 +49,8 @@ function frame(svg, width, height, x, y, names) {
     make(svg, "line", { x1: 48, x2: width - 8, y1: y(v), y2: y(v), class: "axis" });
     make(svg, "text", { x: 43, y: y(v) + 4, "text-anchor": "end" }, short(v));
   }
-  for (const v of x ? x.ticks(width < 420 ? 4 : 7) : []) make(svg, "text", { x: x(v), y: height - 20, "text-anchor": "middle" }, short(v));
+  const stops = x ? x.ticks(width < 420 ? 4 : 7).filter((v) => names.x !== "round" || Number.isInteger(v)) : [];
+  for (const v of stops) make(svg, "text", { x: x(v), y: height - 20, "text-anchor": "middle" }, short(v));
   make(svg, "text", { x: 4, y: 12 }, names.y);
   make(svg, "text", { x: width - 8, y: height - 4, "text-anchor": "end" }, names.x);
 }

@@ -19,6 +19,8 @@ from dfl.report.runs import RunData, evaluated, metrics_of, number, scalars, spe
 from dfl.report.single import MEANINGS, UNKNOWN, crossing, megabytes, title
 from dfl.report.statistics import Estimate, estimate
 
+# of a line: a sweep has many of them
+MAX_POINTS = 120
 
 def parts(runs: list[RunData], absent: list[str], metric: str, higher: bool, baseline: str | None, targets: list[float]) -> dict:
     """Lead, tiles, warnings and sections of the page. ValueError for a baseline that is no rule of these runs."""
@@ -68,12 +70,11 @@ def _results(ended: list[Member], results: dict, metric: str, higher: bool, tied
     crossed = Table(f"{metric.capitalize()} after the last round, mean over peers: rule by topology",
                     ["rule", *map(place_name, places)], table, INTERVAL)
     rows = [[key[0], place_name(key[1:]), *(show(over(key, what)) for what in ("mean", "worst", "consensus")),
-             show(over(key, "cross"), 3),
-             *(f"{found.mean / scale:,.1f}" for what, scale in (("bytes", 1e6), ("seconds", 1)) if (found := over(key, what)))]
+             show(over(key, "cross"), 3), megabytes(over(key, "bytes").mean), f"{over(key, 'seconds').mean:,.1f}"]
             for key in sorted(groups, key=lambda key: (list(rules).index(key[0]), key[1:]))]
-    head = ["rule", "topology", "peers' mean", "worst peer", "consensus", "cross term (relative)", "MB", "seconds"]
+    head = ["rule", "topology", "peers' mean", "worst peer", "consensus", "cross term (relative)", "messages", "seconds"]
     whole = Table("Every group", head, rows, f"The worst peer is the one with the {'lowest' if higher else 'highest'} {metric} in its "
-                                             "run. MB of messages and seconds of work are means over seeds.")
+                                             "run. Messages and seconds of work are means over seeds.")
     return Section("Final results", notes=tied, tables=[crossed, whole])
 
 
@@ -127,8 +128,8 @@ def _by_rule(members: list[Member], rules: list[str], read, y: str) -> list[dict
     """A variant for each topology and setting: a line and a band for each rule."""
     groups, found = grouped(members), []
     for where in dict.fromkeys(m.where for m in members):
-        lines = [charts.series(rule, curve(groups[(rule, *where)], read), "rule", k) for k, rule in enumerate(rules)
-                 if (rule, *where) in groups]
+        lines = [charts.series(rule, charts.thin(curve(groups[(rule, *where)], read), MAX_POINTS), "line", k)
+                 for k, rule in enumerate(rules) if (rule, *where) in groups]
         found.append(charts.variant(place_name(where), y, lines))
     return found
 
@@ -153,7 +154,7 @@ def _cost(members: list[Member], rules: list[str], metric: str, higher: bool, ta
                                                  ("seconds of work", 1, "Seconds of local steps, encoding, exchange and mixing."))):
         variants = []
         for where in dict.fromkeys(m.where for m in members):
-            lines = [charts.series(rule, _over_cost(group, metric, index, scale), "rule", k) for k, rule in enumerate(rules)
+            lines = [charts.series(rule, _over_cost(group, metric, index, scale), "line", k) for k, rule in enumerate(rules)
                      if (group := grouped(members).get((rule, *where)))]
             variants.append(charts.variant(place_name(where), metric, lines))
         found.append(charts.lines(f"{metric.capitalize()} by {unit}", f"{text} Means over seeds, of the metric and of what it took.",

@@ -1,5 +1,6 @@
 """The line of a round and the closing table, from records as a run writes them."""
 
+import io
 import json
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from dfl import report
-from dfl.record import JsonLines
+from dfl.record import Console, JsonLines
 
 
 def evaluation(values, consensus=None, primary="accuracy"):
@@ -64,6 +65,17 @@ def test_perplexity_is_better_when_smaller_and_may_be_infinite(tmp_path):
     assert "best mean over peers 3.0000, after round 1" in table
 
 
+@pytest.mark.parametrize("higher, best", [(True, "4.0000, after round 0"), (False, "2.0000, after round 1")])
+def test_the_run_says_which_metric_counts_and_which_way_is_better(higher, best, tmp_path):
+    rows = [{"round": t, "eval": evaluation([0.5], 0.5) | evaluation([v], v, "f1") | {"peers": {"accuracy": [0.5], "f1": [v]}}}
+            for t, v in enumerate((4.0, 2.0, 3.0))]
+    run = write_run(tmp_path / "run", rows)
+    assert report.closing_table(run).lstrip().startswith("accuracy")  # an older run says nothing
+    (run / "run.json").write_text(json.dumps({"facts": {"primary": "f1", "higher_is_better": higher}}))
+    table = report.closing_table(run)
+    assert table.lstrip().startswith("f1 on") and f"best mean over peers {best}" in table
+
+
 def test_consensus_evaluation_may_be_off_or_begin_later(tmp_path):
     table = report.closing_table(write_run(tmp_path / "off", [{"round": t, "eval": evaluation([0.1])} for t in (0, 1)]))
     assert "\nconsensus" not in table
@@ -99,3 +111,22 @@ def test_round_line_shows_what_the_round_measured():
 def test_columns_are_aligned():
     text = report.align([["peer", "before"], ["0", "0.25"], ["consensus", "0.5"]])
     assert text.splitlines() == ["peer       before", "-----------------", "0            0.25", "consensus     0.5"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_an_evaluation_stays_above_the_bar_and_out_of_it():
+    record = {"round": 3, "train_loss": {"mean": 0.5}, "trains": "A", "edges": 2, "eval": evaluation([0.5, 1.0], 0.75)}
+    said = report.evaluation_line(record, "accuracy")
+    assert said == "accuracy 0.7500 (0.5000 to 1.0000), consensus 0.7500" and report.evaluation_line({}, "accuracy") == ""
+    terminal, log = Terminal(), io.StringIO()
+    for stream in (terminal, log):
+        console = Console(4, stream=stream)
+        console.round(2, report.training_line(record), True, said)
+        console.close()
+    lines = terminal.getvalue().replace("\r", "\n").splitlines()
+    assert f"round 3/4  {said}" in lines and not any("accuracy" in line for line in lines if "%|" in line)
+    assert log.getvalue().startswith(f"round 3/4  loss 0.500  trains A  edges 2  {said}  left ") and log.getvalue().count("\n") == 1
