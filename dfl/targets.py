@@ -77,7 +77,7 @@ def choose_checkpoint(run: Path, rounds: int | None = None, tell: Callable[[str]
 def adapter_of(checkpoint: Path, peer: str) -> Path:
     """The folder of `--peer 3` or `--peer consensus` in a checkpoint. ValueError names the peers there are."""
     folder = checkpoint / (peer if peer == "consensus" else f"peer-{peer}")
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not (peer == "consensus" or peer.isdecimal()) or not (folder / ADAPTER_CONFIG).is_file():
         names = sorted(int(p.name.removeprefix("peer-")) for p in checkpoint.glob("peer-*"))
         raise ValueError(f"--peer {peer!r} is not in {str(checkpoint)!r}; allowed: {names[0]} to {names[-1]}, consensus"
                          if names else f"{str(checkpoint)!r} holds no adapter")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,8 @@ def _check(wish: Wish) -> None:
         raise ValueError("--private says how to upload: add --push OWNER/NAME")
     if wish.rank is not None and wish.rank < 1:
         raise ValueError(f"--rank {wish.rank} is not allowed; allowed: 1 or more")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", wish.shard_size):
+        raise ValueError(f"--shard-size {wish.shard_size!r} is not a size; allowed: a number with KB, MB, GB or TB, such as 5GB")
     if wish.push:
         push.check(wish.push)
 

@@ -123,8 +123,7 @@ def _what(facts: Facts) -> str:
     config, labels = facts.config, facts.record["facts"]["label_names"]
     name = {"dora": "DoRA", "hira": "HiRA"}.get(config.lora.adapter, "LoRA")
     kind = f"A whole model: {name} merged into" if facts.merged else f"A {name} adapter for"
-    parts = [f"{kind} {_linked(facts)}, trained by gossip among {config.peers} peers without a server: every peer trained on its own "
-             f"data, exchanged factors with the neighbours a mixing matrix gave it, and mixed them. {_whose(facts)}"]
+    parts = [f"{kind} {_linked(facts)}, {_how(config)} {_whose(facts)}"]
     if config.model.layers:
         parts.append(f"The base model is cut to its first {config.model.layers} layers.")
     alpha = f", alpha {facts.settings['lora_alpha']:g}" if "lora_alpha" in facts.settings else ""
@@ -133,7 +132,7 @@ def _what(facts: Facts) -> str:
     if facts.losses:
         parts.append(_lost(facts))
     if facts.merged:
-        parts.append(f"Merged in float32 and stored as {facts.merged.dtype}. On a random input the logits differ from the adapter's "
+        parts.append(f"Merged in float32, stored as {facts.merged.dtype}. On a random input the logits differ from the adapter's "
                      f"by {facts.merged.difference:.2g} at most (the largest logit is {facts.merged.largest:.2g}).")
     return "\n\n".join(parts)
 
@@ -144,11 +143,20 @@ def rank_text(settings: dict[str, Any]) -> str:
     return str(settings["r"]) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
+def _how(config: Config) -> str:
+    if config.rule.name == "local":
+        return f"trained by each of {config.peers} peers alone on its own data: the baseline of a run that mixes."
+    return (f"trained by gossip among {config.peers} peers without a server: every peer trained on its own data, exchanged factors "
+            "with the neighbours a mixing matrix gave it, and mixed them.")
+
+
 def _whose(facts: Facts) -> str:
     num = facts.config.peers
+    if facts.peer != "consensus" and facts.config.rule.name == "local":
+        return f"It is the own model of peer {facts.peer} of {num} (the first is 0)."
     if facts.peer != "consensus":
-        return (f"It is the own model of peer {facts.peer} of {num} (the first is 0): trained on that peer's data, mixed with its "
-                "neighbours' factors.")
+        return (f"It is the own model of peer {facts.peer} of {num} (the first is 0): trained on that peer's data, mixed with "
+                "its neighbours' factors.")
     head = "" if facts.config.lora.head == "frozen" else ", with the mean of their heads"
     return f"It is the consensus model of the {num} peers: the {facts.origin}{head}."
 

@@ -267,7 +267,8 @@ def test_damaged_checkpoints_are_passed_over_with_a_word(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--peer", 4], "--peer '4' is not in .*; allowed: 0 to 3, consensus"), (["--peer", "all"], "--peer 'all'"),
+    (["--peer", 4], "--peer '4' is not in .*; allowed: 0 to 3, consensus"), (["--peer", "1/../2"], "--peer '1/../2'"),
+    (["--shard-size", "5 loaves"], "--shard-size '5 loaves' is not a size"),
     (["--round", 7], "--round 7: .* has no such checkpoint; it has: 1, 2"), (["--rank", 0], "--rank 0 is not allowed"),
     (["--dtype", "float16"], "--dtype 'float16' is the type of a merged model"), (["--private"], "--private says how to upload"),
     (["--push", "no owner/x"], "--push 'no owner/x' is not a name"), (["--push", "alone"], "--push 'alone' lacks its owner"),
