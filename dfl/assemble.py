@@ -100,7 +100,7 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     return Loaded(bundle, parts, adapted)
 
 
-def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None) -> Rule:
+def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None = None, adapted: Adapted | None = None) -> Rule:
     params = with_contraction(config.rule.name, config.rule.params, topology)
     if rules.accepts(config.rule.name, "weights") and adapted is not None:
         params["weights"] = {site.pair.name: site.weight for site in adapted.sites}
