@@ -65,8 +65,8 @@ def first_host(nodelist: str) -> str:
 
 def _rendezvous_from_slurm(env) -> None:
     env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))))
-    # another port for every step, as several may run in one job at a time
-    env.setdefault("MASTER_PORT", str(20000 + (int(env.get("SLURM_JOB_ID", 0)) + 997 * int(env.get("SLURM_STEP_ID", 0))) % 20000))
+    # another port for every step, as several may run in one job at a time; below those that systems give to outgoing connections
+    env.setdefault("MASTER_PORT", str(15000 + (int(env.get("SLURM_JOB_ID", 0)) + 997 * int(env.get("SLURM_STEP_ID", 0))) % 15000))
 
 
 def choose_device(config: Config, place: Place) -> torch.device:

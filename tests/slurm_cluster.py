@@ -20,6 +20,8 @@ CONFIGURATION = """\
 ClusterName=dfl
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+# runs meet at a port that follows from the job's number: two clusters of one machine had better not count alike
+FirstJobId={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -101,7 +103,7 @@ def stop(folder: Path) -> None:
     folder = folder.resolve()
     if (folder / "slurmctld.pid").exists():
         command(folder, "scancel", "--user", getpass.getuser())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while job_processes(folder) and time.monotonic() < deadline:
             time.sleep(0.1)
     daemons = [int(path.read_text()) for path in folder.glob("*.pid") if path.read_text().strip()]
@@ -124,16 +126,17 @@ def command(folder: Path, *words: str) -> str:
 
 
 def job_processes(folder: Path) -> list[int]:
-    """Processes of this cluster's jobs, by the variables that Slurm gives them."""
+    """Processes of this cluster's jobs, by the variables that Slurm gives them, and the slurmstepd that looks after each step."""
     wanted = f"SLURM_CONF={folder.resolve()}/slurm.conf".encode()
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            variables = path.read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+            stepd = (process / "cmdline").read_bytes().startswith(b"slurmstepd")
         except OSError:  # it has ended, or is not ours
             continue
-        if wanted in variables and any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables):
-            found.append(int(path.parent.name))
+        if wanted in variables and (stepd or any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)):
+            found.append(int(process.name))
     return found
 
 

@@ -82,7 +82,7 @@ def test_two_nodes_make_the_plain_run(slurm, place):
 def test_stopped_twice_and_nothing_lost(slurm, place):
     """By the warning that --signal sends, after which the script requeues itself; then by Slurm, as when it pre-empts."""
     output = "runs/stopped"
-    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", output)
+    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", output, DFL_LEAST="0")
     slurm.reach(job, output, 12)
     slurm("scancel", "--batch", "--signal=USR1", job)
     workplace.wait_for(lambda: slurm.job(job)["Restarts"] == "1", 60, lambda: slurm.log(job))
@@ -127,10 +127,13 @@ def test_sweep_is_an_array(slurm, place):
     assert "needs sbatch --array=FIRST-LAST" in slurm.finish(slurm.submit(SWEEP, "sweep.yaml"), "FAILED")
 
 
-def test_run_that_fails_is_not_requeued(slurm):
+def test_what_is_not_requeued(slurm):
+    """A run that fails, and one whose time is so short that the warning comes at once, as it would each time."""
+    hurried = slurm.submit("--time", "1", TRAIN, "my.yaml", "--output", "runs/hurried")
+    assert "warned after" in slurm.finish(hurried, "FAILED")
     job = slurm.submit(TRAIN, "my.yaml", "--train.rounds", "many")
     log = slurm.finish(job, "FAILED")
-    assert "dfl: train.rounds = 'many'" in log and "requeued" not in log
+    assert "dfl: train.rounds = 'many'" in log and "requeued" not in log and slurm.job(job)["Restarts"] == "0"
 
 
 def test_readme_under_slurm(tmp_path):
@@ -140,11 +143,11 @@ def test_readme_under_slurm(tmp_path):
     place = workplace.make(tmp_path, rounds=4)
     (place / "sweep.yaml").write_text(*workplace.readme_blocks("Slurm", "yaml"))
     blocks = workplace.readme_blocks("Slurm")
+    assert "start /tmp/trial" in blocks[0] and "stop /tmp/trial" in blocks[-1]
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as state:
         slurm = Cluster(Path(state), place)
         try:
             for block in blocks:
-                assert "/tmp/trial" in block or block not in (blocks[0], blocks[-1])
                 slurm("bash", "-euc", block.replace("/tmp/trial", state))
                 if "sbatch" in block:
                     jobs = set(re.findall(r"JobId=(\d+)", slurm("scontrol", "show", "job", "--oneliner")))
@@ -152,7 +155,7 @@ def test_readme_under_slurm(tmp_path):
         finally:
             slurm_cluster.stop(Path(state))
         assert not slurm_cluster.job_processes(Path(state))
-    assert "rule tad" in next(place.glob("dfl-*.log")).read_text() and len(adapter_digests(place / "runs/slurm")) == 5
+    assert "rule tad" in next(place.glob("dfl-[0-9]*.log")).read_text() and len(adapter_digests(place / "runs/slurm")) == 5
     assert adapter_digests(place / "runs/srun") == workplace.plain_digests(place)
     assert len(list((place / "runs/sweep").glob("*/run.json"))) == 2
 
