@@ -66,10 +66,10 @@ def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None
                          "allowed: lora")
     if lora.start != "kaiming" and lora.adapter != "lora":
         raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = 'lora', got {lora.adapter!r}")
-    unequal = known is None or known.unequal
-    if unequal and (lora.start != "kaiming" or lora.adapter != "lora"):
+    differ = known is None or known.unequal or len(set(known.scalings)) > 1
+    if differ and (lora.start != "kaiming" or lora.adapter != "lora"):
         what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
-        raise ValueError(f"{what} needs one lora.rank for all peers")
+        raise ValueError(f"{what} needs one lora.rank and one lora.alpha for all peers")
 
 
 def build_topology(config: Config):

@@ -192,8 +192,8 @@ class TestRanks:
         ({"lora__rank": "{choices: [2], budget_mb: 3}"}, "give exactly one of them"),
         ({"lora__rank": "{choices: [2, 4], weights: [1]}"}, "lora.rank.weights"),
         ({"lora__rank": "{budget_mb: 0.000001}", "lora__alpha": 16.0, "lora__rslora": "false"}, "does not hold rank 1"),
-        ({"lora__start": "pissa"}, "needs one lora.rank for all peers"),
-        ({"lora__adapter": "dora"}, "needs one lora.rank for all peers")])
+        ({"lora__start": "pissa"}, "needs one lora.rank and one lora.alpha for all peers"),
+        ({"lora__adapter": "dora"}, "needs one lora.rank and one lora.alpha for all peers")])
     def test_what_does_not_fit_is_refused(self, folder, tmp_path, fields, said):
         with pytest.raises(ValueError) as error:
             make_run(configure(folder, tmp_path / "run", "unequal ranks", **fields))
@@ -202,6 +202,7 @@ class TestRanks:
 
 @pytest.mark.parametrize("fields, said", [
     ({"lora__adapter": "sb", "rule": "lora"}, "allowed: fed_sb, local"),
+    ({"lora__adapter": "sb", "rule": "fed_sb", "lora__alpha": "[1, 2, 1, 1]"}, "needs one lora.rank and one lora.alpha"),
     ({"lora__adapter": "lora", "rule": "fed_sb"}, "rule.name = 'fed_sb' needs lora.adapter = 'sb'"),
     ({"lora__adapter": "dora", "rule": "fedhl"}, "keeps a residual beside B A"),
     ({"lora__adapter": "dora", "lora__start": "pissa"}, "lora.start = 'pissa' is for"),
