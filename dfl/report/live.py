@@ -101,11 +101,17 @@ def run_frame(run: RunData | None, folder: Path, width: int = 80, height: int = 
     parts = [Text(str(folder), style="bold"), _bar(run, "")]
     parts += [_bar(run.baseline, "alone")] if run.baseline and run.baseline.records else []
     parts.append(Text(status_line(run, metric)))
-    quiet = time.time() - (run.folder / "metrics.jsonl").stat().st_mtime
-    if not ended(run) and quiet > SILENT and not (run.finished and run.config.get("baseline")):
+    quiet = _quiet(run)
+    if not ended(run) and quiet > SILENT:
         parts.append(Text(f"nothing new for {clock(quiet)}", style="yellow"))
     table = _peers(run, metric, higher, min(40, width - HEADER_COLUMNS), height - HEADER_LINES)
     return Group(*parts, *([Text(), table] if table else []))
+
+
+def _quiet(run: RunData) -> float:
+    """Seconds since a round was recorded, of the run or of its local training."""
+    stamps = [stamp for folder in (run.folder, run.folder / "baseline-local") if (stamp := _stamp(folder / "metrics.jsonl"))]
+    return time.time() - max(modified for _, _, modified in stamps) / 1e9 if stamps else 0.0
 
 
 def _bar(run: RunData, name: str):

@@ -72,6 +72,16 @@ def test_what_was_not_finite_and_what_is_not_there_yet(tmp_path, capsys):
     assert "no round is recorded yet" in once(bare, capsys)
 
 
+def test_a_run_that_has_fallen_silent_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", RECORDS, rounds=10)
+    assert "nothing new" not in once(run, capsys)
+    os.utime(run / "metrics.jsonl", (time.time() - 600, time.time() - 600))
+    assert "nothing new for 10:0" in once(run, capsys)
+    write_run(run, RECORDS)  # ended: silence is what it should be
+    os.utime(run / "metrics.jsonl", (time.time() - 600, time.time() - 600))
+    assert "nothing new" not in once(run, capsys)
+
+
 def test_more_peers_than_lines(tmp_path):
     from rich.console import Console
     run = read_run(write_run(tmp_path / "run", [record(1, [0.5] * 50)], rounds=2, peers=50))
