@@ -59,7 +59,7 @@ class Forked:
         self.logs = [log.with_suffix(f".{rank}") for rank in range(num)]
         self.processes = []
         for rank, path in enumerate(self.logs):
-            path.unlink(missing_ok=True)
+            path.write_text("")
             self.processes.append(context.Process(target=_work, args=(rank, num, port, argv, str(path))))
             self.processes[-1].start()
 

@@ -115,15 +115,18 @@ class Checkpointer:
 
     def _together(self, draft: Path, target: Path, step: Callable[[], None]) -> None:
         """One step of every process. Where one fails none goes on, and no draft is left."""
-        error = None
+        def act() -> None:
+            try:
+                step()
+            except (OSError, SafetensorError) as failure:  # safetensors has its own word for a full disk
+                raise OSError(f"checkpoint {target} could not be written: {failure}") from failure
+
         try:
-            step()
-        except (OSError, SafetensorError) as failure:  # safetensors has its own word for a full disk
-            error = failure
-        if self.transport.agree(int(error is not None)):
+            together(self.transport, act)
+        except OSError:
             if self.process == 0:
                 shutil.rmtree(draft, ignore_errors=True)
-            raise OSError(f"checkpoint {target} could not be written: {error or 'another process failed'}") from error
+            raise
 
     def _write(self, draft: Path, adapted, peers, x, rows, tensors, consensus) -> None:
         draft.mkdir(parents=True, exist_ok=True)
@@ -148,6 +151,8 @@ class Checkpointer:
             if f"state-{process}.safetensors" not in digests:
                 raise OSError(f"process 0 does not see what {self.transport.describe(process)} wrote; the output must lie on a file "
                               "system that all processes share")
+        if (self.run / "metrics.jsonl").exists():  # the records of its rounds are there when it is
+            _sync(self.run / "metrics.jsonl")
         (draft / "manifest.json").write_text(json.dumps({"rounds": rounds, "sha256": digests}, indent=1))
         _sync(draft / "manifest.json")
         _sync(draft)

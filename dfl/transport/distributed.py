@@ -20,6 +20,10 @@ _ENTRY = struct.Struct("<IIQ")  # peer, tag: what kind of numbers the message ho
 _VERSION = 1
 
 
+class TagError(TypeError, ConnectionError):
+    """A message holds other numbers than its receiver expects."""
+
+
 class Distributed:
     """Packed point-to-point exchange. Both ends derive the same lists from the same edges.
 
@@ -117,8 +121,8 @@ class Distributed:
                                   f"expected peers and bytes {sizes}")
         for peer, found_tag, _ in entries:
             if found_tag != tag:
-                raise TypeError(f"{self.describe(process)} sent peer {peer}'s message with tag {found_tag:#x} {self._when()}; process "
-                                f"{self.rank} expected {tag:#x}: they do not agree on what kind of numbers a message holds")
+                raise TagError(f"{self.describe(process)} sent peer {peer}'s message with tag {found_tag:#x} {self._when()}; process "
+                               f"{self.rank} expected {tag:#x}: they do not agree on what kind of numbers a message holds")
         body = buffer.to(self.device)
         return {peer: body[start:stop] for peer, (start, stop) in zip(sizes, _places(list(sizes.values())), strict=True)}
 

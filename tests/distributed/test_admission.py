@@ -71,8 +71,8 @@ def altered(root, what: str) -> dict:
     return tree
 
 
-@pytest.mark.parametrize("what, field", [("seed", "seed = 5, but 0 on process 0"), ("data", "evaluation examples = |training examples = "),
-                                         ("model", "base model = ")])
+@pytest.mark.parametrize("what, field", [
+    ("seed", "seed = 5, but 0 on process 0"), ("data", "evaluation examples = |training examples = "), ("model", "base model = ")])
 def test_a_process_that_does_not_belong_is_refused_by_all(root, what, field):
     tree = config_of(root, root / "refused")
     other = tree | {"seed": 5} if what == "seed" else altered(root, what)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 
-from dfl.transport import Distributed
+from dfl.transport import Distributed, notes
 
 pytestmark = pytest.mark.distributed
-PATIENCE = 1.5
+PATIENCE = 1.0
 RING = [(j, i) for j in range(3) for i in ((j - 1) % 3, (j + 1) % 3)]
 
 
@@ -28,6 +28,7 @@ def step(transport: Distributed, phase: str, rank: int) -> None:
 
 def worker(rank: int, phase: str, victim: int, number: int) -> tuple[str, float, bool]:
     """What a process says when `victim` gets a signal before a step; how long that took; whether it could leave."""
+    notes.GRACE = 0.5
     transport = Distributed(3, device=torch.device("cpu"), wire=torch.device("cpu"), timeout=PATIENCE)
     transport.introduce(f"host{rank}")
     for name in ("exchange", "agreement", "gathering of rows"):

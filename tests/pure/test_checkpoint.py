@@ -397,20 +397,18 @@ def test_a_checkpoint_without_the_part_of_a_process_is_not_published(root, tmp_p
 
 
 class OtherFails(InProcess):
-    """Another process reports a failure in the first agreement that asks for one."""
+    """Another process reports that its disk is full."""
 
-    def __init__(self):
-        self.asked = 0
+    size = 2
 
-    def agree(self, value):
-        self.asked += 1
-        return max(value, int(self.asked == 2))
+    def share(self, data):
+        return [data, b"OSError its disk is full"]
 
 
 def test_when_another_process_fails_nothing_is_published(root, tmp_path):
     run, loaded = tiny_runs.make_run(make_config(root, tmp_path))
     writer = checkpoint.Checkpointer(tmp_path, OtherFails(), 0, "base")
-    with pytest.raises(OSError, match="another process failed"):
+    with pytest.raises(OSError, match="process 1: its disk is full"):
         writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.peers.rows(), {}, None)
     assert published(tmp_path) == []
 
