@@ -50,7 +50,7 @@ function frame(svg, width, height, x, y, names) {
     make(svg, "text", { x: 43, y: y(v) + 4, "text-anchor": "end" }, short(v));
   }
   const stops = x ? x.ticks(width < 420 ? 4 : 7).filter((v) => names.x !== "round" || Number.isInteger(v)) : [];
-  for (const v of stops) make(svg, "text", { x: x(v), y: height - 20, "text-anchor": "middle" }, short(v));
+  for (const v of stops) make(svg, "text", { x: Math.min(x(v), width - 3.3 * short(v).length), y: height - 20, "text-anchor": "middle" }, short(v));
   make(svg, "text", { x: 4, y: 12 }, names.y);
   make(svg, "text", { x: width - 8, y: height - 4, "text-anchor": "end" }, names.x);
 }
@@ -195,7 +195,10 @@ function bits(text) {
 function drawGraph(chart, state, svg, width) {
   const n = chart.peers, size = Math.min(width, 460), left = (width - size) / 2, room = 18, radius = Math.max(2.5, Math.min(11, 130 / n));
   svg.setAttribute("viewBox", `0 0 ${width} ${size}`);
-  const axis = [0, 1].map((k) => chart.positions.map((p) => p[k])), at = [0, 1].map((k) => scale(Math.min(...axis[k]), Math.max(...axis[k]), room, size - room, false));
+  const at = [0, 1].map((k) => {
+    const along = chart.positions.map((p) => p[k]), low = Math.min(...along), high = Math.max(...along);
+    return low < high ? scale(low, high, room, size - room, false) : () => size / 2;
+  });
   const place = chart.positions.map((p) => [left + at[0](p[0]), at[1](p[1])]), hears = bits(chart.frames[state.frame]);
   const degree = new Array(n).fill(0), links = [];
   for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) {

@@ -104,7 +104,8 @@ def _progress(run: RunData, metric: str, higher: bool, targets: list[float]) -> 
             lines.append(charts.series("training alone, mean of peers", points, "baseline", 2))
         found.append(charts.lines(f"{metric.capitalize()} by {unit}", text, [charts.variant(metric, metric, lines)], x=unit))
     return [Section("Progress", charts=[c for c in (by_round, loss) if c]),
-            Section("What it cost", charts=[c for c in found if c], tables=[crossings([run], metric, higher, targets)])]
+            Section("What it cost", charts=[c for c in found if c], tables=[crossings([run], metric, higher, targets)],
+                    notes=[] if any(found) else [f"The mean {metric} over peers was never finite: there is nothing to reach."])]
 
 
 def _what_happened(run: RunData, metric: str, higher: bool) -> str:

@@ -148,7 +148,7 @@ BROKEN = {
     "torn": (FINISHED, torn, ["5 of 6 lines could be read, the others are torn"]),
     "nothing but lines": (FINISHED, unreadable, ["run.json is missing or damaged", "recipe.yaml is missing or damaged", "0.8000"]),
     "not finite": ([record(1, [None, 0.5], train_loss={"mean": None, "min": 1.0, "max": None}, train_loss_peers=[None, 1.0],
-                           measures={"cross_term": None})], None, ["–", "0.5000"]),
+                           measures={"cross_term": None})], None, ["–", "0.5000", "The mean accuracy over peers was never finite"]),
     "one peer": ([record(1, [0.5])], None, ["the mean over 1 peers"]),
     "no seconds": ([{"round": 1, "eval": evaluation([0.5, 0.5])}], None, ["No seconds have been recorded", "No measures were"]),
     "no number at all": ([{"round": 1}, {"round": 2, "eval": None, "measures": None, "seconds": None}], None, ["No evaluation"]),
