@@ -39,7 +39,8 @@ class Rule(NamedTuple):
     facts: what was chosen when the rule was built (TAD's interval and why), for the log.
     residual: the layout of state["residual"], a row of low-rank products E that the model adds to those of the factors;
         None: the rule keeps none.
-    common: groups that hold the same values at every peer and never change. Their digest travels with every message.
+    common: groups that hold the same values at every peer and never travel; what changes them does so alike everywhere. Their digest,
+        as the run starts or is resumed, travels with every message.
     needs: what W(t) must be: any; static, the same in every round; complete, static with all rows equal.
     """
 
