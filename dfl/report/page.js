@@ -150,7 +150,7 @@ function tail(text, room) {
 function drawHeat(chart, state, svg, width) {
   const { rows, columns, values, unit, row, column, counts } = chart.variants[state.variant];
   const margin = Math.min(width * 0.34, 12 + 6.4 * Math.max(...rows.map((r) => r.length))), cell = (width - margin - 6) / columns.length;
-  const height = Math.max(rows.length > 60 ? 4 : 15, Math.min(30, 420 / rows.length)), top = 18, bottom = top + height * rows.length;
+  const height = Math.max(rows.length > 60 ? 1 : 15, Math.min(30, 420 / rows.length)), top = 18, bottom = top + height * rows.length;
   svg.setAttribute("viewBox", `0 0 ${width} ${bottom + 64}`);
   const known = shown(values.flat()), low = Math.min(...known), high = Math.max(...known);
   const share = (v) => high > low ? (v - low) / (high - low) : 0.5;

@@ -7,8 +7,8 @@ from dfl.report.network import network
 from dfl.report.page import Section, Table
 from dfl.report.runs import OBSERVING, RunData, evaluated, layers, metrics_of, number, scalars, spent
 
-# bars narrower than these are not readable
-MAX_BARS, MAX_CELLS = 60, 120
+# more bars, columns, lines of peers, or points in each of those no screen shows
+MAX_BARS, MAX_CELLS, MAX_LINES, MAX_PEER_POINTS = 60, 120, 128, 150
 # what well-known measures mean; any other scalar is shown under its own name
 MEANINGS = {
     "consensus_distance": "How far peers are from their mean: the root of the mean squared distance of all numbers of a peer.",
@@ -62,17 +62,25 @@ def tiles(run: RunData, metric: str, higher: bool) -> list[tuple[str, str]]:
 
 
 def metric_lines(run: RunData, metric: str, at=lambda record: record["round"]) -> list[dict]:
-    """Band and mean over peers, every peer, the consensus model and local training alone, over `at(record)`."""
+    """Band and mean over peers, each of them, the consensus model and local training alone, over `at(record)`."""
     records = evaluated(run, metric)
     found = [charts.series("mean of peers, least to most", [_banded(r, metric, at(r)) for r in records]),
              charts.series("consensus model", [(at(r), number(r, "eval", "consensus", metric)) for r in records], "consensus", 1)]
     if run.baseline:
         alone = [(at(r), number(r, "eval", metric, "mean")) for r in evaluated(run.baseline, metric)]
         found.append(charts.series("training alone, mean of peers", alone, "baseline", 2))
-    for peer in range(run.num_peers):
-        points = [(at(r), _of(r["eval"]["peers"][metric], peer)) for r in charts.thin(records, 150)]
-        found.append(charts.series(f"peer {peer}", points, "peer", 6))
-    return found
+    return found + _each_peer([(at(r), r["eval"]["peers"][metric]) for r in records])
+
+
+def _each_peer(rows: list[tuple[float, list]]) -> list[dict]:
+    """A faint line for every peer, from (x, values of all peers); of more than MAX_LINES, the middle half of them."""
+    num = max((len(values) for _, values in rows), default=0)
+    if num > MAX_LINES:
+        known = [(x, sorted(v for v in values if v is not None)) for x, values in rows]
+        middle = [(x, v[len(v) // 2], v[len(v) // 4], v[3 * len(v) // 4]) for x, v in known if v]
+        return [charts.series("median, middle half of the peers", middle, "line", 3)]
+    return [charts.series(f"peer {k}", [(x, _of(values, k)) for x, values in charts.thin(rows, MAX_PEER_POINTS)], "peer", 6)
+            for k in range(num)]
 
 
 def _banded(record: dict, metric: str, x: float) -> tuple:
@@ -124,10 +132,7 @@ def _loss_lines(run: RunData) -> list[dict]:
     records = [r for r in run.records if isinstance(r.get("train_loss"), dict)]
     points = [(r["round"], *(number(r, "train_loss", key) for key in ("mean", "min", "max"))) for r in records]
     found = [charts.series("mean of peers, least to most", points)]
-    each = [r for r in charts.thin(records, 150) if isinstance(r.get("train_loss_peers"), list)]
-    for peer in range(max((len(r["train_loss_peers"]) for r in each), default=0)):
-        found.append(charts.series(f"peer {peer}", [(r["round"], _of(r["train_loss_peers"], peer)) for r in each], "peer", 6))
-    return found
+    return found + _each_peer([(r["round"], r["train_loss_peers"]) for r in records if isinstance(r.get("train_loss_peers"), list)])
 
 
 def crossing(run: RunData, metric: str, higher: bool, target: float) -> tuple[int, float, float] | None:

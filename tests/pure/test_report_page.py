@@ -213,6 +213,17 @@ def test_a_page_of_ten_peers_and_a_hundred_rounds_is_small(tmp_path):
     assert write_report([run])[0].stat().st_size < 500_000
 
 
+def test_of_very_many_peers_the_middle_half_is_drawn(tmp_path):
+    values = [k / 1000 for k in range(1000)]
+    run = write_run(tmp_path / "run", [record(t, values, train_loss_peers=values) for t in (1, 2)], peers=1000)
+    _, found, markdown = report(run)
+    lines = {line["name"]: line for line in chart(found, "Accuracy by round")["variants"][0]["series"]}
+    middle = lines["median, middle half of the peers"]
+    assert len(lines) == 2 and (middle["lo"][0], middle["y"][0], middle["hi"][0]) == (0.25, 0.5, 0.75)
+    assert not [c for c in found if c["kind"] == "graph"] and chart(found, "Connectivity") and "| 999 | 0.9990 |" in markdown
+    assert (run / "report.html").stat().st_size < 500_000
+
+
 def test_long_lines_are_thinned_to_their_ends():
     line = charts.series("x", [(t, t / 3) for t in range(5000)])
     assert len(line["x"]) == charts.MAX_POINTS and (line["x"][0], line["x"][-1]) == (0, 4999)
