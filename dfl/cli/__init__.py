@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml
   dfl eval runs/five --data mine.csv --peer 3 --predictions said.jsonl
   dfl export runs/five --peer consensus --merge
+  dfl watch runs/five
+  dfl report runs/five runs/ten --target 0.6
 """
 
 
