@@ -14,6 +14,7 @@ COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "
 EXAMPLES = """examples:
   dfl train launch/recipes/quickstart.yaml --rule.T 5 --output runs/five
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml
+  dfl sweep launch/recipes/sweep.yaml --jobs 2
   dfl eval runs/five --data mine.csv --peer 3 --predictions said.jsonl
   dfl export runs/five --peer consensus --merge
   dfl watch runs/five

@@ -26,9 +26,9 @@ def run(args, overrides: list[str]) -> int:
     indices = range(len(sweep.cells)) if args.index is None else [args.index]
     if args.index is not None and args.index not in range(len(sweep.cells)):
         raise ValueError(f"--index {args.index} is not allowed; the sweep has runs 0 to {len(sweep.cells) - 1}")
-    sweeps.check(sweep, indices)
     resources = sweeps.Resources(1 if args.jobs is None else args.jobs, args.processes, args.retries)
     resources.check()
+    sweeps.check(sweep, indices, args.processes)
     runs = sweeps.plan(sweep, overwrite=args.overwrite)
     command = sweeps.array_command(len(runs), args.sweep, overrides, args.sbatch, args.jobs) if args.slurm else []
     if args.dry_run:

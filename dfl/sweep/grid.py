@@ -14,6 +14,7 @@ from dfl.config.aliases import ALIASES, apply, own_names
 from dfl.config.recipes import number, parse_overrides, read_yaml
 from dfl.plugins import did_you_mean
 from dfl.tasks import models
+from dfl.transport import hosting
 
 KEYS = ("recipe", "grid", "together", "exclude", "include", "output")
 _OUTPUT = ("output", "output_dir")
@@ -186,14 +187,18 @@ def describe(given: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value!r}" for key, value in given.items()) or "as the recipe says"
 
 
-def check(sweep: Sweep, indices: Iterable[int] | None = None) -> None:
-    """Refuse the first cell that cannot run: everything that can be told before a model is loaded. ValueError names its fields."""
+def check(sweep: Sweep, indices: Iterable[int] | None = None, processes: int = 1) -> None:
+    """Refuse the first cell that cannot run, in so many processes: everything that can be told before a model is loaded.
+
+    ValueError names its fields.
+    """
     located: set[str] = set()
     for index in range(len(sweep.cells)) if indices is None else indices:
         cell = sweep.cells[index]
         try:
             assemble.check(cell.config)
             load_callbacks(cell.config.callbacks)
+            hosting(cell.config.peers, processes)
             _check_files(cell.config, located)
         except ValueError as error:
             raise ValueError(f"run {index} ({describe(cell.given)}): {error}") from None

@@ -84,7 +84,7 @@ class Runner:
         self.active: list[Attempt] = []
         self.failed: dict[str, tuple[SweepRun, str]] = {}
         self.unfinished: list[str] = []
-        self.stops = 0
+        self.stops, self.passed_on = 0, 0  # signals that came, and those that our processes have been sent
         self.slots = min(resources.jobs, max(1, len(todo)))
         self.threads = max(1, num_cores() // (self.slots * resources.processes))
         self.devices = visible_devices()
@@ -99,6 +99,7 @@ class Runner:
         try:
             while self.active or (self.waiting and not self.stops):
                 self._fill()
+                self._pass_on()
                 time.sleep(0.05)
                 for attempt in [a for a in self.active if a.process.poll() is not None]:
                     self.active.remove(attempt)
@@ -113,13 +114,21 @@ class Runner:
         return 1 if self.failed else STOPPED if self.stops or self.unfinished else 0
 
     def _stop(self, number, frame) -> None:
-        """The first signal is passed on, and the runs save and leave; a second one ends them at once."""
         self.stops += 1
+
+    def _pass_on(self) -> None:
+        """At the first signal the runs save and leave; a second one ends them at once.
+
+        Not in the handler: it may come between the start of a process and our knowing it.
+        """
+        if self.stops == self.passed_on:
+            return
         for attempt in self.active:
             if self.stops == 1:  # torchrun passes it on to its own
                 attempt.process.send_signal(signal.SIGTERM)
             else:
                 kill(attempt.process)
+        self.passed_on = self.stops
 
     def _fill(self) -> None:
         while self.waiting and len(self.active) < self.slots and not self.stops:
@@ -143,6 +152,8 @@ class Runner:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return None
+            except OSError:  # a file system without locks
+                pass
             note_failure(run, None)
             log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} attempt {number}: {' '.join(command)}\n".encode())
             log.flush()

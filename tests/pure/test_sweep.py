@@ -3,6 +3,10 @@
 import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -171,7 +175,9 @@ def test_refused_before_anything_is_started_or_written(root, tmp_path, capsys, c
 
 @pytest.mark.parametrize("words, part", [
     (["--jobs", "0"], "--jobs 0"), (["--processes", "0"], "--processes 0"), (["--retries", "-1"], "--retries -1"),
-    (["--index", "2"], "runs 0 to 1"), (["--index", "0", "--slurm"], "--index 0"), (["--sbatch", "time=3"], "with --slurm"),
+    (["--index", "2"], "runs 0 to 1"),
+    (["--processes", "5"], "run 0 (rule = 'lora'): peers = 4 is fewer than the 5 processes"),
+    (["--index", "0", "--slurm"], "--index 0"), (["--sbatch", "time=3"], "with --slurm"),
     (["--rule.T", "3"], "override --rule.T = 3: the sweep sets rule in every run")])
 def test_refused_arguments(root, tmp_path, capsys, words, part):
     path = write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", "ffa"]}})
@@ -268,6 +274,24 @@ def test_a_run_that_is_at_work_elsewhere_is_left_alone(root, tmp_path, capsys):
         fcntl.flock(log, fcntl.LOCK_EX)
         assert sweep(path) == 75
     assert "is at work in another process" in capsys.readouterr().err and not (tmp_path / "out" / "run").exists()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_a_process_is_being_started_reaches_it(root, tmp_path, monkeypatch, capsys, signals):
+    def start(*words, **options):
+        process = popen(*words, **options)
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGINT)
+        return process
+
+    popen = subprocess.Popen
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
+    monkeypatch.setattr(local, "command_of", lambda *_: [sys.executable, "-c", "import time; time.sleep(100)"])
+    monkeypatch.setattr(subprocess, "Popen", start)
+    started = time.monotonic()
+    assert sweep(path) == 75 and time.monotonic() - started < 60
+    assert "seed=0  stopped after" in capsys.readouterr().err
+    assert states(tmp_path / "out") == {"seed=0": "waiting", "seed=1": "waiting"}
 
 
 def test_threads_and_gpus_are_shared_out(root, tmp_path, monkeypatch):
