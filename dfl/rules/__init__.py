@@ -19,6 +19,7 @@ from dfl.rules.padding import hetlora, replicate
 from dfl.rules.products import decaf, florist
 from dfl.rules.projection import lora_fair
 from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
+from dfl.rules.selection import lora_a2
 from dfl.rules.sketches import fedask
 from dfl.rules.weighted import dora, hira
 
@@ -29,6 +30,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "rolora": rolora,
     "adf": adf,
     "tad": tad,
+    "lora_a2": lora_a2,
     "fedrot": fedrot,
     "flora_na": flora_na,
     "lora_fair": lora_fair,

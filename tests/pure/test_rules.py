@@ -39,6 +39,7 @@ TABLE = {
     "rolora": Promise("factors"),
     "adf": Promise("factors", {"T": 2}),
     "tad": Promise("factors", {"T": 3}),
+    "lora_a2": Promise("nothing"),
     "fedrot": Promise("nothing"),
     "flora_na": Promise("nothing"),
     "lora_fair": Promise("nothing"),
