@@ -42,8 +42,9 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
     check_company(transport, settings(config, resume=resume, overwrite=overwrite) | {"callbacks": list(map(name_of, callbacks))})
     resumed_from = prepare(config, output, runtime, resume, overwrite)
     loaded = together(transport, lambda: load(config, runtime.device))
-    bundle = loaded.bundle
-    check_company(transport, contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
+    if transport.size > 1:
+        bundle = loaded.bundle
+        check_company(transport, contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
     finished = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks)
     if finished and config.baseline:
         alone = _baseline(config)

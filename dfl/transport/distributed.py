@@ -177,7 +177,8 @@ class Distributed:
     def _lost(self, missing: list[int], what: str, seconds: float, limit: float) -> ConnectionError:
         """What happened, as far as the notes of the other processes explain it."""
         who = " and ".join(map(self.describe, missing))
-        how = f"said nothing for {seconds:.1f} s" if seconds >= limit else f"is gone: the connection closed after {seconds:.1f} s"
+        gone = f"is gone: its connection closed after {seconds:.1f} s of waiting"
+        how = gone if seconds < limit else f"said nothing for {seconds:.1f} s"
         mine = Note(self.rank, f"{who} {how}, {self._when()} ({what})", missing)
         if 0 in missing:
             time.sleep(0.2)  # it may hold the store, and a process that dies closes one socket after the other

@@ -51,7 +51,7 @@ def worker(rank: int, phase: str, victim: int, number: int) -> tuple[str, float,
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
 def test_all_others_name_the_process_that_is_silent_or_dead(phase, victim, number):
     results = run_processes(worker, 3, phase, victim, number, lost=[victim])
-    how = "said nothing for" if number == signal.SIGSTOP else "is gone: the connection closed after"
+    how = "said nothing for" if number == signal.SIGSTOP else "is gone: its connection closed after"
     for rank, result in enumerate(results):
         if rank == victim:
             assert result is None
