@@ -12,6 +12,8 @@ SAID = {".gitignore": "what is not committed", "README.md": "this page",
         "pyproject.toml": "build backend, style and test settings", ".ci/run": "what has to pass before anything lands",
         "topologies/README.md": "the library and the command, all names, how to choose",
         "benchmarks/README.md": "what was measured, how, and what came out", "launch/README.md": "torchrun, Slurm, sweeps, in full",
+        "dfl/report/page.html": "the frame of a report", "dfl/report/page.css": "how it looks, light and dark, wide and narrow",
+        "dfl/report/page.js": "draws the charts, reads values, no library",
         "dfl/rules/README.md": "all rules in one table, and how to choose"}
 COLLAPSED = {"topologies/gallery/": "the drawn topologies, made by `python -m topologies gallery`"}
 _ORDER = ("", "topologies", "dfl", "launch", "benchmarks", "tests", ".ci")
