@@ -128,9 +128,11 @@ def test_sweep_is_an_array(slurm, place):
 
 
 def test_what_is_not_requeued(slurm):
-    """A run that fails, and one whose time is so short that the warning comes at once, as it would each time."""
-    hurried = slurm.submit("--time", "1", TRAIN, "my.yaml", "--output", "runs/hurried")
-    assert "warned after" in slurm.finish(hurried, "FAILED")
+    """A run that fails, and one that is warned so early that it would be warned again before it gets anywhere."""
+    hurried = slurm.submit(TRAIN, "my.yaml", "--output", "runs/hurried", DFL_LEAST="600")
+    slurm.reach(hurried, "runs/hurried", 1)
+    slurm("scancel", "--batch", "--signal=USR1", hurried)
+    assert "warned after" in slurm.finish(hurried, "FAILED") and slurm.job(hurried)["Restarts"] == "0"
     job = slurm.submit(TRAIN, "my.yaml", "--train.rounds", "many")
     log = slurm.finish(job, "FAILED")
     assert "dfl: train.rounds = 'many'" in log and "requeued" not in log and slurm.job(job)["Restarts"] == "0"
