@@ -168,6 +168,9 @@ def _trackers(value: Any) -> Any:
 
 def _put(tree: dict[str, Any], key: str, alias: Alias, value: Any) -> None:
     if key in _LATER:
+        section, _, last = alias.own.partition(".")
+        if isinstance(tree.get(section), Mapping):  # it holds instead of what stood under our name
+            tree[section] = {name: other for name, other in tree[section].items() if name != last}
         tree[key] = value
         return
     for name in _LATER:  # what is given later, by itself or with its whole section, holds

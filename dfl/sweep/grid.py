@@ -54,15 +54,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     if not isinstance(output, str):
         raise ValueError(f"output = {output!r} of {str(path)!r} must be a folder for all of its runs")
     pairs = [(key, value) for key, value in pairs if key not in _OUTPUT]
-    choices = read_axes(tree)
     include = _patterns(tree, "include")
-    choices = _without_overridden(choices, pairs)
+    choices = _overridden(read_axes(tree), include, dict(pairs))
     base = apply(own_names(_recipe(tree, path)), pairs)
     base = {key: value for key, value in base.items() if key != "output"}
     varying = [key for group in choices for key in group if len(group[key]) > 1]
     axes = list(dict.fromkeys([*varying, *(key for cell in include for key in cell)]))
     output = resolve({"output": output}).output  # $NAME and ~
-    given = [*expand(choices, _patterns(tree, "exclude")), *include]
+    given = [*expand(choices, _patterns(tree, "exclude"), partial=bool(pairs)), *include]
     return Sweep(Path(output), base, axes, _cells(base, given, axes))
 
 
@@ -84,7 +83,8 @@ def read_axes(tree: Mapping[str, Any]) -> list[dict[str, list]]:
         raise ValueError(f"grid = {grid!r} must be a mapping from dotted fields to lists of values")
     groups = [{key: values} for key, values in grid.items()]
     together = tree.get("together") or []
-    for group in [together] if isinstance(together, Mapping) else together:
+    together = [together] if isinstance(together, Mapping) else together
+    for group in together if isinstance(together, list) else [None]:
         if not isinstance(group, Mapping) or not group:
             raise ValueError(f"together = {together!r} must be a mapping from fields to lists of equal length, or a list of these")
         groups.append(dict(group))
@@ -98,17 +98,20 @@ def read_axes(tree: Mapping[str, Any]) -> list[dict[str, list]]:
     return [{key: number(list(values)) for key, values in group.items()} for group in groups]
 
 
-def _without_overridden(choices: list[dict[str, list]], pairs: Sequence[tuple[str, Any]]) -> list[dict[str, list]]:
-    given = {key for key, _ in pairs}
-    left = [group for group in choices if not (len(group) == 1 and set(group) <= given)]
-    for key, value in pairs:
-        lost = next((axis for axis in itertools.chain(*left) if f"{key}.".startswith(f"{axis}.")), None)
-        if lost:
-            raise ValueError(f"override --{key} = {value!r}: the sweep sets {lost} in every run")
-    return left
+def _overridden(choices: list[dict[str, list]], include: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, list]]:
+    """The groups, with an overridden field of the grid at its one value. ValueError for an override that would be lost."""
+    groups = [{key: [given[key]] for key in group} if len(group) == 1 and set(group) <= set(given) else group for group in choices]
+    fixed = {key for group in groups for key in group if len(group) == 1 and key in given}
+    for key, value in given.items():
+        for axis in [axis for axis in itertools.chain(*groups) if axis not in fixed] + list(itertools.chain(*include)):
+            if f"{key}.".startswith(f"{axis}."):
+                raise ValueError(f"override --{key} = {value!r}: the sweep sets {axis} by itself")
+    return groups
 
 
 def _check_axis(key: Any, values: Any, seen: set[str]) -> None:
+    if not isinstance(key, str):
+        raise ValueError(f"{key!r} is no field; allowed: dotted names such as train.lr")
     if key in _OUTPUT:
         raise ValueError(f"{key} cannot vary: every run has a folder of its own below the output of the sweep")
     if key in seen:
@@ -125,13 +128,17 @@ def _check_axis(key: Any, values: Any, seen: set[str]) -> None:
 def _patterns(tree: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     patterns = tree.get(name) or []
     patterns = [patterns] if isinstance(patterns, Mapping) else patterns
-    if not isinstance(patterns, list) or not all(isinstance(p, Mapping) and p for p in patterns):
+    good = isinstance(patterns, list) and all(isinstance(pattern, Mapping) and pattern for pattern in patterns)
+    if not good or not all(isinstance(key, str) for pattern in patterns for key in pattern):
         raise ValueError(f"{name} = {patterns!r} must be a list of mappings from dotted fields to values")
     return [number(dict(pattern)) for pattern in patterns]
 
 
-def expand(choices: list[dict[str, list]], exclude: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every combination, the last group fastest, without those that a pattern of `exclude` matches in all of its fields."""
+def expand(choices: list[dict[str, list]], exclude: list[dict[str, Any]], partial: bool = False) -> list[dict[str, Any]]:
+    """Every combination, the last group fastest, without those that a pattern of `exclude` matches in all of its fields.
+
+    ValueError for a pattern that matches none, unless the grid is only a part of what was written.
+    """
     rows = [[dict(zip(group, values, strict=True)) for values in zip(*group.values(), strict=True)] for group in choices]
     combinations = [{key: value for part in parts for key, value in part.items()} for parts in itertools.product(*rows)]
     known = [key for group in choices for key in group]
@@ -139,7 +146,7 @@ def expand(choices: list[dict[str, list]], exclude: list[dict[str, Any]]) -> lis
         for key in pattern:
             if key not in known:
                 raise ValueError(f"exclude: {key!r} is no field of the grid{did_you_mean(key, known)}; allowed: {', '.join(known)}")
-        if not any(_matches(cell, pattern) for cell in combinations):
+        if not partial and not any(_matches(cell, pattern) for cell in combinations):
             raise ValueError(f"exclude: {pattern!r} matches no run of the grid")
     return [cell for cell in combinations if not any(_matches(cell, pattern) for pattern in exclude)]
 

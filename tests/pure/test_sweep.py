@@ -101,6 +101,17 @@ def test_an_override_holds_in_all_runs(tmp_path):
     assert {(c.config.train.lr, c.config.seed) for c in found.cells} == {(0.5, 9)}
 
 
+def test_what_is_excluded_stays_so_under_an_override(tmp_path):
+    tree = GRID | {"exclude": [{"seed": 1, "rule": "lora"}, {"seed": 0, "rule": "tad"}]}
+    assert [c.config.rule.name for c in expand(tmp_path, tree, "--seed", "0").cells] == ["lora", "lora"]
+    assert [c.config.rule.name for c in expand(tmp_path, tree, "--seed", "1").cells] == ["tad", "tad"]
+
+
+def test_steps_as_transformers_counts_them_hold_against_the_recipe(tmp_path):
+    tree = {"recipe": {"eval": {"every": 3}}, "grid": {"train.local_steps": [10, 20]}}
+    assert [c.config.eval.every for c in expand(tmp_path, tree, "--eval_steps", "40").cells] == [4, 2]
+
+
 def test_a_recipe_beside_the_sweep_or_inline(tmp_path):
     (tmp_path / "mine.yaml").write_text("peers: 3\nlearning_rate: 0.5\noutput: elsewhere\n")
     config = expand(tmp_path, {"recipe": "mine.yaml", "grid": {"seed": [0]}}).cells[0].config
@@ -141,6 +152,8 @@ BAD = {
     "one value": ({"grid": {"seed": 3}}, ["seed = 3 must be a list"]),
     "no value": ({"grid": {"seed": []}}, ["seed = [] must be a list of at least one value"]),
     "a value twice": ({"grid": {"seed": [0, 1, 0]}}, ["seed has the value 0 twice"]),
+    "no list of fields": ({"grid": {"seed": [0]}, "together": "seed"}, ["together = 'seed' must be a mapping"]),
+    "no pattern": ({"grid": {"seed": [0]}, "include": ["lora"]}, ["include = ['lora'] must be a list of mappings"]),
     "a field twice": ({"grid": {"seed": [0]}, "together": {"seed": [0], "lora.rank": [4]}}, ["seed stands twice"]),
     "unequal lengths": ({"together": {"lora.rank": [4, 8], "lora.alpha": [8]}}, ["equal length", "lora.rank: 2, lora.alpha: 1"]),
     "no such field to exclude": ({"grid": {"seed": [0]}, "exclude": [{"sed": 0}]}, ["exclude: 'sed'", "did you mean 'seed'?"]),
@@ -175,14 +188,22 @@ def test_refused_before_anything_is_started_or_written(root, tmp_path, capsys, c
 
 @pytest.mark.parametrize("words, part", [
     (["--jobs", "0"], "--jobs 0"), (["--processes", "0"], "--processes 0"), (["--retries", "-1"], "--retries -1"),
-    (["--index", "2"], "runs 0 to 1"),
+    (["--index", "3"], "runs 0 to 2"),
     (["--processes", "5"], "run 0 (rule = 'lora'): peers = 4 is fewer than the 5 processes"),
-    (["--index", "0", "--slurm"], "--index 0"), (["--sbatch", "time=3"], "with --slurm"),
-    (["--rule.T", "3"], "override --rule.T = 3: the sweep sets rule in every run")])
+    (["--index", "0", "--slurm"], "--index 0"), (["--peers", "3"], "--peers = 3: the sweep sets peers by itself"),
+    (["--sbatch", "time=3"], "with --slurm"),
+    (["--rule.T", "3"], "override --rule.T = 3: the sweep sets rule by itself")])
 def test_refused_arguments(root, tmp_path, capsys, words, part):
-    path = write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", "ffa"]}})
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", "ffa"]}, "include": [{"peers": 5}]})
     assert sweep(path, *words) == 2
     assert part in capsys.readouterr().err and os.listdir(tmp_path) == ["sweep.yaml"]
+
+
+@pytest.mark.parametrize("text, part", [
+    ("grid: {1: [2]}", "1 is no field"), ("include: [{1: 2}]\ngrid: {seed: [0]}", "include = [{1: 2}]")])
+def test_fields_that_are_no_text(tmp_path, capsys, text, part):
+    (tmp_path / "sweep.yaml").write_text(f"output: x\n{text}\n")
+    assert sweep(tmp_path / "sweep.yaml") == 2 and part in capsys.readouterr().err
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(root, tmp_path, capsys):
