@@ -17,8 +17,9 @@ from dfl.rules.products import check_gauge, check_split
 from dfl.seeds import derive
 
 
-def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps: int = 1, seed: int = 0,  # noqa: E741
-           split: str = "balanced", gauge: str = "none", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps: int = 1, memory: bool = True,  # noqa: E741
+           seed: int = 0, split: str = "balanced", gauge: str = "none", head: str = "frozen",
+           ranks: Sequence[int] | None = None) -> Rule:
     """Mix sketches of products and decode what is trained from them (FedASK as gossip).
 
     State (Y_i, Z_i), at first the sketch of B A. Each round: add the sketch of what training changed; mix, (Y, Z)_i <-
@@ -26,8 +27,12 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
     of the sketches for doubly stochastic W: what truncation cuts stays in the sketch, for any ranks. Decoding is exact while the
     rank of the mean is at most s. s = 2 R columns and l = 2 s rows by default: about three times the bytes of `lora`, whatever the
     rank of the peer. Wen, Zhu, Xu, Zhou, Han 2025, arXiv 2507.09990 (a server method of two stages; here both are in one message).
-    steps: rounds of mixing for each decoding; in between a peer trains on from the pair it has.
+    steps: rounds of mixing for each decoding; in between a peer trains on from the pair it has. memory: false sketches B A anew each
+    round, as the paper's server does: `decaf` through a sketch. With memory, what truncation cuts is not in the model that trains
+    but is still in the sketch, and training adds it again: where R is too small for what the peers learn together, it overshoots.
     """
+    if not isinstance(memory, bool) or not memory and steps != 1:
+        raise ValueError(f"rule.memory = {memory!r} is not allowed; allowed: true, or false where rule.steps = 1")
     for field, value in (("s", s), ("l", l), ("steps", steps)):
         if value is not None or field == "steps":
             check_count(f"rule.{field}", value)
@@ -43,7 +48,7 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         held = sketch.of(x)
-        state = {**state, "sketch": state["sketch"] + (held - state["held"]), "held": held}
+        state = {**state, "sketch": state["sketch"] + (held - state["held"]) if memory else held, "held": held}
         return torch.cat([state["sketch"], *([read_groups(x, also_cuts)] if also_cuts else [])]), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
@@ -61,7 +66,7 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
     length = sketch.size + layout.length(also_mixed)
     return Rule(lambda t: BOTH | also_trained, lambda t: BOTH | also_mixed, lambda t: length, init, send, mix, no_correction,
                 linear=False, product=True, changes_basis=gauge == "none",
-                facts={"s": s, "l": l, "steps": steps, "split": split, "gauge": gauge})
+                facts={"s": s, "l": l, "steps": steps, "memory": memory, "split": split, "gauge": gauge})
 
 
 class Sketch:

@@ -97,6 +97,15 @@ def test_steps_of_mixing_before_a_decoding():
     assert not torch.equal(mixed, x)
 
 
+def test_without_memory_it_is_decaf_through_a_sketch():
+    sketched, exact = (simulated(name, activation(0.3), rounds=8, **params) for name, params in
+                       (("fedask", {"s": 32, "l": 32, "memory": False}), ("decaf", {})))
+    for one, other in zip(sketched.factors["toy"], exact.factors["toy"], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    remembering = simulated("fedask", activation(0.3), rounds=8, s=32, l=32)
+    assert (remembering.factors["toy"][0] - exact.factors["toy"][0]).abs().max() > 1e-2
+
+
 def test_unequal_ranks_do_not_collapse():
     layout, x = wide(rank=4)
     ranks = (1, 1, 2, 2, 4, 4, 4, 4)
@@ -132,7 +141,9 @@ def test_it_learns_and_a_frame_of_its_own_changes_no_product():
 
 @pytest.mark.parametrize("params, message", [
     ({"s": 0}, "rule.s = 0 is not allowed; allowed: a whole number from 1"), ({"l": 1.5}, "rule.l = 1.5"),
-    ({"steps": None}, "rule.steps"), ({"gauge": "x"}, "rule.gauge"), ({"split": "x"}, "rule.split")])
+    ({"steps": None}, "rule.steps"), ({"memory": 1}, "rule.memory = 1"),
+    ({"memory": False, "steps": 2}, "rule.memory = False is not allowed; allowed: true, or false where rule.steps = 1"),
+    ({"gauge": "x"}, "rule.gauge"), ({"split": "x"}, "rule.split")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         rules.build("fedask", LAYOUT, **params)
