@@ -8,7 +8,8 @@ import torch
 
 import topologies
 from dfl import codecs, executors, partition, ranks, rules, tasks
-from dfl.adapters import Adapted, attach, with_residual
+from dfl.adapters import Adapted, attach
+from dfl.beside import with_residual, with_start
 from dfl.config import Config
 from dfl.evaluate import Evaluator
 from dfl.factors import Layout, make_layout
@@ -97,6 +98,7 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     """Attach LoRA to the model of a bundle whose training examples are already divided."""
     adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"),
                      partial(ranks.resolve, config.lora, config.peers, config.seed))
+    adapted = with_start(adapted, config.lora.start)
     return Loaded(bundle, parts, adapted)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.adapters import Adapted, Rows, residual_rows
+from dfl.adapters import Adapted, Rows
+from dfl.beside import residual_rows
 from dfl.executors import Executor
 from dfl.factors import Layout, empty_rows, stack_a, stack_b, write_pairs
 from dfl.lowrank import refactor, truncate, weighted_sum

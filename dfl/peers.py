@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dfl import cores
-from dfl.adapters import Adapted, Rows, residual_rows, start_of
+from dfl.adapters import Adapted, Rows, start_of
+from dfl.beside import residual_rows
 from dfl.config import TrainConfig
 from dfl.dropout import PeerDropout
 from dfl.executors import Executor, autocasts
-from dfl.factors import GROUPS, Layout, empty_rows, stack_a, stack_b, write_pairs
-from dfl.lowrank import align
+from dfl.factors import GROUPS, Layout, empty_rows
+from dfl.moments import rotate
 from dfl.seeds import derive, permutation
 
 
@@ -121,36 +122,14 @@ class HostedPeers:
         return self.train.state == "carried" and self.train.at_refactor == "rotate"
 
     def after_refactor(self, frames: Tensor | None) -> None:
-        """The factors have a new basis: apply train.at_refactor to the moments. frames: the rows (P, D) before, for rotate.
-
-        rotate: R brings a peer's old pair closest to its new one; first moments become R^T m_A and m_B R. Second moments turn with
-        the squares of R, which is what they are for uncorrelated entries; zeros would make the next steps 1 / sqrt(1 - beta2) too
-        long, as the step counter goes on.
-        """
+        """The factors have a new basis: apply train.at_refactor to the moments. frames: the rows (P, D) before, for rotate."""
         if self.train.state == "fresh" or self.train.at_refactor == "reset":
             self.reset_moments()
         elif self.train.at_refactor == "rotate":
             for row, (old, new) in enumerate(zip(frames, self.x, strict=True)):
                 if not torch.equal(old, new):
-                    self._rotate_moments(row, old, new)
-
-    def _rotate_moments(self, row: int, old: Tensor, new: Tensor) -> None:
-        moments = {key: torch.zeros_like(new) for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
-        states = [(self.layout.groups[group], self.optimizer.state.get(p, {})) for group, p in self.params[row].items()
-                  if group in ("A", "B")]
-        for cut, state in states:
-            for key in moments.keys() & state.keys():
-                if state[key] is not None:
-                    moments[key][cut] = state[key]
-        for pairs in self.layout.shapes():
-            *_, turn = align(*(stack(x, pairs) for x in (old, new) for stack in (stack_a, stack_b)))
-            for key, whole in moments.items():
-                r = turn.square() if key == "exp_avg_sq" else turn
-                write_pairs(whole, pairs, r.mT @ stack_a(whole, pairs), stack_b(whole, pairs) @ r)
-        for cut, state in states:
-            for key in moments.keys() & state.keys():
-                if state[key] is not None:
-                    state[key].copy_(moments[key][cut])
+                    states = {group: self.optimizer.state.get(p, {}) for group, p in self.params[row].items()}
+                    rotate(states, self.layout, old, new)
 
     def _expand(self) -> None:
         if self.adapted.cores:
