@@ -19,7 +19,7 @@ from dfl import simulate
 
 Pairs = tuple[Tensor, Tensor]  # A (N, R, I), B (N, O, R)
 RING_RULES = {"lora": ("lora", {}), "flora_na": ("flora_na", {}), "fedrot": ("fedrot", {}), "decaf": ("decaf", {}),
-              "fedask s=nr": ("fedask", {"s": 32, "l": 36})}
+              "fedask s=nr": ("fedask", {"s": 32, "l": 36, "memory": True})}
 ONE_MIX_RULES = {"lora": ("lora", {}), "flora_na": ("flora_na", {}), "lora_fair ridge=0": ("lora_fair", {"ridge": 0.0}),
                  "fedrot": ("fedrot", {}), "flora_na aligned": ("flora_na", {"align": "own"}), "decaf": ("decaf", {}),
                  "fedrot alternate": ("fedrot", {"criterion": "alternate"}), "fedrot joint": ("fedrot", {"criterion": "joint"}),
@@ -33,7 +33,7 @@ RING = {"common start": (.0663, .0655, .0648, .0589, .0587), "independent": (.94
 SKETCHES = {"s=2r l=4r": ("fedask", {"s": 8, "l": 16}, .126), "s=4r l=8r": ("fedask", {"s": 16, "l": 32}, .076),
             "s=nr": ("fedask", {"s": 32, "l": 40}, .0626), "best": ("decaf", {}, .0626)}
 UNEQUAL_RANKS = (2, 2, 4, 4, 8, 8, 8, 8)
-UNEQUAL_RULES = ("decaf", "hetlora", "replicate", "fedask", "carry", "fedhl")
+UNEQUAL_RULES = {"decaf": {}, "hetlora": {}, "replicate": {}, "fedask": {"memory": True}, "carry": {}, "fedhl": {}}
 
 
 def main() -> None:
@@ -104,8 +104,8 @@ def unequal(seeds: int) -> dict:
     for seed in range(seeds):
         pairs = truncated_peers(seed)
         runs["at the start"].append(share(pairs))
-        for rule in UNEQUAL_RULES:
-            runs[rule].append(share(mixed(rule, "ring", pairs, 60, ranks=UNEQUAL_RANKS)))
+        for rule, params in UNEQUAL_RULES.items():
+            runs[rule].append(share(mixed(rule, "ring", pairs, 60, ranks=UNEQUAL_RANKS, **params)))
     return rows("energy in the two leading directions", runs, {"at the start": .755, "decaf": .9999})
 
 

@@ -17,19 +17,19 @@ from dfl.rules.products import check_gauge, check_split
 from dfl.seeds import derive
 
 
-def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps: int = 1, memory: bool = True,  # noqa: E741
+def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps: int = 1, memory: bool = False,  # noqa: E741
            seed: int = 0, split: str = "balanced", gauge: str = "none", head: str = "frozen",
            ranks: Sequence[int] | None = None) -> Rule:
     """Mix sketches of products and decode what is trained from them (FedASK as gossip).
 
-    State (Y_i, Z_i), at first the sketch of B A. Each round: add the sketch of what training changed; mix, (Y, Z)_i <-
-    sum_j w_ij (Y, Z)_j; decode, Q = orth(Y), C = argmin ||Psi Q C - Z||, B_i A_i <- best rank-R_i part of Q C. Keeps the network mean
-    of the sketches for doubly stochastic W: what truncation cuts stays in the sketch, for any ranks. Decoding is exact while the
-    rank of the mean is at most s. s = 2 R columns and l = 2 s rows by default: about three times the bytes of `lora`, whatever the
-    rank of the peer. Wen, Zhu, Xu, Zhou, Han 2025, arXiv 2507.09990 (a server method of two stages; here both are in one message).
-    steps: rounds of mixing for each decoding; in between a peer trains on from the pair it has. memory: false sketches B A anew each
-    round, as the paper's server does: `decaf` through a sketch. With memory, what truncation cuts is not in the model that trains
-    but is still in the sketch, and training adds it again: where R is too small for what the peers learn together, it overshoots.
+    (Y, Z)_i is the sketch of B_i A_i. Each round: mix, (Y, Z)_i <- sum_j w_ij (Y, Z)_j; decode, Q = orth(Y),
+    C = argmin ||Psi Q C - Z||, B_i A_i <- best rank-R_i part of Q C: `decaf` through a sketch, exact while the rank of the mean is at
+    most s. s = 2 R columns and l = 2 s rows by default: about three times the bytes of `lora`, whatever the rank of the peer.
+    Wen, Zhu, Xu, Zhou, Han 2025, arXiv 2507.09990 (a server method of two stages; here both are in one message).
+    memory: keep the sketch from round to round and add to it what training changed. Then, for doubly stochastic W and any ranks,
+    the network mean of the sketches is kept: what truncation cuts stays. But it is not in the model that trains, so training
+    adds it again: where R is too small for what the peers learn together, it overshoots.
+    steps: with memory, rounds of mixing for each decoding; in between a peer trains on from the pair it has.
     """
     if not isinstance(memory, bool) or not memory and steps != 1:
         raise ValueError(f"rule.memory = {memory!r} is not allowed; allowed: true, or false where rule.steps = 1")

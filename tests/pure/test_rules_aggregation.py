@@ -12,7 +12,8 @@ from dfl.factors import a_view, b_view
 
 RULES = {"lora": {}, "decaf": {}, "decaf_own": {"gauge": "own"}, "sp": {}, "ps": {}, "florist": {"tau": 0.9}, "flora_na": {},
          "flora_na_aligned": {"align": "own"}, "flora_na_global": {"scope": "global"}, "flora_na_delta": {"form": "delta"},
-         "lora_fair": {"ridge": 0.0}, "fed_svd": {}, "fedask": {}, "hetlora": {}, "hetlora_ordered": {"order": True},
+         "lora_fair": {"ridge": 0.0}, "fed_svd": {}, "fedask": {}, "fedask_memory": {"memory": True}, "hetlora": {},
+         "hetlora_ordered": {"order": True},
          "hetlora_pruned": {"gamma": 0.5}, "replicate": {}, "fedrot": {}, "fedrot_soft": {"strength": 0.5},
          "fedrot_joint": {"criterion": "joint"}, "fedrot_start": {"reference": "start", "criterion": "alternate"},
          "fedrot_sender": {"side": "sender"}}

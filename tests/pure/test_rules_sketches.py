@@ -55,7 +55,7 @@ def test_many_rounds_of_truncation_lose_nothing():
     """Ring of 8, rank 2, mean of rank 16: consensus on the sketch of the true mean, where product mixing is far off."""
     layout, x = wide()
     ring_of_8 = topologies.build("ring", 8).matrix(0)
-    rule = rules.build("fedask", layout, s=16, l=20, steps=20)
+    rule = rules.build("fedask", layout, s=16, l=20, steps=20, memory=True)
     out, states = idle(rule, x, ring_of_8, 200)
     sketches = stacked(states)
     truth = torch.stack([Sketch(layout, 16, 20, 0).of(row) for row in x]).mean(0)
@@ -72,7 +72,7 @@ def test_many_rounds_of_truncation_lose_nothing():
 def test_the_mean_of_the_sketches_moves_by_the_mean_progress_only():
     layout, x = wide(rank=3)
     ring_of_8 = topologies.build("ring", 8).matrix(0)
-    rule, sketch = rules.build("fedask", layout, s=4, l=6), Sketch(layout, 4, 6, 0)
+    rule, sketch = rules.build("fedask", layout, s=4, l=6, memory=True), Sketch(layout, 4, 6, 0)
     states, progress = [rule.init(row) for row in x], 0
     start = stacked(states).mean(0)
     for t in range(30):
@@ -86,23 +86,23 @@ def test_the_mean_of_the_sketches_moves_by_the_mean_progress_only():
 
 def test_steps_of_mixing_before_a_decoding():
     x = random_rows()
-    rule = rules.build("fedask", LAYOUT, steps=3)
+    rule = rules.build("fedask", LAYOUT, steps=3, memory=True)
     kept, states = idle(rule, x, ring(), 2)
     assert torch.equal(kept, x) and not torch.equal(states[0]["sketch"], states[0]["held"])
     mixed, _ = idle(rule, x, ring(), 3)
     thrice = np.linalg.matrix_power(ring(), 3)
     params = {"s": 7, "l": 9}
-    exact, _ = idle(rules.build("fedask", LAYOUT, steps=3, **params), x, ring(), 3)
+    exact, _ = idle(rules.build("fedask", LAYOUT, steps=3, memory=True, **params), x, ring(), 3)
     torch.testing.assert_close(product(exact), product(mix_once("decaf", x, thrice)), rtol=0, atol=1e-7)
     assert not torch.equal(mixed, x)
 
 
 def test_without_memory_it_is_decaf_through_a_sketch():
     sketched, exact = (simulated(name, activation(0.3), rounds=8, **params) for name, params in
-                       (("fedask", {"s": 32, "l": 32, "memory": False}), ("decaf", {})))
+                       (("fedask", {"s": 32, "l": 32}), ("decaf", {})))
     for one, other in zip(sketched.factors["toy"], exact.factors["toy"], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    remembering = simulated("fedask", activation(0.3), rounds=8, s=32, l=32)
+    remembering = simulated("fedask", activation(0.3), rounds=8, s=32, l=32, memory=True)
     assert (remembering.factors["toy"][0] - exact.factors["toy"][0]).abs().max() > 1e-2
 
 
@@ -112,7 +112,7 @@ def test_unequal_ranks_do_not_collapse():
     pair = layout.pairs[0]
     for peer, rank in enumerate(ranks):
         a_view(x, pair)[peer, rank:], b_view(x, pair)[peer, :, rank:] = 0, 0
-    rule = rules.build("fedask", layout, s=24, l=24, ranks=ranks, steps=30)
+    rule = rules.build("fedask", layout, s=24, l=24, ranks=ranks, steps=30, memory=True)
     out, states = idle(rule, x, topologies.build("ring", 8).matrix(0), 150)
     mean = (b_view(x, pair) @ a_view(x, pair)).mean(0)
     u, s, vh = torch.linalg.svd(mean)
@@ -142,7 +142,7 @@ def test_it_learns_and_a_frame_of_its_own_changes_no_product():
 @pytest.mark.parametrize("params, message", [
     ({"s": 0}, "rule.s = 0 is not allowed; allowed: a whole number from 1"), ({"l": 1.5}, "rule.l = 1.5"),
     ({"steps": None}, "rule.steps"), ({"memory": 1}, "rule.memory = 1"),
-    ({"memory": False, "steps": 2}, "rule.memory = False is not allowed; allowed: true, or false where rule.steps = 1"),
+    ({"steps": 2}, "rule.memory = False is not allowed; allowed: true, or false where rule.steps = 1"),
     ({"gauge": "x"}, "rule.gauge"), ({"split": "x"}, "rule.split")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
