@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dfl.config import Config
 from dfl.transport import Distributed, InProcess, Transport, hosting
+from dfl.transport.meeting import meet
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
 START_SECONDS = 300.0
@@ -119,11 +120,14 @@ def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> N
     Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
     that of the transport, so that its watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
     """
-    patience = timedelta(seconds=max(1.2 * timeout, START_SECONDS))
+    patience = max(1.2 * timeout, START_SECONDS)
+    limit = timedelta(seconds=patience)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=place.rank, world_size=place.size,
-                                timeout=patience, device_id=device if backend == "nccl" else None)
-    except RuntimeError as error:
+        store, rank, size = next(dist.rendezvous("env://", place.rank, place.size, timeout=limit))
+        store = dist.PrefixStore(f"dfl/{meet(store, rank, size, patience)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=rank, world_size=size, store=store,
+                                timeout=limit, device_id=device if backend == "nccl" else None)
+    except (RuntimeError, ConnectionError) as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
                               f"{str(error).splitlines()[0][:200]}") from error
