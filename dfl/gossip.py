@@ -83,7 +83,8 @@ def same(row: Tensor, k: int, back: bool = False) -> Tensor:
 
 
 def _row(w: np.ndarray, peer: int) -> dict[int, float]:
-    return {int(j): float(w[peer, j]) for j in np.flatnonzero(w[peer])}
+    """A peer's row of W as {peer: weight}; its own weight is there also where it is zero."""
+    return {peer: float(w[peer, peer])} | {int(j): float(w[peer, j]) for j in np.flatnonzero(w[peer])}
 
 
 def _decode(codec: Codec, outbox, inboxes, x: Tensor) -> dict[int, dict[int, Tensor]]:

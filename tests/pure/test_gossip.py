@@ -6,7 +6,7 @@ import torch
 
 import topologies
 from dfl import codecs, rules
-from dfl.factors import empty_rows, make_layout
+from dfl.factors import a_view, b_view, empty_rows, make_layout
 from dfl.gossip import digest_of_common, gossip
 from dfl.transport import InProcess
 
@@ -96,3 +96,46 @@ def test_frozen_factors_that_differ_are_a_type_error():
         digest_of_common(rule, LAYOUT, x)
     assert digest_of_common(rule, LAYOUT, x[3:4]) != tag
     assert digest_of_common(rules.build("lora", LAYOUT), LAYOUT, x) == 0
+
+
+def models(name, codec):
+    """The models after one round on a ring, residuals included: (N, sum O I)."""
+    x = rows()
+    rule = rules.build(name, LAYOUT, **({"T": 1} if name == "tad" else {}))
+    states = [rule.init(row) for row in x]
+    gossip(rule, codecs.build(codec), InProcess(), x, range(NUM), states, topologies.build("ring", NUM).matrix(0), 0)
+    whole = [(x, LAYOUT)] + ([(torch.stack([s["residual"] for s in states]), rule.residual)] if rule.residual else [])
+    return sum(torch.cat([p.scaling * (b_view(r, p) @ a_view(r, p)).flatten(1) for p in layout.pairs], 1) for r, layout in whole)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_the_bytes_are_a_hundredth_off_at_most(name):
+    exact, rounded = models(name, "none"), models(name, "float16")
+    assert float((rounded - exact).norm()) <= 1e-2 * float(exact.norm())
+    assert name == "flora" or not torch.equal(rounded, exact)
+
+
+# numbers of a message for R = 2 and layers of 7 -> 5 and 4 -> 9: sums of R I and R O
+IN, OUT = 2 * (7 + 4), 2 * (5 + 9)
+NUMBERS = {"ffa": OUT, "rolora": OUT, "fed_svd": OUT, "share_a": IN}
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("fedask", "florist", "hetlora", "lora_a2")])
+def test_bytes_are_the_closed_form(name):
+    """The others' messages depend on their sketches or on the slots in use."""
+    _, _, traffic = mix(name, InProcess(), topologies.build("ring", NUM).matrix(0), rows())
+    assert traffic.message_bytes == 4 * 2 * NUM * NUMBERS.get(name, IN + OUT)
+
+
+def test_weights_by_sample_size_converge_to_the_weighted_mean():
+    """Hastings weights for the numbers of examples: FFA's B ends at sum_j n_j B_j / sum_j n_j, not at the plain mean."""
+    sizes = [10, 20, 30, 40, 100]
+    w = topologies.build("ring", NUM, weights={"rule": "target", "mass": sizes}).matrix(0)
+    x = rows().double()
+    start, rule = x.clone(), rules.build("ffa", LAYOUT)
+    for t in range(300):
+        gossip(rule, codecs.build("none"), InProcess(), x, range(NUM), [{}] * NUM, w, t)
+    b = LAYOUT.groups["B"]
+    expected = (torch.tensor(sizes, dtype=torch.float64) / sum(sizes)) @ start[:, b]
+    torch.testing.assert_close(x[:, b], expected.expand(NUM, -1), rtol=0, atol=1e-9)
+    assert (expected - start[:, b].mean(0)).abs().max() > 0.1
