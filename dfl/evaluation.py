@@ -10,8 +10,8 @@ import torch
 
 from dfl import targets, tasks
 from dfl.assemble import Loaded, adapt, assemble, check, data_seed, load
-from dfl.config import Config, from_dict
-from dfl.config.recipes import parse_overrides, set_field
+from dfl.config import Config, resolve
+from dfl.config.recipes import parse_overrides
 from dfl.evaluate import SUMS, in_batches
 from dfl.executors import autocasts
 from dfl.folder import read_config
@@ -125,9 +125,7 @@ def settings(target: Target, overrides: Sequence[str], run: Path | None) -> tupl
     elif run is None:
         base = targets.read_json(target.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         tree["model"] = told["model"] | {"name": str(base)}
-    for key, value in parse_overrides(list(overrides)):
-        set_field(tree, key, value)
-    return from_dict(tree), names
+    return resolve(tree, parse_overrides(list(overrides))), names
 
 
 def with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from dfl.callbacks import ENDED
 from dfl.record import read_lines
 
 # metrics that fall as a model gets better, for runs that do not say it themselves
@@ -42,7 +43,8 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        return bool(self.records) and self.total is not None and self.done >= self.total
+        """At its last round, or ended by a callback."""
+        return bool(self.records) and ((self.total is not None and self.done >= self.total) or (self.folder / ENDED).is_file())
 
     @property
     def state(self) -> str:

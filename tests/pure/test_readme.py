@@ -15,7 +15,9 @@ from dfl import config as configuration
 from dfl import rules
 from dfl.assemble import check
 from dfl.factors import a_view, b_view
+from dfl.record import read_lines
 from dfl.rounds import Hooks, run_rounds
+from dfl.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,6 +70,19 @@ def test_the_round_for_readers_is_the_loops(interval, tmp_path):
 def test_the_simulator_example_runs(capsys):
     exec(block("from dfl import simulate"), {})
     assert float(capsys.readouterr().out) >= 0
+
+
+def test_the_hook_ends_a_run(tmp_path):
+    """As the README has it, in a module of its own; a run whose accuracy cannot rise ends after the third evaluation and one round."""
+    (tmp_path / "patience.py").write_text(block("class Patience"))
+    spec = importlib.util.spec_from_file_location("patience", tmp_path / "patience.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, data = tiny_models.save(tmp_path / "model", "bert"), write_data(tmp_path)
+    config = make_config(model, data, tmp_path / "run", train__rounds=20, train__lr=0.0, eval__every=1)
+    assert train(config, callbacks=[module.Patience()]) == 0
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert 3 <= records[-1]["round"] <= 6
 
 
 def test_the_recipe_example_is_a_recipe():

@@ -278,3 +278,13 @@ def test_a_real_run_through_the_command_line(tmp_path, capsys):
     assert chart(found, "Truncation error")["variants"][0]["series"][0]["y"][-1] == charts.clean(last["truncation_error"])
     for peer, value in enumerate(last["eval"]["peers"]["accuracy"]):
         assert re.search(rf"^\| {peer} \| \d+ \| 0\.\d+ \| {value:.4f} \| 0\.\d+ \|$", markdown, re.M)
+
+
+def test_a_run_that_a_callback_ended_is_finished(tmp_path):
+    """It has fewer rounds than it was started for, and says that it is done."""
+    from dfl.callbacks import ENDED
+    from dfl.report.runs import RunData
+    config, records = {"train": {"rounds": 9}}, [{"round": 0}, {"round": 2}]
+    assert not RunData(tmp_path, "run", config, {}, records).finished
+    (tmp_path / ENDED).write_text("{}")
+    assert RunData(tmp_path, "run", config, {}, records).finished
