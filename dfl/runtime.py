@@ -91,12 +91,17 @@ def choose_backend(config: Config, device: torch.device, place: Place) -> str:
     return "gloo" if shared else "nccl"
 
 
+def num_cores() -> int:
+    """The cores that this process may use: a job often has fewer than its node."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(config: Config) -> Runtime:
     """Join the other processes and choose device, threads and transport. ValueError for what cannot work."""
     place = place_from_environment()
     hosted = hosting(config.peers, place.size)[place.rank]
     device = choose_device(config, place)
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // place.local_size))
+    torch.set_num_threads(config.threads or max(1, num_cores() // place.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.size == 1:

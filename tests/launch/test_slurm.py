@@ -73,7 +73,10 @@ def test_two_nodes_make_the_plain_run(slurm, place):
     """With a site file, and with arguments that a careless script would split or expand."""
     (place / "site.sh").write_text("echo the site file of $SLURM_JOB_ID\n")
     output = "runs/two nodes; and *"
-    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--rule", "{name: lora}", "--output", output, DFL_SITE="site.sh")
+    job = slurm.submit("--nodes", "2", "--cpus-per-task", "3", TRAIN, "my.yaml", "--rule", "{name: lora}", "--output", output,
+                       DFL_SITE="site.sh")
+    slurm.reach(job, output, 1)
+    assert " CPUs=6 " in slurm("scontrol", "show", "step", "--oneliner", f"{job}.0"), "the step has the cores of the job"
     log = slurm.finish(job)
     assert log.startswith(f"the site file of {job}\n") and "4 peers on 2 process(es)" in log
     assert adapter_digests(place / output) == workplace.plain_digests(place)
