@@ -40,7 +40,6 @@ class Sequential:
         bind(adapted, rows.x[row], None if g is None else g[row], trains)
         scale = 1.0 if rows.scale is None else rows.scale[row]
         selected = _Selection(1)
-        kept = [] if rows.residual is None else _add_residuals(adapted, rows.residual[row:row + 1], selected)
         if scale != 1.0:
             for site in adapted.sites:
                 site.module.scaling[ADAPTER] = site.pair.scaling * scale
@@ -50,10 +49,9 @@ class Sequential:
             return adapted.model(**inputs)
 
         try:
-            yield forward
+            with _residuals(adapted, None if rows.residual is None else rows.residual[row:row + 1], selected):
+                yield forward
         finally:
-            for handle in kept:
-                handle.remove()
             if scale != 1.0:
                 for site in adapted.sites:
                     site.module.scaling[ADAPTER] = site.pair.scaling
@@ -79,7 +77,6 @@ class Stacked:
             b = _leaf(b_view(x, site.pair), g, partial(b_view, pair=site.pair), "B" in trains)
             scaling = site.pair.scaling if rows.scale is None else site.pair.scaling * x.new_tensor(rows.scale)
             site.module.forward = partial(_lora_forward, site.module, a, b, scaling, selected)
-        kept = [] if rows.residual is None else _add_residuals(adapted, rows.residual, selected)
         for site in adapted.head:
             tensors = {key: _leaf(head_view(x, t), g, partial(head_view, tensor=t), "head" in trains)
                        for key, t in site.tensors}
@@ -90,10 +87,9 @@ class Stacked:
             return adapted.model(**inputs)
 
         try:
-            yield forward
+            with _residuals(adapted, rows.residual, selected):
+                yield forward
         finally:
-            for handle in kept:
-                handle.remove()
             for module in patched:
                 module.__dict__.pop("forward", None)
 
@@ -140,14 +136,19 @@ def _low_rank(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(hidden, a.mT), b.mT).view(*x.shape[:-1], b.shape[-2])
 
 
-def _add_residuals(adapted: Adapted, residual: Tensor, selected: _Selection) -> list:
-    """Hooks that add s (x G^T) F^T to the adapted layers' output, for residuals (P, D_E): part of the frozen model, so there is no
-    dropout and no gradient. Their handles."""
+@contextmanager
+def _residuals(adapted: Adapted, residual: Tensor | None, selected: _Selection) -> Iterator:
+    """Adds s (x G^T) F^T to the adapted layers' output, for residuals (P, D_E): part of the frozen model, so there is no dropout and
+    no gradient."""
     handles = []
-    for site, pair in zip(adapted.sites, adapted.residual.pairs, strict=True):
+    for site, pair in zip(adapted.sites, adapted.residual.pairs, strict=True) if residual is not None else ():
         hook = partial(_residual_hook, a_view(residual, pair), b_view(residual, pair), pair.scaling, selected)
         handles.append(site.module.register_forward_hook(hook))
-    return handles
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _residual_hook(g_all: Tensor, f_all: Tensor, scaling: float, selected: _Selection, module, args, output: Tensor) -> Tensor:
