@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dfl.config import Config
 from dfl.transport import Distributed, InProcess, Transport, hosting
-from dfl.transport.meeting import meet
+from dfl.transport.meeting import meet, reach
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
 START_SECONDS = 300.0
@@ -128,6 +128,8 @@ def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> N
     patience = max(1.2 * timeout, START_SECONDS)
     limit = timedelta(seconds=patience)
     try:
+        if place.rank and "MASTER_PORT" in os.environ:
+            reach((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), patience)
         store, rank, size = next(dist.rendezvous("env://", place.rank, place.size, timeout=limit))
         store = dist.PrefixStore(f"dfl/{meet(store, rank, size, patience)}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=rank, world_size=size, store=store,

@@ -5,9 +5,23 @@ have died, and the group never comes together.
 """
 
 import secrets
+import socket
 import time
 
 POLL_SECONDS = 0.01
+
+
+def reach(address: tuple[str, int], patience: float) -> None:
+    """Wait until somebody listens there. torch's own waiting for a store ends in pages of C++ frames; this in a ConnectionError."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection(address, timeout=patience).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ConnectionError(f"process 0 did not come within {patience:.0f} s ({error})") from None
+        time.sleep(10 * POLL_SECONDS)
 
 
 def meet(store, rank: int, size: int, patience: float) -> str:

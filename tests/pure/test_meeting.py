@@ -1,11 +1,13 @@
 """Processes that start find each other, whatever an earlier start has left in the store."""
 
+import socket
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 
-from dfl.transport.meeting import meet
+from dfl.transport.meeting import meet, reach
 
 
 def start(store, size: int, ranks=None, patience: float = 20.0) -> list:
@@ -44,3 +46,12 @@ def test_a_start_that_failed_does_not_disturb_the_next(came):
     assert any(str(error).startswith(f"{missing} did not come within 0 s") for error in said)
     got = start(store, 3)
     assert len(set(got)) == 1 and isinstance(got[0], str) and got[0] not in said
+
+
+def test_nobody_at_the_address_is_a_line_and_a_late_listener_is_found():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        with pytest.raises(ConnectionError, match="process 0 did not come within 0 s"):
+            reach(listener.getsockname(), 0.3)
+        threading.Thread(target=lambda: (time.sleep(0.3), listener.listen())).start()
+        reach(listener.getsockname(), 20.0)
