@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from dfl.runtime import place_from_environment
+from dfl.runtime import num_cores, place_from_environment
 from dfl.sweep.grid import Sweep
 from dfl.sweep.manifest import SweepRun, note_failure, write, write_recipe
 from dfl.train import STOPPED, train
@@ -231,11 +231,6 @@ def kill(process: subprocess.Popen) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_devices() -> list[str]:
