@@ -60,10 +60,14 @@ def evaluate_run(output: Path, overrides: Sequence[str] = (), *, checkpoint: Pat
     folder = checkpoint or targets.choose_checkpoint(output)
     names = None if data is None else label_names(output)
     runtime = start(config)
-    loaded = load(config, runtime.device) if data is None else _load_file(config, runtime.device, names, data)
-    run = assemble(config, runtime, loaded, topology)
-    restore(run, folder)
-    result = evaluate(run)
+    try:
+        loaded = load(config, runtime.device) if data is None else _load_file(config, runtime.device, names, data)
+        run = assemble(config, runtime, loaded, topology)
+        restore(run, folder)
+        result = evaluate(run)
+    except BaseException as error:
+        runtime.transport.leave(error)
+        raise
     runtime.transport.close()
     return result and {"checkpoint": str(folder), "round": run.completed, "examples": len(loaded.bundle.valid), **finite(result)}
 

@@ -43,6 +43,7 @@ class Run:
     evaluator: Evaluator
     states: list[State] = field(default_factory=list)
     completed: int = 0
+    gathered: tuple | None = None  # what `gather_models` found, until the models change
 
     def __post_init__(self):
         self.states = self.states or [self.rule.init(row) for row in self.peers.x]
@@ -59,7 +60,8 @@ class Run:
         return rows
 
     def show_residuals(self) -> None:
-        """What the rule keeps becomes part of the models: after every change of `states`."""
+        """What the rule keeps becomes part of the models: after every change of rows and `states`."""
+        self.gathered = None
         if self.rule.residual is not None:
             self.peers.keep_residuals(self.residuals())
 
@@ -121,6 +123,7 @@ def due(every: int, t: int) -> bool:
 def _local(run: Run, t: int, stop: bool) -> tuple[Tensor | None, int]:
     """The local phase; the mean losses (P,) and what all processes agreed to do."""
     flag, losses = (_STOP if stop else _GO), None
+    run.gathered = None
     corrections = [run.rule.correct(state) for state in run.states]
     try:
         losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections)
@@ -175,12 +178,12 @@ class Look(NamedTuple):
         """Measures of all peers on process 0; nothing elsewhere."""
         if before is None:
             return {}
-        gathered = [None if rows is None else run.transport.gather(rows) for rows in (*before, run.peers.alike(), run.residuals())]
-        if gathered[0] is None:
+        x_before, kept_before = (None if rows is None else run.transport.gather(rows) for rows in before)
+        after = gather_models(run)
+        if after is None:
             return {}
-        adapted, residual = run.peers.adapted, run.rule.residual
+        adapted, residual, (x_after, kept_after) = run.peers.adapted, run.rule.residual, after
         # cores are read as the factors that they make
-        x_before, kept_before, x_after, kept_after = gathered
         x_before, x_after = adapted.factors(x_before), adapted.factors(x_after)
         factors = (x_before, x_after, w, adapted.lora)
         models = (*(whole(x, adapted.lora, kept, residual)[0] for x, kept in ((x_before, kept_before), (x_after, kept_after))),
@@ -230,11 +233,16 @@ def evaluate(run: Run) -> dict | None:
 
 
 def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
-    """The rows of all peers, scaled alike, and the residuals beside them on process 0; None elsewhere."""
-    kept = run.residuals()
-    x = run.transport.gather(run.peers.alike())
-    kept = None if kept is None else run.transport.gather(kept)
-    return None if x is None else (x, kept)
+    """The rows of all peers, scaled alike, and the residuals beside them on process 0; None elsewhere.
+
+    They travel once, for measures, evaluation and checkpoint of the same models.
+    """
+    if run.gathered is None:
+        kept = run.residuals()
+        x = run.transport.gather(run.peers.alike())
+        kept = None if kept is None else run.transport.gather(kept)
+        run.gathered = (None if x is None else (x, kept),)
+    return run.gathered[0]
 
 
 def _start_record(run: Run) -> dict | None:
