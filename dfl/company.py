@@ -73,11 +73,12 @@ def contents(model: torch.nn.Module, train, valid, parts, topology) -> dict[str,
 def model_digest(model: torch.nn.Module) -> str:
     """Of the frozen weights: names, shapes, types and a spaced sample of each, so that a large model takes no time either.
 
-    A change in few numbers of a large tensor goes unseen. LoRA and the head are left out: their start is compared by itself.
+    A change in few numbers of a large tensor goes unseen. Adapter and head are left out: their start is compared by itself, and what
+    PEFT draws for its own is not used.
     """
     def parts():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "lora_" in name or "modules_to_save" in name:
+            if any(part in name for part in ("lora_", "hira_", "modules_to_save")):
                 continue
             yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
             flat = tensor.detach().reshape(-1)

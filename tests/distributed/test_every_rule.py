@@ -12,6 +12,7 @@ from dfl import rules
 from dfl.assemble import assemble, check, load
 from dfl.rounds import Hooks, run_rounds
 from dfl.runtime import start
+from dfl.train import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 # what a rule asks of a run, beside its name
@@ -62,3 +63,13 @@ def test_hosting_does_not_matter(trees):
     assert [name for name in one if one[name] != together[name]] == []
     # every configuration is a run of its own
     assert len(set(one.values())) > 4 * len(trees)
+
+
+def train_worker(rank: int, tree: dict) -> int:
+    return train(configuration.from_dict(tree))
+
+
+@pytest.mark.parametrize("name", ["lora", "fed_sb", "ravan", "dora", "hira"])
+def test_processes_with_one_kind_of_adapter_belong_together(trees, tmp_path, name):
+    """Each draws PEFT's own start from a generator that nobody seeds; none of that may count as the base model."""
+    assert run_processes(train_worker, 2, trees[name] | {"output": str(tmp_path / "run")}) == [0, 0]
