@@ -38,7 +38,7 @@ def torchrun(rule: str, output: Path, rounds: int, *more: str) -> float:
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{rule}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{rule}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     return time.perf_counter() - start
 
 
@@ -67,14 +67,19 @@ def main() -> None:
     results = {}
     for rule in args.rules:
         with tempfile.TemporaryDirectory() as folder:
-            results[rule] = one(rule, args.rounds, Path(folder))
+            try:
+                results[rule] = one(rule, args.rounds, Path(folder))
+            except RuntimeError as error:
+                results[rule] = {"failed": str(error)[:300]}
+                print(error, flush=True)
+                continue
         row = results[rule]
         print(f"{rule:12} accuracy {row['accuracy_before']:.3f} -> {row['accuracy']:.3f}  consensus {row['consensus']:.3f}  "
               f"aggregation error {row['aggregation_error']:.3g}  {row['message_bytes'] / 1e6:.2f} MB  {row['seconds']:.0f} s  "
               f"{'resumed to the same bits' if row['resumed_to_the_same_bits'] else 'RESUMED TO OTHER BITS'}", flush=True)
     write("every_rule", vars(args), results)
-    if not all(row["resumed_to_the_same_bits"] for row in results.values()):
-        raise SystemExit("a resumed run differs")
+    if not all(row.get("resumed_to_the_same_bits") for row in results.values()):
+        raise SystemExit("a run failed, or ended in other bits when resumed")
 
 
 if __name__ == "__main__":
