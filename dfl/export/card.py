@@ -163,7 +163,7 @@ def _whose(facts: Facts) -> str:
 
 def _linked(facts: Facts) -> str:
     name = hub_name(facts)
-    return f"[{name}](https://huggingface.co/{name})" if name else f"the model {Path(facts.base).name}"
+    return f"`{name}`" if name else f"the model {Path(facts.base).name}"
 
 
 def _lost(facts: Facts) -> str:
