@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b
-from dfl.lowrank import procrustes, truncate, weighted_sum
+from dfl.factors import Layout, scalings, stack_a, stack_b
+from dfl.lowrank import gram_tables, procrustes, products, truncate, weighted_sum
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -26,10 +26,9 @@ def diagnose(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout,
     whole_before, whole_after, whole_layout = models or (before, after, layout)
     weights = torch.as_tensor(w, dtype=torch.float64, device=before.device)
     found: dict[str, dict[str, float]] = {}
-    places = {pair.name: pair for pair in whole_layout.pairs}
     for pairs in layout.shapes():
-        wholes = [places[pair.name] for pair in pairs]
-        values = _of_products(whole_before, whole_after, wholes, weights, pairs[0].rank) | _of_factors(before, after, pairs, weights)
+        values = _of_products(whole_before, whole_after, whole_layout.like(pairs), weights, pairs[0].rank)
+        values |= _of_factors(before, after, pairs, weights)
         for name, by_layer in values.items():
             found.setdefault(name, {}).update(zip((pair.name for pair in pairs), by_layer.tolist(), strict=True))
     return found
@@ -38,12 +37,9 @@ def diagnose(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout,
 def _of_products(before: Tensor, after: Tensor, pairs, weights: Tensor, rank: int) -> dict[str, Tensor]:
     """(L,) each."""
     num = len(before)
-    scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=before.device)
     a = torch.cat([stack_a(before, pairs), stack_a(after, pairs)]).double()
-    b = torch.cat([stack_b(before, pairs), stack_b(after, pairs)]).double() * scaling[:, None, None]
-    size = a.shape[2]
-    flat_a, flat_b = a.transpose(0, 1).flatten(1, 2), b.transpose(0, 1).mT.flatten(1, 2)
-    table = ((flat_a @ flat_a.mT) * (flat_b @ flat_b.mT)).view(len(pairs), 2 * num, size, 2 * num, size).sum((2, 4))  # (L, 2N, 2N)
+    b = torch.cat([stack_b(before, pairs), stack_b(after, pairs)]).double() * scalings(pairs, before)[:, None, None]
+    table = products(gram_tables(a, b))  # (L, 2N, 2N)
 
     def norms(coefficients: Tensor) -> Tensor:  # (K, 2N) -> (L, K)
         return torch.einsum("kj,ljm,km->lk", coefficients, table, coefficients).clamp_min(0).sqrt()

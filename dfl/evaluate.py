@@ -8,8 +8,9 @@ from torch import Tensor
 from dfl.adapters import Adapted, Rows
 from dfl.beside import residual_rows
 from dfl.executors import Executor
-from dfl.factors import Layout, empty_rows, stack_a, stack_b, write_pairs
+from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import refactor, truncate, weighted_sum
+from dfl.rules.residual import largest_rank, split_model
 
 SUMS = ("loss_sum", "correct", "count")
 
@@ -66,11 +67,10 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def consensus_rows(adapted: Adapted, x: Tensor, kept: Tensor | None, product: bool, residual: Layout | None) -> Rows:
-    """The consensus model of trained rows x (N, D), mixed as all peers had the layout's scaling, and of the rules' residuals
-    `kept` (N, D_E) in the layout `residual`."""
-    rows = adapted.factors(adapted.averageable(x).mean(0)[None]) if adapted.cores else None
-    if rows is not None:
-        return Rows(rows)
+    """The consensus model of trained rows x (N, D), scaled alike (`HostedPeers.alike`), and of the rules' residuals `kept` (N, D_E)
+    in the layout `residual`."""
+    if adapted.cores:
+        return Rows(adapted.factors(x.mean(0)[None]))
     if kept is None:
         return Rows(consensus(x, adapted.layout, product)[None], residual_rows(adapted, None, 1))
     row, rest = consensus_with_residual(x, adapted.layout, kept, residual)
@@ -95,15 +95,12 @@ def consensus(x: Tensor, layout: Layout, product: bool) -> Tensor:
 def consensus_with_residual(x: Tensor, layout: Layout, kept: Tensor, residual: Layout) -> tuple[Tensor, Tensor]:
     """The mean of E_i + B_i A_i of rows x (N, D) and kept (N, D_E), as a row and its residual: what both ranks together can hold."""
     mean = x.mean(0)
-    rest = empty_rows(1, residual.size, dtype=x.dtype, device=x.device)[0]
     weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64, device=x.device)
-    places = {pair.name: pair for pair in residual.pairs}
-    for pairs in layout.shapes():
-        others, rank = [places[pair.name] for pair in pairs], pairs[0].rank
-        left, right = weighted_sum(weights, stack_a(x, pairs), stack_b(x, pairs))
-        beside_left, beside_right = weighted_sum(weights, stack_a(kept, others), stack_b(kept, others))
-        svd = truncate(torch.cat([left, beside_left], -1), torch.cat([right, beside_right], -2), rank + others[0].rank)
-        first = svd._replace(u=svd.u[..., :rank], s=svd.s[..., :rank], vh=svd.vh[..., :rank, :])
-        write_pairs(mean, pairs, *refactor(first, stack_a(mean, pairs), "balanced"))
-        write_pairs(rest, others, svd.vh[:, rank:], (svd.u * svd.s[:, None])[..., rank:])
-    return mean, rest
+
+    def products(pairs):
+        others = residual.like(pairs)
+        return [weighted_sum(weights, stack_a(x, pairs), stack_b(x, pairs)),
+                weighted_sum(weights, stack_a(kept, others), stack_b(kept, others))]
+
+    state = split_model(mean, layout, residual, largest_rank(layout), products, "balanced")
+    return mean, state["residual"]

@@ -64,6 +64,11 @@ class Layout(NamedTuple):
     def length(self, groups) -> int:
         return sum(cut.stop - cut.start for cut in self.columns(groups))
 
+    def like(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The same layers as those of another layout, by name."""
+        places = {pair.name: pair for pair in self.pairs}
+        return [places[pair.name] for pair in pairs]
+
     def shapes(self) -> list[list[Pair]]:
         """The pairs in lists of equal (rank, d_in, d_out): the kernel handles each list as one batch."""
         table: dict[tuple, list[Pair]] = {}
@@ -93,6 +98,11 @@ def make_layout(pairs: Sequence[tuple[str, int, int, int, float]], head: Shapes 
             offset += math.prod(shape)
         groups[group], others[group] = slice(start, offset), tuple(tensors)
     return Layout(tuple(placed), others["head"], groups, offset, others["M"], others["core"])
+
+
+def scalings(pairs: Sequence[Pair], like: Tensor) -> Tensor:
+    """(L,) float64: what turns B A into the change of the weight."""
+    return torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64, device=like.device)
 
 
 def empty_rows(num_rows: int, size: int, *, dtype=torch.float32, device="cpu") -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl.factors import GROUPS, Layout, a_view, b_view, empty_rows, make_layout, stack_a, stack_b
+from dfl.factors import GROUPS, Layout, a_view, b_view, empty_rows, make_layout, scalings, stack_a, stack_b
 from dfl.lowrank import product_gram
 
 
@@ -27,7 +27,7 @@ def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor]
     """
     total = None
     for pairs in layout.shapes():
-        scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=rows[0].device)[:, None, None]
+        scaling = scalings(pairs, rows[0])[:, None, None]
         a = spread(torch.cat([stack_a(x, pairs) for x in rows]).double() * scaling)
         b = spread(torch.cat([stack_b(x, pairs) for x in rows]).double())
         table = product_gram(a, b)

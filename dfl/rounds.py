@@ -186,8 +186,7 @@ class Look(NamedTuple):
         # cores are read as the factors that they make
         x_before, x_after = adapted.factors(x_before), adapted.factors(x_after)
         factors = (x_before, x_after, w, adapted.lora)
-        models = (*(whole(x, adapted.lora, kept, residual)[0] for x, kept in ((x_before, kept_before), (x_after, kept_after))),
-                  whole(x_after, adapted.lora, kept_after, residual)[1])
+        models = (whole(x_before, adapted.lora, kept_before, residual)[0], *whole(x_after, adapted.lora, kept_after, residual))
         found = {}
         if self.whole:
             found["measures"] = measure(*factors, models)

@@ -22,6 +22,13 @@ def write_data(folder: Path, copies: int = 8) -> Path:
     return path
 
 
+def make_folder(folder: Path) -> Path:
+    """The folder, with a tiny `bert` and `data.csv` in it."""
+    tiny_models.save(folder / "bert", "bert")
+    write_data(folder)
+    return folder
+
+
 def arguments(model: Path, data: Path, output: Path, **fields) -> list[str]:
     """The overrides of a run of a second: four peers on a ring, two steps a round. `train__lr=0.1` sets train.lr."""
     tree = {"peers": 4, "model.name": model, "data.source": "file", "data.train": data, "data.max_length": 16,

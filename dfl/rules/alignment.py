@@ -3,13 +3,11 @@
 (B R)(R^T A) = B A for every orthogonal R: the same product in another frame. Averages of factors in different frames interfere.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import align
-from dfl.rules.base import BOTH, Round, Rule, State, read_groups, weighted_mean, write_groups
+from dfl.rules.base import BOTH, Round, Rule, State, check_choice, read_groups, weighted_mean, write_groups
 from dfl.rules.pairs import Heard, pair_gossip
 
 SIDES = ("receiver", "sender")
@@ -85,11 +83,6 @@ def turn_rows(layout: Layout, rows: Tensor, reference: Tensor, criterion: str, s
         a, b, _ = align(stack_a(rows, pairs), stack_b(rows, pairs), stack_a(reference, pairs), stack_b(reference, pairs),
                         criterion, strength)
         write_pairs(rows, pairs, a, b)
-
-
-def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field} = {value!r} is not allowed; allowed: {', '.join(allowed)}")
 
 
 def check_strength(value: object) -> None:

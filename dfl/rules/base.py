@@ -1,6 +1,6 @@
 """What a mixing rule is: a tuple of pure functions over one peer's row x_D, with an explicit state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,8 +124,17 @@ def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts:
 
 
 def check_head(head: str) -> None:
-    if head not in ("frozen", "mixed", "local"):
-        raise ValueError(f"head = {head!r} is not allowed; allowed: frozen, mixed, local")
+    check_choice("head", head, ("frozen", "mixed", "local"))
+
+
+def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: {', '.join(allowed)}")
+
+
+def check_count(field: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a whole number from {least}")
 
 
 def no_state(x: Tensor) -> State:

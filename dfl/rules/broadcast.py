@@ -8,10 +8,10 @@ peers' own models, the second that of the mixed one.
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b
+from dfl.factors import Layout, scalings, stack_a, stack_b
 from dfl.lowrank import gram_tables, inner, products
 from dfl.rules.base import BOTH, Rule, State, weighted_mean, write_groups
-from dfl.rules.pairs import Heard, pair_gossip, scalings
+from dfl.rules.pairs import Heard, pair_gossip
 from dfl.rules.products import check_split, mix_products
 
 DIAGNOSTICS = ("R_weak", "R_strong", "aggregation_error_relative", "largest_factor")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import Grams, combined, factor_error, gram_tables, products
-from dfl.rules.alignment import check_choice, in_own_frame
-from dfl.rules.base import BOTH, Round, Rule, State, read_groups
+from dfl.rules.alignment import in_own_frame
+from dfl.rules.base import BOTH, Round, Rule, State, check_choice, read_groups
 from dfl.rules.pairs import Heard, pair_gossip
 
 CHOICES = {"form": ("factor", "delta"), "scope": ("layer", "global"), "solver": ("als", "adamw"), "align": ("none", "own"),

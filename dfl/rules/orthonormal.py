@@ -5,8 +5,7 @@ from torch import Tensor
 
 from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import refactor, truncate
-from dfl.rules.alignment import check_choice
-from dfl.rules.base import Inbox, Round, Rule, State
+from dfl.rules.base import Inbox, Round, Rule, State, check_choice
 from dfl.rules.factors import ffa
 
 FORMS = ("orthonormal", "spectral")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, a_view, b_view, stack_a, stack_b
+from dfl.factors import Layout, Pair, a_view, b_view, scalings, stack_a, stack_b
 from dfl.lowrank import refactor, truncate
-from dfl.rules.base import Round, Rule, State
-from dfl.rules.pairs import Heard, pair_gossip, scalings, write_slots
+from dfl.rules.base import Round, Rule, State, check_count
+from dfl.rules.pairs import Heard, pair_gossip, write_slots
 
 
 def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, penalty: float = 0.01, min_rank: int = 1,
@@ -166,5 +166,4 @@ def check_pruning(order: object, gamma: object, penalty: object, min_rank: objec
         raise ValueError(f"rule.gamma = {gamma!r} is not allowed; allowed: null (no pruning), or a number between 0 and 1")
     if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 0 <= penalty < math.inf:
         raise ValueError(f"rule.penalty = {penalty!r} is not allowed; allowed: a number from 0")
-    if isinstance(min_rank, bool) or not isinstance(min_rank, int) or min_rank < 1:
-        raise ValueError(f"rule.min_rank = {min_rank!r} is not allowed; allowed: a whole number from 1")
+    check_count("rule.min_rank", min_rank)

@@ -142,8 +142,3 @@ def write_slots(out: Tensor, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Non
     """Put factors (L, r, I) and (L, O, r) of at most the layers' rank into a row, zeros into the other slots."""
     missing = pairs[0].rank - a.shape[-2]
     write_pairs(out, pairs, torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
-
-
-def scalings(pairs: Sequence[Pair], like: Tensor) -> Tensor:
-    """(L,) float64: what turns B A into the change of the weight."""
-    return torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64, device=like.device)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, stack_a, stack_b
+from dfl.factors import Layout, Pair, scalings, stack_a, stack_b
 from dfl.lowrank import SPLITS, align, cut, energy_rank, refactor, truncate, weighted_sum
-from dfl.rules.base import Round, Rule, State
-from dfl.rules.pairs import Heard, pair_gossip, scalings, write_slots
+from dfl.rules.base import Round, Rule, State, check_choice
+from dfl.rules.pairs import Heard, pair_gossip, write_slots
 
 GAUGES = ("none", "own")
 
@@ -78,13 +78,11 @@ def florist(layout: Layout, *, tau: float = 0.99, cap: int | None = None, split:
 
 
 def check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"rule.split = {split!r} is not allowed; allowed: {', '.join(SPLITS)}")
+    check_choice("rule.split", split, SPLITS)
 
 
 def check_gauge(gauge: str) -> None:
-    if gauge not in GAUGES:
-        raise ValueError(f"rule.gauge = {gauge!r} is not allowed; allowed: {', '.join(GAUGES)}")
+    check_choice("rule.gauge", gauge, GAUGES)
 
 
 def check_share(field: str, value: object) -> None:

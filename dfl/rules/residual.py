@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, make_layout, stack_a, stack_b, write_pairs
+from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, make_layout, scalings, stack_a, stack_b, write_pairs
 from dfl.lowrank import Truncated, refactor, truncate, weighted_sum
 from dfl.rules.base import Round, Rule, State
-from dfl.rules.pairs import Heard, pair_gossip, scalings, write_slots
+from dfl.rules.pairs import Heard, pair_gossip, write_slots
 from dfl.rules.products import check_split
 from dfl.seeds import derive
 
@@ -43,7 +43,7 @@ def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "bal
             weights = weights / weights.sum()
 
         def products(pairs):
-            return [product_of(state["residual"], like(beside, pairs)), weighted_sum(weights, *heard.factors(pairs))]
+            return [product_of(state["residual"], beside.like(pairs)), weighted_sum(weights, *heard.factors(pairs))]
         return split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
 
     return pair_gossip(layout, combine, head=head, ranks=ranks, init=no_residual(beside),
@@ -91,7 +91,7 @@ def fedex(layout: Layout, *, residual_rank: int | None = None, head: str = "froz
         tally = Tally(out)
         row = empty_rows(1, beside.size, dtype=out.dtype, device=out.device)[0]
         for pairs in layout.shapes():
-            others = like(beside, pairs)
+            others = beside.like(pairs)
             a, b = heard.factors(pairs)
             mean_a = torch.einsum("j,jlri->lri", heard.weights.to(a), a)
             mean_b = torch.einsum("j,jlor->lor", heard.weights.to(b), b)
@@ -117,7 +117,7 @@ def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, head: str =
 
     def combine(out: Tensor, heard: Heard, state: State) -> State:
         def products(pairs):
-            return [product_of(state["residual"], like(beside, pairs)), weighted_sum(heard.weights, *heard.factors(pairs))]
+            return [product_of(state["residual"], beside.like(pairs)), weighted_sum(heard.weights, *heard.factors(pairs))]
         new = split_model(out, layout, beside, 0, products, "left")
         restart(out, layout, own_rank(layout, ranks, heard.round), derive(seed, "flora", heard.round.t))
         return new
@@ -144,8 +144,8 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
     def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         row = x.clone()
         for pairs in layout.shapes():
-            left, right = product_of(state["copy"], like(whole, pairs))
-            parts = [product_of(x, pairs), product_of(state["residual"], like(beside, pairs)), (-left, right)]
+            left, right = product_of(state["copy"], whole.like(pairs))
+            parts = [product_of(x, pairs), product_of(state["residual"], beside.like(pairs)), (-left, right)]
             svd = truncate(*joined(parts), min(own_rank(layout, ranks, round), pairs[0].rank))
             write_slots(row, pairs, svd.vh, svd.u * svd.s[:, None])
         return row, state
@@ -158,7 +158,7 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
         known = state.get("copies", state["copy"].new_zeros(len(ids), whole.size))
         copies = empty_rows(len(ids), whole.size, dtype=out.dtype, device=out.device)
         for pairs in layout.shapes():
-            wholes = like(whole, pairs)
+            wholes = whole.like(pairs)
             a, b = heard.factors(pairs)
             svd = truncate(*joined([product_of(known, wholes), (b, a)]), wholes[0].rank)
             write_pairs(copies, wholes, svd.vh, svd.u * svd.s[..., None, :])
@@ -166,8 +166,8 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
         pull[heard.own] -= pull.sum()
 
         def products(pairs):
-            wholes = like(whole, pairs)
-            return [product_of(out, pairs), product_of(state["residual"], like(beside, pairs)),
+            wholes = whole.like(pairs)
+            return [product_of(out, pairs), product_of(state["residual"], beside.like(pairs)),
                     weighted_sum(pull, stack_a(copies, wholes), stack_b(copies, wholes))]
         new = split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
         return new | {"copies": copies, "copy": copies[heard.own].clone(), "holders": ids}
@@ -204,12 +204,6 @@ def no_residual(beside: Layout) -> Callable[[Tensor], State]:
     return init
 
 
-def like(layout: Layout, pairs: Sequence[Pair]) -> list[Pair]:
-    """The same layers in another layout."""
-    places = {pair.name: pair for pair in layout.pairs}
-    return [places[pair.name] for pair in pairs]
-
-
 def product_of(row: Tensor, pairs: Sequence[Pair]) -> Product:
     return stack_b(row, pairs), stack_a(row, pairs)
 
@@ -244,7 +238,7 @@ def split_model(out: Tensor, layout: Layout, beside: Layout, rank: int, products
     tally, energy, tail = Tally(out), 0.0, 0.0
     row = empty_rows(1, beside.size, dtype=out.dtype, device=out.device)[0]
     for pairs in layout.shapes():
-        others, kept = like(beside, pairs), min(rank, pairs[0].rank)
+        others, kept = beside.like(pairs), min(rank, pairs[0].rank)
         svd = truncate(*joined(products(pairs)), kept + others[0].rank if total is None else total)
         own_a, own_b = stack_a(out, pairs), stack_b(out, pairs)
         if kept:

@@ -9,10 +9,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, stack_a, stack_b
+from dfl.factors import Layout, Pair, scalings, stack_a, stack_b
 from dfl.lowrank import align, refactor, truncate
-from dfl.rules.base import BOTH, Inbox, Round, Rule, State, beside_factors, no_correction, read_groups, weighted_mean, write_groups
-from dfl.rules.pairs import scalings, write_slots
+from dfl.rules.base import (
+    BOTH,
+    Inbox,
+    Round,
+    Rule,
+    State,
+    beside_factors,
+    check_count,
+    no_correction,
+    read_groups,
+    weighted_mean,
+    write_groups,
+)
+from dfl.rules.pairs import write_slots
 from dfl.rules.products import check_gauge, check_split
 from dfl.seeds import derive
 
@@ -125,8 +137,3 @@ def decode(layout: Layout, sketch: Sketch, flat: Tensor, out: Tensor, split: str
         write_slots(out, pairs, a.to(out), b.to(out))
         squared += (svd.error * scalings(pairs, out)).square().sum()
     return squared.sqrt()
-
-
-def check_count(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a whole number from 1")

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, head_view, stack_a, write_pairs
+from dfl.factors import Layout, Pair, head_view, scalings, stack_a, write_pairs
 from dfl.lowrank import refactor, truncate, weighted_sum
-from dfl.rules.base import Rule, State
-from dfl.rules.pairs import Heard, pair_gossip, scalings
+from dfl.rules.base import Rule, State, check_count
+from dfl.rules.pairs import Heard, pair_gossip
 
 Weights = Mapping[str, Tensor]  # the frozen weight (O, I) of every adapted layer, by its name
 
@@ -66,8 +66,7 @@ def hira(layout: Layout, *, sweeps: int = 5, weights: Weights | None = None, hea
     each column of A, solves R x R normal equations weighted by its entries of W0². Never above `decaf`, which is optimal only where
     |W0| is constant. O(O I R²) a sweep. Huang et al. 2025 (HiRA, ICLR).
     """
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
-        raise ValueError(f"rule.sweeps = {sweeps!r} is not allowed; allowed: a whole number from 0")
+    check_count("rule.sweeps", sweeps, least=0)
 
     def combine(out: Tensor, heard: Heard, state: State) -> State:
         for pairs in layout.shapes():

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models
 import tiny_runs
 import yaml
 
@@ -24,10 +23,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    tiny_models.save(folder / "bert", "bert")
-    tiny_runs.write_data(folder)
-    return folder
+    return tiny_runs.make_folder(tmp_path_factory.mktemp("sweep"))
 
 
 def write(root, folder, grid, include=(), **fields) -> Path:

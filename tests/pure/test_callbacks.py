@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
 import tiny_runs
 import torch
 from processes import run_processes
@@ -21,10 +20,7 @@ from dfl.train import train
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("callbacks")
-    tiny_models.save(folder / "bert", "bert")
-    tiny_runs.write_data(folder)
-    return folder
+    return tiny_runs.make_folder(tmp_path_factory.mktemp("callbacks"))
 
 
 def make_config(root, output, **fields):

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models
 import tiny_runs
 import yaml
 
@@ -23,10 +22,7 @@ from dfl.sweep.names import names
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    tiny_models.save(folder / "bert", "bert")
-    tiny_runs.write_data(folder)
-    return folder
+    return tiny_runs.make_folder(tmp_path_factory.mktemp("sweep"))
 
 
 def recipe(root, **fields) -> dict:
