@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, and before torch is loaded
 # what a kill waits for; `draft`, `manifest` and `published` are steps of the writing of a checkpoint
 PHASES = ("start", "anywhere", "draft", "manifest", "published")
+PATTERNS = {"draft": ".round-*.draft", "manifest": ".round-*.draft/manifest.json", "published": "round-*"}
 ROUNDS, KILLS_PER_RUN = 12, 6
 TIMEOUT, PATIENCE = 20, 60  # seconds: of the transport, and until survivors count as hanging
 SAME = ("round", "train_loss_peers", "edges", "message_bytes", "measures", "eval")  # the rest of a record is clock and traffic
@@ -158,10 +159,14 @@ def rounds_of(output: Path) -> int:
     return len(read_lines(path)) - 1 if path.is_file() else -1
 
 
-def wait_for(phase: str, job, output: Path, chance: random.Random) -> None:
-    """Until the moment of the kill, or the end of the run."""
+def wait_for(phase: str, job, output: Path, chance: random.Random) -> str:
+    """Until the moment of the kill, or the end of the run.
+
+    Returns the phase that was met: `published` for a draft that came and went between two looks.
+    """
     checkpoints, started, limit = output / "checkpoints", time.monotonic(), time.monotonic() + 300
-    known, first = {p.name for p in checkpoints.glob("round-*")}, rounds_of(output)
+    first = rounds_of(output)
+    known = _seen(checkpoints, "round-*") | (_seen(checkpoints, PATTERNS[phase]) if phase in PATTERNS else set())
     skip = chance.randrange(3)  # the first, second or third checkpoint from now
     # seconds from the birth of the processes
     delay = chance.uniform(0, 1.0)
@@ -171,20 +176,25 @@ def wait_for(phase: str, job, output: Path, chance: random.Random) -> None:
         assert time.monotonic() < limit, f"the run does not go on: nothing to wait for in {phase!r}"
         if phase == "anywhere" and rounds_of(output) > wanted:
             time.sleep(chance.uniform(0, 0.05))
-            return
+            return phase
         if phase == "start" and time.monotonic() > started + delay:
-            return
-        if phase in ("start", "anywhere"):
-            time.sleep(0.002)
-            continue
-        pattern = {"draft": ".round-*.draft", "manifest": ".round-*.draft/manifest.json", "published": "round-*"}[phase]
-        fresh = {p.relative_to(checkpoints).parts[0] for p in checkpoints.glob(pattern)} - known
-        if fresh and skip == 0:
-            time.sleep(chance.uniform(0, 0.02))
-            return
-        if fresh:
-            skip, known = skip - 1, known | fresh
+            return phase
+        if phase in PATTERNS:
+            met = _seen(checkpoints, PATTERNS[phase]) - known
+            # on a fast disk a draft lives for less than the time between two looks, and then only its result is seen
+            for name in sorted(met | (_seen(checkpoints, "round-*") - known)):
+                known |= {name}
+                if skip == 0:
+                    time.sleep(chance.uniform(0, 0.02))
+                    return phase if name in met else "published"
+                skip -= 1
         time.sleep(0.002)
+    return phase
+
+
+def _seen(checkpoints: Path, pattern: str) -> set[str]:
+    """The checkpoints that are there as `pattern`, by the name they have, or will have, when they are published."""
+    return {path.relative_to(checkpoints).parts[0].removeprefix(".").removesuffix(".draft") for path in checkpoints.glob(pattern)}
 
 
 def one_run(launcher, folder: Path, output: Path, num: int, kills: int, chance: random.Random, phases=PHASES) -> list[dict]:
@@ -194,8 +204,7 @@ def one_run(launcher, folder: Path, output: Path, num: int, kills: int, chance: 
     job = launcher(num, argv, log)
     try:
         while len(found) < kills:
-            phase = chance.choice(phases)
-            wait_for(phase, job, output, chance)
+            phase = wait_for(chance.choice(phases), job, output, chance)
             alive = job.pids()
             if not alive:
                 if not job.running():
@@ -234,25 +243,26 @@ def states(output: Path) -> dict:
     return found
 
 
-def prepare(folder: Path) -> Path:
-    """Model, data and the uninterrupted run, in one process."""
+def prepare(folder: Path) -> None:
+    """Model, data and the uninterrupted run (`straight`), in one process."""
     tiny_models.save(folder / "bert", "bert")
     tiny_runs.write_data(folder)
     straight = folder / "straight"
-    job = Forked(1, words(folder, straight), folder / "straight.log")
-    job.finish()
-    return straight
+    Forked(1, words(folder, straight), folder / "straight.log").finish()
 
 
-def loop(launcher, kills: int, counts: list[int], seed: int, folder: Path, phases=PHASES) -> list[dict]:
-    """Runs with up to KILLS_PER_RUN kills each until there are `kills`; every run is compared."""
-    chance, found, straight = random.Random(seed), [], prepare(folder)
+def loop(launcher, kills: int, counts: list[int], chance: random.Random, folder: Path, outputs: Path, phases=PHASES) -> list[dict]:
+    """Runs in `outputs` with up to KILLS_PER_RUN kills each until there are `kills`; each is compared with that of prepare(folder).
+
+    A run may end before its last kill: a machine can be faster than the eye of this script.
+    """
+    found = []
     for number in range(10 * kills):
         if len(found) >= kills:
             break
-        output, num = folder / f"run-{number}", counts[number % len(counts)]
+        output, num = outputs / f"run-{number}", counts[number % len(counts)]
         lines = one_run(launcher, folder, output, num, min(KILLS_PER_RUN, kills - len(found)), chance, phases)
-        compare(output, straight)
+        compare(output, folder / "straight")
         found += [{"run": number} | line for line in lines]
         print(f"run {number}: {num} process(es), {len(lines)} kills, ended as if there had been none", flush=True)
     return found
@@ -278,7 +288,8 @@ def main() -> None:
     args = parser.parse_args()
     launcher = {"forked": Forked, "torchrun": Torchrun}[args.launcher]
     with tempfile.TemporaryDirectory() as folder:
-        found = loop(launcher, args.kills, args.processes, args.seed, Path(folder))
+        prepare(Path(folder))
+        found = loop(launcher, args.kills, args.processes, random.Random(args.seed), Path(folder), Path(folder))
         recipe = [word.replace(folder, "FOLDER") for word in words(Path(folder), Path(folder) / "run")]
     print(table(found))
     import stamp

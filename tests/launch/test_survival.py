@@ -51,18 +51,14 @@ def goes_on_to_the_same_end(folder, output) -> None:
 @pytest.mark.parametrize("phases", [["anywhere"], ["draft", "manifest"]])
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(folder, tmp_path, phases):
     """The survivors leave by themselves, with a line each."""
-    output = tmp_path / "run"
-    lines = kill_loop.one_run(kill_loop.Forked, folder, output, 2, 2, random.Random(1), phases)
+    lines = kill_loop.loop(kill_loop.Forked, 2, [2], random.Random(1), folder, tmp_path, phases)
     assert len(lines) == 2
-    kill_loop.compare(output, folder / "straight")
 
 
 def test_torchrun_starts_killed_workers_again_and_they_meet(folder, tmp_path):
     """In a store that still holds the addresses of the dead, also of those that were killed before they had met."""
-    output = tmp_path / "run"
-    lines = kill_loop.one_run(kill_loop.Torchrun, folder, output, 2, 2, random.Random(2), ["start", "draft"])
+    lines = kill_loop.loop(kill_loop.Torchrun, 2, [2], random.Random(2), folder, tmp_path, ["start", "draft"])
     assert len(lines) == 2
-    kill_loop.compare(output, folder / "straight")
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------------
