@@ -100,6 +100,19 @@ class TestDora:
         out = mixed(self.rule(), x, ring())
         assert out.isfinite().all() and out.abs().max() < 100
 
+    def test_float32_factors_on_a_half_precision_base(self):
+        """The base is never cast to float64; magnitudes come out with float32's digits all the same."""
+        x, w = self.rows(2), ring()
+        weights = {name: weight.bfloat16() for name, weight in self.WEIGHTS.items()}
+        x = empty_rows(NUM, self.LAYOUT.size).copy_(x)
+        out = mixed(rules.build("dora", self.LAYOUT, weights=weights), x, w)
+        exact = mixed(rules.build("dora", self.LAYOUT, weights={n: v.double() for n, v in weights.items()}), x.double(), w)
+        magnitudes = self.LAYOUT.groups["M"]
+        np.testing.assert_allclose(out[:, magnitudes], exact[:, magnitudes], rtol=1e-6)
+        for pair in self.LAYOUT.pairs:
+            products = [b_view(rows, pair) @ a_view(rows, pair) for rows in (out, exact)]
+            np.testing.assert_allclose(*products, rtol=0, atol=1e-5)
+
     def test_from_b_zero(self):
         x = self.rows(0)
         out = mixed(self.rule(), x, ring())
@@ -129,6 +142,17 @@ class TestHira:
         for worse, better in zip(errors, errors[1:], strict=False):
             assert (better <= worse + 1e-12).all()
         assert (errors[-1] < 0.95 * errors[0]).all()
+
+    def test_it_stops_when_a_sweep_is_no_longer_worth_it(self):
+        """`sweeps` is at most: a peer's last sweep took less than 1e-4 of its squared error, all before it more."""
+        x, w, weights = self.rows(), ring(), {"q": self.WEIGHTS["q"] ** 0.3}
+        outs = [mixed(rules.build("hira", self.LAYOUT, weights=weights, sweeps=k), x, w) for k in range(60)]
+        errors = np.stack([self.errors(out, x, w, weights["q"]) for out in outs]) ** 2
+        falls = (errors[:-1] - errors[1:]) / errors[1:]
+        for peer in range(NUM):
+            last = next(k for k in range(60) if all(torch.equal(outs[k][peer], out[peer]) for out in outs[k:]))
+            assert 2 < last < 59
+            assert falls[last - 1, peer] < 1e-4 <= falls[1:last - 1, peer].min()
 
     def test_a_step_solves_the_dense_weighted_least_squares(self):
         """After one sweep A is optimal for its B, column by column, by numpy's own solver."""
