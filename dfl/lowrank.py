@@ -31,32 +31,44 @@ def truncate(left: Tensor, right: Tensor, rank: int) -> Truncated:
     """Best rank-`rank` approximation of left @ right (Eckart–Young) by two thin QRs and the SVD of an M x M core.
 
     left (..., O, M), right (..., M, I) -> u (..., O, R), s (..., R), vh (..., R, I), in the type of `left`.
-    Cost O((O + I) M²) instead of O(O I min(O, I)). The core is decomposed in float64. Signs are fixed (the
+    2 (O + I) M² + 4 (O + I) M R + ~20 M³ flops instead of O(O I min(O, I)). The core is decomposed in float64. Signs are fixed (the
     largest entry of each right vector is positive), so that two runs agree. Where the core is smaller than `rank`, zero
     singular values and zero vectors are appended.
     """
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.mT)
-    core = r_left.double() @ r_right.double().mT
+    left_qr, right_qr = _householder(left), _householder(right.mT)
+    core = left_qr.r.double() @ right_qr.r.double().mT
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     kept = min(rank, s.shape[-1])
     error = s[..., kept:].square().sum(-1).sqrt()
-    u = q_left.double() @ u[..., :kept]
-    vh = vh[..., :kept, :] @ q_right.double().mT
-    u, vh = _fix_signs(u, vh)
+    v = right_qr.times(vh[..., :kept, :].mT)
+    sign = torch.where(v.gather(-2, v.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0).to(v)  # (..., 1, R)
+    u, vh = left_qr.times(u[..., :kept] * sign), (v * sign).mT
     if kept < rank:
         u = torch.nn.functional.pad(u, (0, rank - kept))
         vh = torch.nn.functional.pad(vh, (0, 0, 0, rank - kept))
     spectrum = s
     s = torch.nn.functional.pad(s[..., :kept], (0, rank - kept))
     dtype = left.dtype
-    return Truncated(u.to(dtype), s.to(dtype), vh.to(dtype), spectrum.to(dtype), error.to(dtype))
+    return Truncated(u, s.to(dtype), vh, spectrum.to(dtype), error.to(dtype))
 
 
-def _fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    top = vh.gather(-1, vh.abs().argmax(-1, keepdim=True))
-    sign = torch.where(top < 0, -1.0, 1.0).to(vh.dtype)
-    return u * sign.mT, vh * sign
+class _Householder(NamedTuple):
+    """A thin QR whose Q (..., O, K) stays as K reflections: making it costs as much again as the rest."""
+
+    reflectors: Tensor
+    tau: Tensor  # (..., K), K = min(O, M)
+    r: Tensor  # (..., K, M)
+
+    def times(self, core: Tensor) -> Tensor:
+        """Q @ core: (..., O, R) in the type of Q for a core (..., K, R)."""
+        num, size = self.tau.shape[-1], self.reflectors.shape[-2]
+        padded = torch.nn.functional.pad(core.to(self.tau), (0, 0, 0, size - num))
+        return torch.ormqr(self.reflectors[..., :num], self.tau, padded)
+
+
+def _householder(matrix: Tensor) -> _Householder:
+    reflectors, tau = torch.geqrf(matrix)
+    return _Householder(reflectors, tau, reflectors[..., :tau.shape[-1], :].triu())
 
 
 def energy_rank(spectrum: Tensor, tau: float) -> Tensor:
