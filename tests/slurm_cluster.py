@@ -46,6 +46,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=1
 ReturnToService=2
+SlurmdTimeout={lost_after}
 KillWait=15
 {nodes}
 PartitionName=test Nodes=ALL Default=YES State=UP
@@ -71,10 +72,11 @@ def environment(folder: Path) -> dict[str, str]:
     return {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _search_path()}
 
 
-def start(folder: Path, nodes: int = 4, proctrack: str = "linuxproc") -> None:
+def start(folder: Path, nodes: int = 4, proctrack: str = "linuxproc", lost_after: int = 300) -> None:
     """Start munge, the controller and the nodes, and wait until all are idle.
 
     proctrack: linuxproc signals all processes of a step; pgid, as cgroup does, only what srun itself has started.
+    lost_after: seconds of silence after which the controller gives up a node.
     ValueError for a folder with a long path, RuntimeError with the end of the logs when a daemon does not come up.
     """
     folder = folder.resolve()
@@ -86,7 +88,7 @@ def start(folder: Path, nodes: int = 4, proctrack: str = "linuxproc") -> None:
     ports = _free_ports(nodes + 1)
     lines = [_NODE.format(k=k, port=port) for k, port in enumerate(ports[1:], 1)]
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, port=ports[0], user=getpass.getuser(), proctrack=proctrack,
-                                                            nodes="\n".join(lines)))
+                                                            lost_after=lost_after, nodes="\n".join(lines)))
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(1024))
@@ -116,6 +118,16 @@ def stop(folder: Path) -> None:
         _kill(pid, signal.SIGKILL)
 
 
+def lose(folder: Path, node: str) -> None:
+    """A node dies: everything that runs on it is killed at once, and nobody is told."""
+    folder = folder.resolve()
+    jobs = [pid for pid in job_processes(folder) if f"SLURMD_NODENAME={node}" in _variables(pid)]
+    parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in jobs}
+    keepers = [pid for pid in job_processes(folder) if pid in parents]  # a slurmstepd does not say on which node it is
+    for pid in [int((folder / f"slurmd-{node}.pid").read_text()), *keepers, *jobs]:
+        _kill(pid, signal.SIGKILL)
+
+
 def command(folder: Path, *words: str) -> str:
     """What a Slurm command of this cluster prints."""
     done = subprocess.run(words, env=os.environ | environment(folder), capture_output=True, text=True, stdin=subprocess.DEVNULL,
@@ -127,17 +139,30 @@ def command(folder: Path, *words: str) -> str:
 
 def job_processes(folder: Path) -> list[int]:
     """Processes of this cluster's jobs, by the variables that Slurm gives them, and the slurmstepd that looks after each step."""
-    wanted = f"SLURM_CONF={folder.resolve()}/slurm.conf".encode()
-    found = []
+    wanted, found = f"SLURM_CONF={folder.resolve()}/slurm.conf", []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (process / "environ").read_bytes().split(b"\0")
-            stepd = (process / "cmdline").read_bytes().startswith(b"slurmstepd")
-        except OSError:  # it has ended, or is not ours
-            continue
-        if wanted in variables and (stepd or any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)):
+        variables = _variables(int(process.name))
+        if wanted in variables and (words(int(process.name))[:1] == ["slurmstepd:"]
+                                    or any(variable.startswith("SLURM_JOB_ID=") for variable in variables)):
             found.append(int(process.name))
     return found
+
+
+def _variables(pid: int) -> list[str]:
+    return _read(pid, "environ").split("\0")
+
+
+def words(pid: int) -> list[str]:
+    """The command line of a process; none when it has ended."""
+    return _read(pid, "cmdline").replace("\0", " ").split()
+
+
+def _read(pid: int, name: str) -> str:
+    """Empty for a process that has ended, or is not ours."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _free_ports(number: int) -> list[int]:
@@ -168,10 +193,7 @@ def _wait(ready, seconds: float, folder: Path, problem: str) -> None:
 
 def _runs(pid: int) -> bool:
     """False for a process that has ended and that nobody has waited for, too."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return False
+    return bool(_read(pid, "cmdline"))
 
 
 def _kill(pid: int, number: int) -> None:

@@ -1,8 +1,11 @@
 """The Slurm scripts on a real Slurm: four nodes on this machine, made by tests/slurm_cluster.py."""
 
+import os
 import re
 import shutil
+import signal
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,17 +59,23 @@ def place(tmp_path_factory) -> Path:
     return workplace.make(tmp_path_factory.mktemp("place"))
 
 
-@pytest.fixture(scope="module")
-def slurm(place):
+@contextmanager
+def cluster(place: Path, **fields):
     if slurm_cluster.missing():
         pytest.skip(slurm_cluster.missing())
     state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # pytest's own folders have too long a path
     try:
-        slurm_cluster.start(state)
+        slurm_cluster.start(state, **fields)
         yield Cluster(state, place)
     finally:
         slurm_cluster.stop(state)
         shutil.rmtree(state)
+
+
+@pytest.fixture(scope="module")
+def slurm(place):
+    with cluster(place) as found:
+        yield found
 
 
 def test_two_nodes_make_the_plain_run(slurm, place):
@@ -115,6 +124,40 @@ def test_cancelled(slurm, place):
     assert adapter_digests(place / output) == workplace.plain_digests(place)
 
 
+def workers(slurm) -> list[int]:
+    """The processes that torchrun has started."""
+    return [pid for pid in slurm_cluster.job_processes(slurm.state) if slurm_cluster.words(pid)[1:4] == ["-u", "-m", "dfl"]]
+
+
+@pytest.mark.parametrize("victim", ["a process of the run", "torchrun"])
+def test_killed_and_requeued(slurm, place, victim):
+    """SIGKILL on one of two nodes: the job goes back to the queue by itself, and nothing is lost."""
+    output = f"runs/killed {victim}"
+    job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", output, DFL_LEAST="0")
+    slurm.reach(job, output, 12)
+    agents = [pid for pid in slurm_cluster.job_processes(slurm.state) if slurm_cluster.words(pid)[1:2] == ["launch/torchrun.py"]]
+    assert len(workers(slurm)) == len(agents) == 2
+    os.kill(workers(slurm)[1] if victim == "a process of the run" else agents[1], signal.SIGKILL)
+    log = slurm.finish(job)
+    assert slurm.job(job)["Restarts"] == "1" and log.count("dfl: a process was killed (status 137)") == 1
+    assert log.count("4 peers on 2 process(es)") == 2
+    assert adapter_digests(place / output) == workplace.plain_digests(place)
+
+
+def test_nodes_die(place):
+    """One of two, then the one that runs the script: Slurm gives them up after a while, and the job goes on with the others."""
+    with cluster(place, lost_after=5) as slurm:
+        job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", "runs/nodes")
+        for deaths, node in enumerate(["127.0.0.2", "127.0.0.3"], 1):
+            slurm.reach(job, "runs/nodes", 12 * deaths)
+            assert deaths == 1 or slurm.job(job)["BatchHost"] == node
+            slurm_cluster.lose(slurm.state, node)
+            workplace.wait_for(lambda: slurm.job(job)["Restarts"] == str(deaths), 120, lambda: slurm.log(job))  # noqa: B023
+        log = slurm.finish(job)
+        assert slurm.job(job)["NodeList"] == "127.0.0.[1,4]" and log.count("4 peers on 2 process(es)") == 3
+    assert adapter_digests(place / "runs/nodes") == workplace.plain_digests(place)
+
+
 def test_sweep_is_an_array(slurm, place):
     """Submitted by `dfl sweep --slurm`: a task a run, each of two processes."""
     (place / "sweep.yaml").write_text("recipe: my.yaml\ngrid: {rule: [lora, ffa]}\noutput: runs/sweep\n")
@@ -129,11 +172,15 @@ def test_sweep_is_an_array(slurm, place):
 
 
 def test_what_is_not_requeued(slurm):
-    """A run that fails, and one that is warned so early that it would be warned again before it gets anywhere."""
+    """A run that fails, and one that is warned, or killed, so early that it would be again before it gets anywhere, or too often."""
     hurried = slurm.submit(TRAIN, "my.yaml", "--output", "runs/hurried", DFL_LEAST="600")
     slurm.reach(hurried, "runs/hurried", 1)
     slurm("scancel", "--batch", "--signal=USR1", hurried)
-    assert "warned after" in slurm.finish(hurried, "FAILED") and slurm.job(hurried)["Restarts"] == "0"
+    assert "stopped before its time was over after" in slurm.finish(hurried, "FAILED") and slurm.job(hurried)["Restarts"] == "0"
+    often = slurm.submit(TRAIN, "my.yaml", "--output", "runs/hurried", DFL_LEAST="0", DFL_REQUEUES="0")
+    slurm.reach(often, "runs/hurried", workplace.rounds_recorded(slurm.place / "runs/hurried") + 1)
+    os.kill(workers(slurm)[0], signal.SIGKILL)
+    assert "and not requeued: that was done 0 times" in slurm.finish(often, "FAILED")
     job = slurm.submit(TRAIN, "my.yaml", "--train.rounds", "many")
     log = slurm.finish(job, "FAILED")
     assert "dfl: train.rounds = 'many'" in log and "requeued" not in log and slurm.job(job)["Restarts"] == "0"

@@ -64,26 +64,49 @@ def test_torchrun_starts_killed_workers_again_and_they_meet(folder, tmp_path):
 # -- signals ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to, number", [("torchrun", signal.SIGTERM), ("one worker", signal.SIGUSR1)])
-def test_a_signal_saves_the_state_of_all_processes(folder, tmp_path, to, number):
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
+WITH_STATUS = [sys.executable, str(ROOT / "launch/torchrun.py")]
+
+
+def launch(launcher: list[str], *words: str) -> subprocess.Popen:
+    command = [*launcher, "--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2"]
+    return subprocess.Popen([*command, "-m", "dfl", *words], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("to, launcher, number, status", [("launcher", TORCHRUN, signal.SIGTERM, 1),
+                                                          ("launcher", WITH_STATUS, signal.SIGUSR2, 75),
+                                                          ("one worker", WITH_STATUS, signal.SIGUSR1, 75)])
+def test_a_signal_saves_the_state_of_all_processes(folder, tmp_path, to, launcher, number, status):
     """The launcher forwards it to the workers; or one of them hears it alone."""
     output = tmp_path / "run"
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
-               "-m", "dfl", *kill_loop.words(folder, output), "--checkpoint.every=0"]
-    job = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=ROOT, env=ENVIRONMENT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    job = launch(launcher, *kill_loop.words(folder, output), "--checkpoint.every=0")
     try:
         wait_until(lambda: kill_loop.rounds_of(output) >= 2)
-        os.kill(job.pid if to == "torchrun" else kill_loop.children(job.pid)[1], number)
+        os.kill(job.pid if to == "launcher" else kill_loop.children(job.pid)[1], number)
         said = job.communicate(timeout=100)[0]
     finally:
         job.kill()
     done = kill_loop.rounds_of(output)
     assert 2 <= done < kill_loop.ROUNDS and latest(output).name == f"round-{done:05}"
     assert f"stopped after round {done}; the state is saved, --resume goes on" in said
+    assert job.returncode == status and ("Traceback" in said) == (launcher is TORCHRUN)
     if to == "one worker":  # the launcher reports who left first, and ends the other, which has nothing left to do
         assert "exitcode  : 75" in said
     goes_on_to_the_same_end(folder, output)
+
+
+def test_the_status_tells_a_killed_process_from_a_refused_run(folder, tmp_path):
+    refused = launch(WITH_STATUS, *kill_loop.words(folder, tmp_path / "run"), "--train.lr=-1")
+    assert "dfl: train.lr = -1" in refused.communicate(timeout=100)[0] and refused.returncode == 2
+    killed = launch(WITH_STATUS, *kill_loop.words(folder, tmp_path / "run"))
+    try:
+        wait_until(lambda: kill_loop.rounds_of(tmp_path / "run") >= 2)
+        os.kill(kill_loop.children(killed.pid)[1], signal.SIGKILL)
+        said = killed.communicate(timeout=100)[0]
+    finally:
+        killed.kill()
+    assert killed.returncode == 128 + signal.SIGKILL and "Traceback" not in said
 
 
 def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_path):
