@@ -121,7 +121,7 @@ def closed_form(name: str, model: str, rank: int) -> int:
     numbers = {"ffa": rank * outs, "fed_svd": rank * outs, "rolora": rank * outs, "share_a": rank * ins, "local": 0,
                "fed_sb": count * rank ** 2, "ravan": count * (HEADS * (rank // HEADS) ** 2 + HEADS),
                "fedask": 2 * rank * outs + 4 * rank * ins,  # sketches of width 2 R and 4 R
-               "dora": rank * (ins + outs) + outs}.get(name, rank * (ins + outs))
+               "plora": rank // 2 * (ins + outs), "dora": rank * (ins + outs) + outs}.get(name, rank * (ins + outs))
     return 4 * numbers
 
 

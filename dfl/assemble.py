@@ -34,7 +34,8 @@ class Loaded(NamedTuple):
 def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
     rules.check(config.rule.name, config.rule.params)
-    for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank"), ("weights", "model.name")):
+    for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank"), ("weights", "model.name"),
+                         ("peers", "peers"), ("rank", "lora.rank")):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
     codecs.build(config.codec.name, **config.codec.params)
@@ -106,7 +107,8 @@ def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | No
     params = with_contraction(config.rule.name, config.rule.params, topology)
     if rules.accepts(config.rule.name, "weights") and adapted is not None:
         params["weights"] = {site.pair.name: site.weight for site in adapted.sites}
-    return rules.build(config.rule.name, layout, head=config.lora.head, ranks=known and known.unequal, **params)
+    return rules.build(config.rule.name, layout, head=config.lora.head, ranks=known and known.unequal, rank=known and known.largest,
+                       peers=config.peers, **params)
 
 
 def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:

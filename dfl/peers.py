@@ -1,7 +1,7 @@
 """The hosted peers: their rows, optimisers, data streams, and the local phase of a round."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from dfl.config import TrainConfig
 from dfl.dropout import PeerDropout
 from dfl.executors import Executor, autocasts
 from dfl.factors import GROUPS, Layout, empty_rows
+from dfl.masks import Held
 from dfl.moments import rotate
 from dfl.seeds import derive, permutation
 
@@ -77,6 +78,7 @@ class HostedPeers:
         self.optimizer = self._make_optimizer()
         self.generators = [torch.Generator(device) for _ in self.ids]
         self._active: frozenset[str] = frozenset()
+        self._held: Held | None = None
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         # peers with equally many steps share a parameter group, and with it the rate of a step
@@ -164,12 +166,14 @@ class HostedPeers:
         self._active = trains
 
     def local_phase(self, t: int, trains: frozenset[str], task, split, executor: Executor,
-                    corrections: Sequence[Tensor | None]) -> Tensor:
+                    corrections: Sequence[Tensor | None], masks: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Every hosted peer takes its local steps of round t on the groups in `trains`: the mean loss of each peer (P,).
 
-        DivergenceError names the first peer whose loss is not finite.
+        masks: those of a Rule; what they leave out keeps its value and its moments. DivergenceError names the first peer whose loss
+        is not finite.
         """
         self.begin_round(trains)
+        self._held = None if masks is None else Held(torch.stack([masks(t, peer) for peer in self.ids]), self.x, self.moments())
         self.adapted.model.train()
         means, first = torch.zeros(2, len(self.ids), device=self.device)
         for rows in executor.groups(len(self.ids)):
@@ -184,6 +188,8 @@ class HostedPeers:
                     means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)
                     if k == 0:
                         first[active] = losses
+        if self._held:
+            self._held.put_back_moments(self.moments(), self.ids, self.layout)
         self.adapted.model.eval()
         self._check_finite(means, first, t)
         return means
@@ -207,6 +213,8 @@ class HostedPeers:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate((t + min(k / group["steps"], 1)) / self.train.rounds)
         self.optimizer.step()
+        if self._held:
+            self._held.put_back(self.x)
         return total
 
     def _collate(self, task, split, active, numbers) -> dict[str, Tensor]:
@@ -230,6 +238,8 @@ class HostedPeers:
         for row in active:
             if corrections[row] is not None:
                 self.g[row] += corrections[row]
+        if self._held:  # what is not trained does not count for the norm
+            self._held.clear(self.g)
         if self.train.clip is None:
             return
         g = self.g if len(active) == len(self.g) else self.g[active]

@@ -5,12 +5,15 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dfl import codecs, rules
 from dfl.factors import Layout, pack, unpack
 from dfl.gossip import digest_of_common, gossip
+from dfl.masks import Held
 from dfl.measures import measure
+from dfl.rules.base import Rule
 from dfl.transport import InProcess
 from topologies import spectrum
 
@@ -40,7 +43,8 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
 
     factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
     local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
-        whatever it does to a factor outside `trains` (a set of "A", "B") is undone.
+        whatever it does to a factor outside `trains` (a set of "A", "B") is undone, and so is, when it returns, what it does to
+        slots that the rule does not train at a peer (`plora`).
     params: the rule's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
@@ -51,14 +55,14 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
     layout, x = pack(factors)
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
-    plan = rules.build(rule, layout, ranks=ranks, **with_contraction(rule, params, topology))
+    plan = rules.build(rule, layout, ranks=ranks, peers=len(x), **with_contraction(rule, params, topology))
     rules.check_topology(rule, plan, topology)
     tag = digest_of_common(plan, layout, x)
     wire = codecs.build(codec)
     states = [plan.init(row) for row in x]
     history = []
     for t in range(rounds):
-        _train(x, layout, local_step, t, plan.trains(t))
+        _train(x, layout, local_step, t, plan)
         w = topology.matrix(t)
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
@@ -81,9 +85,13 @@ def _contraction(topology: MixingSequence) -> float:
     return spectrum.contraction(topology)
 
 
-def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, trains: frozenset[str]) -> None:
+def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, rule: Rule) -> None:
+    trains = rule.trains(t)
+    held = None if rule.masks is None else Held(torch.stack([rule.masks(t, peer) for peer in range(len(x))]), x)
     frozen = [cut for group, cut in layout.groups.items() if group not in trains]
     kept = [x[:, cut].clone() for cut in frozen]
     local_step(unpack(x, layout), t, trains)
     for cut, values in zip(frozen, kept, strict=True):
         x[:, cut] = values
+    if held:
+        held.put_back(x)

@@ -19,7 +19,7 @@ from dfl.rules.padding import hetlora, replicate
 from dfl.rules.products import decaf, florist
 from dfl.rules.projection import lora_fair
 from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
-from dfl.rules.selection import lora_a2
+from dfl.rules.selection import lora_a2, plora
 from dfl.rules.sketches import fedask
 from dfl.rules.weighted import dora, hira
 
@@ -31,6 +31,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "adf": adf,
     "tad": tad,
     "lora_a2": lora_a2,
+    "plora": plora,
     "fedrot": fedrot,
     "flora_na": flora_na,
     "lora_fair": lora_fair,
@@ -71,12 +72,16 @@ def accepts(name: str, parameter: str) -> bool:
     return parameter in inspect.signature(RULES[name]).parameters
 
 
-def build(name: str, layout: Layout, *, ranks: Sequence[int] | None = None, **params) -> Rule:
+def build(name: str, layout: Layout, *, ranks: Sequence[int] | None = None, peers: int | None = None, rank: int | None = None,
+          **params) -> Rule:
     """The rule `name` for rows of `layout`. ValueError names an unknown rule or parameter and what is allowed.
 
     ranks: the rank of every peer, where they differ; the layout has the largest, the slots beyond a peer's rank are zero.
+    peers, rank: how many peers there are, and the largest rank, for a rule that checks its parameters by them.
     """
     check(name, params, ranks)
+    known = {"peers": peers, "rank": rank}
+    params |= {key: value for key, value in known.items() if accepts(name, key)}
     return RULES[name](layout, **params, **({} if ranks is None else {"ranks": tuple(ranks)}))
 
 

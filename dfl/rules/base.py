@@ -42,6 +42,8 @@ class Rule(NamedTuple):
     common: groups that hold the same values at every peer and never travel; what changes them does so alike everywhere. Their digest,
         as the run starts or is resumed, travels with every message.
     needs: what W(t) must be: any; static, the same in every round; complete, static with all rows equal.
+    masks(t, peer): the numbers of the row that the peer trains in round t among those of the groups in trains(t), (D,) bool; None:
+        all of them, at every peer and in every round.
     """
 
     trains: Callable[[int], frozenset[str]]
@@ -58,6 +60,7 @@ class Rule(NamedTuple):
     residual: Layout | None = None
     common: frozenset[str] = frozenset()
     needs: str = "any"
+    masks: Callable[[int, int], Tensor] | None = None
 
 
 def weighted_mean(inbox: Inbox, weights: Mapping[int, float]) -> Tensor:

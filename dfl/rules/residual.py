@@ -56,7 +56,8 @@ def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", rank
 
     M_i = sum_j w_ij (E_j + B_j A_j), cut to rank R = max_j R_j; its leading R_i directions are trained as B_i A_i, the others stay
     as E_i, frozen. Every message has rank R; as `decaf` at rank R but for what is trained, so that a peer of small rank cuts nothing
-    from what it passes on. In the spirit of Fed-PLoRA, 2026, arXiv 2602.16936.
+    from what it passes on. The idea of folding what is not trained is that of Fed-PLoRA (`plora`), Zhang, Hu, Xu 2026,
+    arXiv 2602.16936.
     """
     check_split(split)
     beside = residual_layout(layout, largest_rank(layout) or None)

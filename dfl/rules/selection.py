@@ -1,14 +1,32 @@
-"""Rules that send only the slots that matter: LoRA-A2."""
+"""Rules that train or send only some of the slots: LoRA-A2 those that matter, Fed-PLoRA random ones.
+
+Slot l is row l of A and column l of B: a module of rank 1.
+"""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b
+from dfl.factors import Layout, a_view, b_view, stack_a, stack_b, write_pairs
 from dfl.rules.alternating import phase, schedule
-from dfl.rules.base import Inbox, Round, Rule, State, beside_factors, no_correction, read_groups, weighted_mean, write_groups
+from dfl.rules.base import (
+    BOTH,
+    Inbox,
+    Round,
+    Rule,
+    State,
+    beside_factors,
+    no_correction,
+    no_state,
+    read_groups,
+    weighted_mean,
+    write_groups,
+)
 from dfl.rules.products import check_share
+from dfl.seeds import permutation
 
 
 def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "frozen") -> Rule:
@@ -75,3 +93,120 @@ def scores(layout: Layout, x: Tensor, start: Tensor, factor: str) -> Tensor:
             b = b - stack_b(start, pairs)
         found |= zip((pair.name for pair in pairs), a.norm(dim=-1) * b.norm(dim=-2), strict=True)
     return torch.cat([found[pair.name] for pair in layout.pairs])
+
+
+class Draws(NamedTuple):
+    """Which of `num_slots` slots each peer trains in each round: a function of (seed, peer, t), the same in all layers.
+
+    slots: how many, for every peer or by peer.
+    """
+
+    layout: Layout
+    num_slots: int
+    slots: int | Sequence[int]
+    seed: int
+
+    @property
+    def counts(self) -> list[int]:
+        """How many slots there may be in a message."""
+        return [self.slots] if isinstance(self.slots, int) else sorted(set(self.slots))
+
+    def chosen(self, t: int, peer: int) -> Tensor:
+        """(R,) bool."""
+        count = self.slots if isinstance(self.slots, int) else self.slots[peer]
+        order = torch.from_numpy(permutation(self.num_slots, self.seed, "slots", peer, t))
+        return torch.zeros(self.num_slots, dtype=torch.bool).index_fill_(0, order[:count], True)
+
+    def mask(self, t: int, peer: int) -> Tensor:
+        """The numbers of a row that the peer trains if their group is trained: (D,) bool, all of those that are no factor's."""
+        mask, left_out = torch.ones(self.layout.size, dtype=torch.bool), ~self.chosen(t, peer)
+        for pair in self.layout.pairs:
+            a_view(mask, pair)[left_out] = False
+            b_view(mask, pair)[:, left_out] = False
+        return mask
+
+
+def plora(layout: Layout, *, slots: int | Sequence[int] | None = None, seed: int = 0, head: str = "frozen",
+          peers: int | None = None, rank: int | None = None) -> Rule:
+    """Train a random part of the slots in every round and average each over those who trained it (Fed-PLoRA as gossip).
+
+    S_j(t): the slots of peer j in round t, drawn from (seed, j, t), the same in all layers. For each l that somebody in N(i), i
+    itself included, has trained:  A_i[l] <- sum_{j: l in S_j} w_ij A_j[l] / sum_{j: l in S_j} w_ij, and so B_i[:, l]; all other
+    slots stay. Both ends know S_j(t): a message is r_j (O + I) numbers a layer, and no mask travels. One draw for all layers, so
+    that the layers of a slot are trained together and each sends the same share.
+    slots: how many a peer trains, r_j: a whole number from 1 to R, or a list with one a peer (unequal resources); none: half of R.
+
+    With the complete graph and equal weights this is the server's method where peers start a round alike: all hear the same
+    trainers, so that they end it alike. W = I changes nothing, slots = R is `lora`, a consensus is a fixed point. Who did not train
+    a slot gives its own value no weight: the network mean of a slot is kept (W doubly stochastic) only in rounds in which all train
+    it, and moves towards the trainers else. Weights that are not negative never widen the range of values over the peers.
+
+    The slots outside S_i take part in the forward pass and do not move in the local phase, as if folded into the base. What a
+    peer saves by folding is not simulated, only the bytes are: gradients and moments keep their full size, all gradients are
+    computed, and lora.dropout falls on all slots. Zhang, Hu, Xu 2026, arXiv 2602.16936.
+    """
+    num_slots = one_rank(layout, rank)
+    check_slots(slots, num_slots, peers)
+    draws = Draws(layout, num_slots, max(1, num_slots // 2) if slots is None else slots, seed)
+    also_trained, also_mixed = beside_factors(layout, head)
+    also_cuts, num_factors, num_beside = layout.columns(also_mixed), layout.length(BOTH), layout.length(also_mixed)
+
+    def sent(t: int, peer: int, like: Tensor) -> Tensor:
+        return draws.mask(t, peer)[:num_factors].to(like.device)
+
+    def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+        factors = x[:num_factors][sent(round.t, round.peer, x)]
+        return torch.cat([factors, *([read_groups(x, also_cuts)] if also_cuts else [])]), state
+
+    def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        out = x.clone()
+        if len(inbox) == 1:
+            return out, state
+        heard = sorted(inbox)
+        rows = x.new_zeros(len(heard), num_factors)
+        for row, j in zip(rows, heard, strict=True):
+            row[sent(round.t, j, x)] = inbox[j][:len(inbox[j]) - num_beside]
+        shares = slot_shares([round.weights[j] for j in heard], torch.stack([draws.chosen(round.t, j) for j in heard])).to(x)
+        known = shares.any(0)
+        for pairs in layout.shapes():
+            a = torch.einsum("jr,jlri->lri", shares, stack_a(rows, pairs))
+            b = torch.einsum("jr,jlor->lor", shares, stack_b(rows, pairs))
+            write_pairs(out, pairs, torch.where(known[:, None], a, stack_a(x, pairs)), torch.where(known, b, stack_b(x, pairs)))
+        if also_cuts:
+            write_groups(out, also_cuts, weighted_mean({j: inbox[j][-num_beside:] for j in heard}, round.weights))
+        return out, state
+
+    counts = draws.counts
+    length = counts[0] * sum(pair.d_in + pair.d_out for pair in layout.pairs) + num_beside if len(counts) == 1 else None
+    return Rule(lambda t: BOTH | also_trained, lambda t: BOTH | also_mixed, lambda t: length, no_state, send, mix, no_correction,
+                linear=counts == [num_slots], facts={"slots": counts[0] if len(counts) == 1 else list(slots)}, masks=draws.mask)
+
+
+def slot_shares(weights: Sequence[float], chosen: Tensor) -> Tensor:
+    """What each of J messages contributes to each slot: (J, R) float64, columns that sum to one, zero where nobody trained the slot.
+
+    weights: those of the J messages; chosen (J, R): who trained what.
+    """
+    shares = torch.tensor(weights, dtype=torch.float64)[:, None] * chosen
+    total = shares.sum(0)
+    return torch.where(total > 0, shares / torch.where(total > 0, total, torch.ones_like(total)), torch.zeros_like(shares))
+
+
+def one_rank(layout: Layout, rank: int | None) -> int:
+    """The rank R of all layers; `rank` for a layout without any, 0 where that is not given. ValueError where layers differ."""
+    ranks = {pair.rank for pair in layout.pairs}
+    if len(ranks) > 1:
+        raise ValueError(f"rule.name = 'plora' draws the same slots in all layers, whose ranks are {sorted(ranks)}; allowed: one rank")
+    return ranks.pop() if ranks else rank or 0
+
+
+def check_slots(slots: object, rank: int, peers: int | None) -> None:
+    """ValueError unless `slots` is none, a whole number from 1 to `rank` (0: not known) or a list of them, one a peer."""
+    if slots is None:
+        return
+    many = isinstance(slots, list | tuple)
+    counts = list(slots) if many else [slots]
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= (rank or count) for count in counts)
+    if not whole or not counts or (many and peers is not None and len(counts) != peers):
+        raise ValueError(f"rule.slots = {slots!r} is not allowed; allowed: null (half of them), a whole number from 1 to "
+                         f"{rank or 'lora.rank'}, or a list of {peers or 'them'}, one a peer")

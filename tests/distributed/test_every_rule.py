@@ -34,6 +34,8 @@ def trees(tmp_path_factory) -> dict[str, dict]:
     made = {name: plain | {"rule": name} | WANTS.get(name, {}) for name in rules.RULES}
     made |= {f"{name}, unequal ranks": plain | WANTS.get(name, {}) | {"rule": name, "lora": UNEQUAL}
              for name in rules.RULES if rules.accepts(name, "ranks")}
+    made["plora, unequal slots"] = plain | {"rule": {"name": "plora", "slots": [1, 2, 1, 2, 2]},
+                                            "lora": {"rank": 2, "head": "mixed"}}
     made["lora, PiSSA"] = plain | {"rule": "lora", "lora": {"rank": 2, "start": "pissa"}}
     made["fedhl, in half precision"] = plain | {"rule": "fedhl", "codec": "float16"}
     return made

@@ -117,7 +117,7 @@ def test_half_the_bytes_are_a_hundredth_off_at_most(name):
 
 # numbers of a message for R = 2 and layers of 7 -> 5 and 4 -> 9: sums of R I and R O
 IN, OUT = 2 * (7 + 4), 2 * (5 + 9)
-NUMBERS = {"ffa": OUT, "rolora": OUT, "fed_svd": OUT, "share_a": IN}
+NUMBERS = {"ffa": OUT, "rolora": OUT, "fed_svd": OUT, "share_a": IN, "plora": (IN + OUT) // 2}
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("fedask", "florist", "hetlora", "lora_a2")])

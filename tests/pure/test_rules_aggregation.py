@@ -14,7 +14,7 @@ RULES = {"lora": {}, "decaf": {}, "decaf_own": {"gauge": "own"}, "sp": {}, "ps":
          "flora_na_aligned": {"align": "own"}, "flora_na_global": {"scope": "global"}, "flora_na_delta": {"form": "delta"},
          "lora_fair": {"ridge": 0.0}, "fed_svd": {}, "fedask": {}, "fedask_memory": {"memory": True}, "hetlora": {},
          "hetlora_ordered": {"order": True},
-         "hetlora_pruned": {"gamma": 0.5}, "replicate": {}, "fedrot": {}, "fedrot_soft": {"strength": 0.5},
+         "hetlora_pruned": {"gamma": 0.5}, "replicate": {}, "plora": {}, "fedrot": {}, "fedrot_soft": {"strength": 0.5},
          "fedrot_joint": {"criterion": "joint"}, "fedrot_start": {"reference": "start", "criterion": "alternate"},
          "fedrot_sender": {"side": "sender"}}
 # a rule and one of its parameters
@@ -101,7 +101,7 @@ def test_turning_a_neighbour_changes_nothing_where_frames_are_aligned(criterion,
                                    rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("key", ["lora", "ps", "flora_na", "lora_fair", "hetlora", "replicate", "fedrot_soft"])
+@pytest.mark.parametrize("key", ["lora", "ps", "flora_na", "lora_fair", "hetlora", "replicate", "plora", "fedrot_soft"])
 def test_rules_about_factors_see_frames(key):
     x = drifted()
     assert (product(mixed(key, x, ring()))[0] - product(mixed(key, rotated(x, [1, 5]), ring()))[0]).norm() > 0.1

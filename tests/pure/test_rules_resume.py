@@ -11,7 +11,7 @@ from dfl import train
 RULES = {"fedask": "{name: fedask, steps: 2, memory: true}",
          "florist": "{name: florist, tau: 0.8}", "fedrot": "{name: fedrot, side: sender}",
          "flora_na": "{name: flora_na, form: delta}", "hetlora": "{name: hetlora, gamma: 0.5}", "fed_svd": "fed_svd",
-         "lora_a2": "{name: lora_a2, keep: 0.5}"}
+         "lora_a2": "{name: lora_a2, keep: 0.5}", "plora": "{name: plora, slots: [1, 2, 1, 1]}"}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ PURE = {
     "measures": {"factors", "lowrank"},
     "diagnostics": {"factors", "lowrank"},
     "moments": {"factors", "lowrank"},
+    "masks": {"factors"},
     "cores": {"factors"},
     "partition": {"partition", "plugins"},
     "seeds": set(),
