@@ -160,16 +160,18 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
         copies = empty_rows(len(ids), whole.size, dtype=out.dtype, device=out.device)
         for pairs in layout.shapes():
             wholes = whole.like(pairs)
-            a, b = heard.factors(pairs)
-            svd = truncate(*joined([product_of(known, wholes), (b, a)]), wholes[0].rank)
-            write_pairs(copies, wholes, svd.vh, svd.u * svd.s[..., None, :])
+            # one copy at a time: in a batch its bits would depend on how many this peer holds, and on its place among them
+            for copy, before, row in zip(copies, known, heard.rows, strict=True):
+                svd = truncate(*joined([product_of(before, wholes), product_of(row, pairs)]), wholes[0].rank)
+                write_pairs(copy, wholes, svd.vh, svd.u * svd.s[:, None])
         pull = gamma * heard.weights
         pull[heard.own] -= pull.sum()
 
         def products(pairs):
             wholes = whole.like(pairs)
-            return [product_of(out, pairs), product_of(state["residual"], beside.like(pairs)),
-                    weighted_sum(pull, stack_a(copies, wholes), stack_b(copies, wholes))]
+            moves = [(strength.to(out) * left, right)
+                     for strength, (left, right) in zip(pull, (product_of(copy, wholes) for copy in copies), strict=True)]
+            return [product_of(out, pairs), product_of(state["residual"], beside.like(pairs)), *moves]
         new = split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
         return new | {"copies": copies, "copy": copies[heard.own].clone(), "holders": ids}
 
