@@ -1,4 +1,4 @@
-"""Several gloo processes for a test: forked from a server that has torch loaded already, meeting at a file."""
+"""Processes for a test, forked from a server that has torch loaded already: several in one gloo group, or one on its own."""
 
 import multiprocessing as mp
 import os
@@ -11,13 +11,46 @@ import torch
 import torch.distributed as dist
 
 
+def _server():
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dfl.train", "processes"])
+    return context
+
+
+def begin(function, *args) -> mp.Process:
+    """A process at work on `function(*args)`, in no group."""
+    worker = _server().Process(target=function, args=args, daemon=True)
+    worker.start()
+    return worker
+
+
+def run_alone(function, *args, timeout: float = 60.0):
+    """`function(*args)` in a process of its own, in no group: what it returned. Fails with its trace."""
+    queue = _server().SimpleQueue()
+    worker = begin(_alone, queue, function, args)
+    try:
+        ok, result = _receive(queue, [worker], timeout)
+    finally:
+        worker.join(5)
+        worker.kill()
+    assert ok, result
+    return result
+
+
+def _alone(queue, function, args) -> None:
+    torch.set_num_threads(1)
+    try:
+        queue.put((True, function(*args)))
+    except BaseException:
+        queue.put((False, traceback.format_exc()))
+
+
 def run_processes(function, num_processes: int, *args, timeout: float = 60.0, lost=()) -> list:
     """`function(rank, *args)` in `num_processes` processes of one gloo group: what each returned. Fails with their traces.
 
     Those in `lost` are not waited for, and have None.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dfl.train", "processes"])
+    context = _server()
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
         given = [(queue, function, rank, num_processes, f"{folder}/store", args) for rank in range(num_processes)]

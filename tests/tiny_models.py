@@ -24,22 +24,22 @@ def tokenizer(*, pad: bool = True, encoder: bool = True) -> transformers.PreTrai
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
 
 
-def save(folder: Path, kind: str) -> Path:
+def save(folder: Path, kind: str, layers: int = 3) -> Path:
     """A folder with a random model of the kind bert, gpt2, llama, distilbert, roberta, albert or vit."""
     torch.manual_seed(0)
-    size = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+    size = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2,
             "intermediate_size": 32, "max_position_embeddings": 64}
     make = {
         "bert": lambda: transformers.BertModel(transformers.BertConfig(**size)),
         "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**size, pad_token_id=4)),
         "albert": lambda: transformers.AlbertModel(transformers.AlbertConfig(**size, embedding_size=8)),
         "distilbert": lambda: transformers.DistilBertModel(transformers.DistilBertConfig(
-            vocab_size=64, dim=16, n_layers=3, n_heads=2, hidden_dim=32, max_position_embeddings=64)),
+            vocab_size=64, dim=16, n_layers=layers, n_heads=2, hidden_dim=32, max_position_embeddings=64)),
         "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=64)),
+            vocab_size=64, n_embd=16, n_layer=layers, n_head=2, n_positions=64)),
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, num_key_value_heads=1)),
         "vit": lambda: transformers.ViTModel(transformers.ViTConfig(
-            hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8)),
+            hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8)),
     }
     make[kind]().save_pretrained(folder)
     if kind == "vit":

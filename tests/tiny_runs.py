@@ -23,8 +23,8 @@ def write_data(folder: Path, copies: int = 8) -> Path:
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, with a tiny `bert` and `data.csv` in it."""
-    tiny_models.save(folder / "bert", "bert")
+    """The folder, with a tiny `bert` of one layer and `data.csv` in it."""
+    tiny_models.save(folder / "bert", "bert", layers=1)
     write_data(folder)
     return folder
 

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -16,13 +13,11 @@ from dfl import checkpoint
 from dfl.cli import main
 from dfl.record import read_lines
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    tiny_models.save(folder / "bert", "bert")
+    tiny_models.save(folder / "bert", "bert", layers=1)
     tiny_runs.write_data(folder)
     (folder / "empty.csv").write_text("text,label\n")
     (folder / "no_model").mkdir()
@@ -97,7 +92,7 @@ REFUSED = {
     "a folder without a model": ({"model__name": "{root}/no_model"}, ["no config.json"]),
     "a folder without weights": ({"model__name": "{root}/no_weights"}, ["no weights (*.safetensors)"]),
     "torn weights": ({"model__name": "{root}/torn"}, ["torn' cannot be loaded"]),
-    "too many layers": ({"model__layers": 4}, ["model.layers = 4", "3 layers"]),
+    "too many layers": ({"model__layers": 4}, ["model.layers = 4", "1 layers"]),
     "too many tokens": ({"data__max_length": 65}, ["data.max_length = 65", "allowed"]),
     "no GPU": ({"device": "cuda"}, ["device = 'cuda' is not available here; allowed: auto, cpu"]),
     "a variable that is not set": ({"model__name": "$NOT_SET_ANYWHERE/x"}, ["model.name", "NOT_SET_ANYWHERE is not set"]),
@@ -153,15 +148,6 @@ def test_more_processes_than_peers(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # the first speaks for all
     assert main(words(root, tmp_path / "run", peers=2)) == 2
     assert capsys.readouterr().err == ""
-
-
-def test_the_real_command_line_has_no_trace_but_can_be_asked_for_one(root, tmp_path):
-    argv = [sys.executable, "-m", "dfl", *words(root, tmp_path / "run", data__label="lable")]
-    environment = {key: value for key, value in os.environ.items() if key != "DFL_TRACEBACK"}
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("dfl: data.label = 'lable'") and done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_trace_on_request(root, tmp_path, monkeypatch):
@@ -283,60 +269,6 @@ def test_the_last_good_state_is_that_of_the_round_before(root, tmp_path, capsys,
     found = finite_checkpoint(tmp_path / "run")
     saved, good = (load_file(folder / "state-0.safetensors") for folder in (found, tmp_path / "good" / "checkpoints" / found.name))
     assert saved.keys() == good.keys() and all(torch.equal(saved[name], good[name]) for name in good)
-
-
-FULL_DISK = """
-import os, subprocess, sys
-mounted, size, *argv = sys.argv[1:]
-subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mounted], check=True)
-code = subprocess.run([sys.executable, "-m", "dfl", *argv]).returncode
-print("FILES", sorted(str(os.path.relpath(os.path.join(r, f), mounted)) for r, _, fs in os.walk(mounted) for f in fs))
-subprocess.run(["cp", "-r", mounted, mounted + ".copy"], check=True)
-sys.exit(code)
-"""
-
-
-def on_a_small_disk(folder, size, argv):
-    """Run `dfl argv` with a tmpfs of `size` at `folder`, which is copied to `folder`.copy before it vanishes."""
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
-        pytest.skip("a private mount namespace is not permitted here")
-    folder.mkdir()
-    done = subprocess.run(["unshare", "-m", sys.executable, "-c", FULL_DISK, folder, size, *argv], cwd=ROOT,
-                          capture_output=True, text=True)
-    if "mount" in done.stderr and "CalledProcessError" in done.stderr:
-        pytest.skip("mounting is not permitted here")
-    return done
-
-
-def test_a_disk_that_fills_up_keeps_the_last_whole_checkpoint(root, tmp_path):
-    disk = tmp_path / "disk"
-    # room for the records and a few checkpoints of about 80 kB
-    done = on_a_small_disk(disk, "400k", words(root, disk / "run", train__rounds=12, checkpoint__every=1, checkpoint__keep=20,
-                                               lora__targets="all-linear"))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("dfl: ")]
-    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
-    assert "No space left" in errors[0] and str(disk / "run") in errors[0]
-    run = Path(f"{disk}.copy") / "run"
-    last = checkpoint.latest(run)
-    assert last is not None and checkpoint.complete(run)[-1] == last  # no half checkpoint is among them
-    assert not list((run / "checkpoints").glob(".*"))
-    assert [r["round"] for r in read_lines(run / "metrics.jsonl")][-1] >= int(last.name[-5:])
-    # with room again it goes on, and ends like a run that always had room
-    fields = {"train__rounds": 12, "lora__targets": "all-linear"}
-    assert main([*words(root, run, checkpoint__keep=20, checkpoint__every=1, **fields), "--resume"]) == 0
-    assert main(words(root, tmp_path / "roomy", **fields)) == 0
-    one, other = (load_file(checkpoint.latest(p) / "state-0.safetensors") for p in (run, tmp_path / "roomy"))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-
-
-def test_a_disk_without_any_room_is_one_line_and_no_run(root, tmp_path):
-    disk = tmp_path / "disk"
-    # one block is taken by the folder of the run itself
-    done = on_a_small_disk(disk, "4k", words(root, disk / "run"))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("dfl: ")]
-    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
-    assert "No space left" in errors[0] and str(disk / "run") in errors[0]
-    assert "FILES []" in done.stdout  # nothing that a second start would take for a run
 
 
 def test_checkpoints_that_are_all_damaged_are_not_silently_replaced(root, tmp_path, capsys):

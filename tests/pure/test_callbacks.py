@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from processes import run_processes
 
 import dfl
-from dfl import config as configuration
 from dfl import sweep as sweeps
 from dfl.callbacks import CallbackError
 from dfl.cli import main
@@ -54,21 +52,19 @@ class Diary(dfl.Callback):
 
 
 class StopAfter(dfl.Callback):
-    """Asks on one process only, after a number of rounds."""
+    """Asks after a number of rounds."""
 
-    def __init__(self, rounds=2, process=0):
-        self.rounds, self.process = rounds, process
+    def __init__(self, rounds=2):
+        self.rounds = rounds
 
     def on_round_end(self, run, control, record):
-        if run.process == self.process and run.round >= self.rounds:
+        if run.round >= self.rounds:
             control.should_training_stop = True
 
 
 class Broken(dfl.Callback):
-    process = 0
-
     def on_round_end(self, run, control, record):
-        if run.process == self.process and run.round == 2:
+        if run.round == 2:
             raise ZeroDivisionError("no such\nnumber")
 
 
@@ -134,29 +130,6 @@ def test_an_error_names_the_callback_and_the_place(root, tmp_path):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     # round 1 is saved, and the run goes on from there
     assert train(make_config(root, tmp_path / "run", checkpoint__every=1), resume=True) == 0
-
-
-def worker(rank: int, tree: dict, output: str, broken_on: int | None) -> dict:
-    diary = Diary()
-    Broken.process = broken_on
-    given = [diary, StopAfter(2, process=1)] if broken_on is None else [diary, Broken()]
-    try:
-        status = train(configuration.from_dict(tree | {"output": output}), callbacks=given)
-    except CallbackError as error:
-        return {"error": str(error)}
-    records = [given for event, _, given in diary.given if event in ("round", "evaluate")]
-    return {"status": status, "lines": diary.lines, "none": [r is None for r in records]}
-
-
-@pytest.mark.distributed
-def test_processes_agree_on_a_stop_and_on_an_error(root, tmp_path):
-    tree = make_config(root, tmp_path / "x", train__rounds=6).to_dict()
-    first, second = run_processes(worker, 2, tree, str(tmp_path / "stopped"), None)
-    assert first["status"] == second["status"] == 0 and first["lines"] == second["lines"]
-    assert first["lines"] == ["begin 0", "evaluate 0", "round 1", "round 2", "evaluate 2", "round 3", "save 3", "end 3"]
-    assert not any(first["none"]) and all(second["none"])
-    errors = run_processes(worker, 2, tree, str(tmp_path / "broken"), 1)
-    assert errors[0] == errors[1] and "test_callbacks:Broken failed in on_round_end after round 2" in errors[0]["error"]
 
 
 HOOKS = '''

@@ -43,7 +43,7 @@ def images(root):
 
 
 def model(root, kind):
-    return root / kind if (root / kind).exists() else tiny_models.save(root / kind, kind)
+    return root / kind if (root / kind).exists() else tiny_models.save(root / kind, kind, layers=2)
 
 
 def local_phase(root, kind, executor, *, t=0, rounds=1, trains=ALL, data="data.csv", **fields):

@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings(*(f"ignore:{m
 CLASSIFY, GENERATE, IMAGES = "sequence_classification", "causal_lm", "image_classification"
 CASES = {
     "bert, mixed head": ("bert", CLASSIFY, {"lora__head": "mixed", "rule": "decaf"}),
-    "bert, frozen head, two layers": ("bert", CLASSIFY, {"model__layers": 2, "lora__rslora": True}),
+    "bert, frozen head, one layer": ("bert", CLASSIFY, {"model__layers": 1, "lora__rslora": True}),
     "gpt2, local head": ("gpt2", CLASSIFY, {"lora__head": "local"}),
-    "llama, two layers": ("llama", CLASSIFY, {"lora__head": "mixed", "model__layers": 2}),
+    "llama, one layer": ("llama", CLASSIFY, {"lora__head": "mixed", "model__layers": 1}),
     "gpt2, adapted output": ("gpt2", GENERATE, {"lora__targets": "[c_attn,lm_head]"}),
     "llama, next token": ("llama", GENERATE, {"rule": "tad"}),
     "ranks of their own, and a residual": ("bert", CLASSIFY, {"lora__rank": "[1,2,3,4]", "rule": "fedhl"}),
@@ -59,7 +59,7 @@ def root(tmp_path_factory):
 
 def arguments(root, output, kind, task=CLASSIFY, **fields):
     if not (root / kind).exists():
-        tiny_models.save(root / kind, kind)
+        tiny_models.save(root / kind, kind, layers=2)
     tree = {"model__task": task, "lora__targets": "all-linear", "train__lr": 0.05, "train__rounds": 2, "eval__every": 1,
             "checkpoint__every": 1, "checkpoint__keep": 2} | fields
     return tiny_runs.arguments(root / kind, root / ("images.jsonl" if task == IMAGES else "data.csv"), output, **tree)

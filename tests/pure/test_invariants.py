@@ -16,7 +16,7 @@ from dfl.factors import make_layout
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
-    return tiny_models.save(folder / "model", "bert"), write_data(folder), folder / "run"
+    return tiny_models.save(folder / "model", "bert", layers=1), write_data(folder), folder / "run"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -34,7 +34,7 @@ def test_the_round_for_readers_is_the_loops(interval, tmp_path):
     twin = {}
     exec(block("def one_round"), twin)
     assert len(block("def one_round").strip().splitlines()) <= 40
-    model, data = tiny_models.save(tmp_path / "model", "bert"), write_data(tmp_path)
+    model, data = tiny_models.save(tmp_path / "model", "bert", layers=2), write_data(tmp_path)
     config = make_config(model, data, tmp_path / "run", rule=f"{{name: tad, T: {interval}}}", train__rounds=3, train__local_steps=3,
                          train__lr=1e-2, train__clip=0.5, model__dropout=0.0)
     run, loaded = make_run(config)
@@ -78,7 +78,7 @@ def test_the_hook_ends_a_run(tmp_path):
     spec = importlib.util.spec_from_file_location("patience", tmp_path / "patience.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model, data = tiny_models.save(tmp_path / "model", "bert"), write_data(tmp_path)
+    model, data = tiny_models.save(tmp_path / "model", "bert", layers=2), write_data(tmp_path)
     config = make_config(model, data, tmp_path / "run", train__rounds=20, train__lr=0.0, eval__every=1)
     assert train(config, callbacks=[module.Patience()]) == 0
     records = read_lines(tmp_path / "run" / "metrics.jsonl")

@@ -264,7 +264,7 @@ def test_an_empty_sweep_has_a_page(tmp_path):
 
 def test_a_real_run_through_the_command_line(tmp_path, capsys):
     """What a run records is what the page needs: who holds which classes, the primary metric, the rule's own scalars."""
-    model, data = tiny_models.save(tmp_path / "model", "bert"), tiny_runs.write_data(tmp_path)
+    model, data = tiny_models.save(tmp_path / "model", "bert", layers=1), tiny_runs.write_data(tmp_path)
     run = tmp_path / "run"
     assert main(["train", *tiny_runs.arguments(model, data, run, rule="decaf", baseline="local")]) == 0
     assert main(["report", str(run), "--output", str(tmp_path / "out" / "page.html")]) == 0
