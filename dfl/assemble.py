@@ -2,14 +2,18 @@
 
 import hashlib
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import topologies
 from dfl import codecs, executors, partition, ranks, rules, tasks
 from dfl.adapters import Adapted, attach
 from dfl.beside import with_residual, with_start
+from dfl.checkpoint import UnreadableError, read_state
+from dfl.company import together
 from dfl.config import Config
 from dfl.evaluate import Evaluator
 from dfl.factors import Layout, make_layout
@@ -21,6 +25,10 @@ from dfl.rules.base import Rule
 from dfl.runtime import Runtime
 from dfl.seeds import derive
 from dfl.simulate import with_contraction
+from dfl.starts import at_first_gradient
+
+# the adapters that a start is for; a kaiming one is for all, and draws the bases of cores from the seed
+_STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
 
 
 class Loaded(NamedTuple):
@@ -66,8 +74,12 @@ def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None
     if lora.adapter in ("dora", "hira") and rule.residual is not None:
         raise ValueError(f"rule.name = {name!r} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; "
                          "allowed: lora")
-    if lora.start != "kaiming" and lora.adapter != "lora":
-        raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = 'lora', got {lora.adapter!r}")
+    if lora.adapter not in _STARTS.get(lora.start, (lora.adapter,)):
+        raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = {' or '.join(map(repr, _STARTS[lora.start]))}, "
+                         f"got {lora.adapter!r}; allowed with it: "
+                         f"{', '.join(['kaiming', *(name for name, kinds in _STARTS.items() if lora.adapter in kinds)])}")
+    if lora.start_step and lora.start != "gradient":
+        raise ValueError(f"lora.start_step = {lora.start_step} is the step of lora.start = 'gradient', got {lora.start!r}; allowed: 0")
     differ = known is None or known.unequal or len(set(known.scalings)) > 1
     if differ and (lora.start != "kaiming" or lora.adapter != "lora"):
         what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
@@ -99,7 +111,8 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     """Attach LoRA to the model of a bundle whose training examples are already divided."""
     adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"),
                      partial(ranks.resolve, config.lora, config.peers, config.seed))
-    adapted = with_start(adapted, config.lora.start)
+    if config.lora.start != "gradient":  # which needs the processes together: `assemble`
+        adapted = with_start(adapted, config.lora.start)
     return Loaded(bundle, parts, adapted)
 
 
@@ -111,8 +124,49 @@ def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | No
                        peers=config.peers, **params)
 
 
-def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
-    """Peers, rule, executor and evaluator of a run that has not begun."""
+def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resumed_from: Path | None) -> Adapted:
+    """The adapters with their bases at the first gradient, where the configuration says so.
+
+    Peer 0 finds them on its own first examples and hands them to all: another machine may not come to the same bits, nor a GPU the
+    second time. A run that goes on takes them from its checkpoint.
+    """
+    adapted, transport = loaded.adapted, runtime.transport
+    if config.lora.start != "gradient":
+        return adapted
+    if resumed_from is not None:
+        saved = together(transport, lambda: bases_of(resumed_from))
+        return adapted._replace(cores=adapted.cores._replace(bases=saved))
+    made = together(transport, lambda: _first_gradient(config, loaded, runtime.device) if transport.rank == 0 else adapted)
+    flat = torch.cat([made.cores.bases, made.start])
+    flat = torch.frombuffer(bytearray(transport.spread(flat.numpy().tobytes())), dtype=torch.float32)
+    start = adapted.start.clone()
+    start.copy_(flat[len(made.cores.bases):])
+    return adapted._replace(cores=adapted.cores._replace(bases=flat[:len(made.cores.bases)].clone()), start=start)
+
+
+def _first_gradient(config: Config, loaded: Loaded, device: torch.device) -> Adapted:
+    """From the examples that peer 0 trains on first: lora.start_samples of them, or all that it has."""
+    bundle, parts, adapted = loaded
+    num = min(config.lora.start_samples, len(parts[0]))
+    chosen = DataStream(parts[0], num, data_seed(config), 0).batch(0)
+    batches = []
+    for part in np.split(chosen, range(config.train.batch_size, num, config.train.batch_size)):
+        batch = bundle.task.collate([bundle.train.features[i] for i in part])
+        batches.append((len(part) / num, {key: value.to(device) for key, value in batch.items()}))
+    return at_first_gradient(adapted, bundle.task, batches, seed=derive(config.seed, "first gradient"), step=config.lora.start_step)
+
+
+def bases_of(checkpoint: Path) -> torch.Tensor:
+    """The bases (D_lora,) that no seed gives again. UnreadableError where the checkpoint has none."""
+    found = read_state(checkpoint, [0]).get("bases.0")
+    if found is None:
+        raise UnreadableError(f"checkpoint {checkpoint} lacks the bases of its adapters")
+    return found
+
+
+def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed_from: Path | None = None) -> Run:
+    """Peers, rule, executor and evaluator of a run that has not begun, or whose state will come from the checkpoint `resumed_from`."""
+    loaded = loaded._replace(adapted=with_first_gradient(config, runtime, loaded, resumed_from))
     bundle, parts, adapted = loaded
     rule = build_rule(config, adapted.layout, topology, adapted.ranks, adapted)
     adapted = with_residual(adapted, rule.residual)
@@ -128,15 +182,20 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Run:
 
 
 def check_same_start(peers: HostedPeers, bundle, transport) -> None:
-    """Every peer must start from the same A and the same head. ValueError names the first that differs from peer 0."""
+    """Every peer must start from the same A (or bases and core) and head. ValueError names the first that differs from peer 0."""
+    adapted = peers.adapted
     # a trained head is part of the row
-    frozen = () if peers.adapted.head else bundle.head_modules
-    head = [p.detach().float().cpu().numpy().tobytes() for name in frozen for p in bundle.model.get_submodule(name).parameters()]
-    digests = [hashlib.sha256(b"".join([row.cpu().numpy().tobytes(), *head])).digest()
-               for row in (peers.x if peers.adapted.ranks.unequal is None else peers.adapted.start[None].expand(len(peers.ids), -1))]
+    frozen = () if adapted.head else bundle.head_modules
+    common = [p.detach().float().cpu().numpy().tobytes() for name in frozen for p in bundle.model.get_submodule(name).parameters()]
+    if adapted.cores is not None:
+        common.append(adapted.cores.bases.cpu().numpy().tobytes())
+    shared = hashlib.sha256(b"".join(common)).digest()
+    digests = [hashlib.sha256(row.cpu().numpy().tobytes() + shared).digest()
+               for row in (peers.x if adapted.ranks.unequal is None else adapted.start[None].expand(len(peers.ids), -1))]
     rows = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])[:, None]
     rows = transport.gather(rows)
     differing = [] if rows is None else (rows[:, 0] != rows[0, 0]).nonzero().flatten().tolist()
     peer = transport.agree(differing[0] if differing else -1)
     if peer >= 0:
-        raise ValueError(f"peer {peer} starts from another A or head than peer 0; all must share seed, model and lora settings")
+        what = "another A" if adapted.cores is None else "other bases, another core"
+        raise ValueError(f"peer {peer} starts from {what} or head than peer 0; all must share seed, model and lora settings")

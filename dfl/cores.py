@@ -2,7 +2,7 @@
 
 The model sees ordinary LoRA factors, A = [A_1; ...] and B = [s_1 B_1 H_1 | ...]; a peer's row holds the cores alone. `expand` makes
 the factors from the cores, `pull_back` turns the gradient of B into that of the cores. Bases are orthonormal, the same at every
-peer. Ponkshe et al. 2025, arXiv 2502.15436; Raje et al. 2025, arXiv 2506.05568.
+peer: drawn from the seed here, or found by `dfl.starts`. Ponkshe et al. 2025, arXiv 2502.15436; Raje et al. 2025, arXiv 2506.05568.
 """
 
 from typing import NamedTuple

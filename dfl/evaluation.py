@@ -62,7 +62,7 @@ def evaluate_run(output: Path, overrides: Sequence[str] = (), *, checkpoint: Pat
     runtime = start(config)
     try:
         loaded = load(config, runtime.device) if data is None else _load_file(config, runtime.device, names, data)
-        run = assemble(config, runtime, loaded, topology)
+        run = assemble(config, runtime, loaded, topology, folder)
         restore(run, folder)
         result = evaluate(run)
     except BaseException as error:

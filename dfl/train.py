@@ -4,7 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfl.assemble import Loaded, assemble, check, load
+import torch
+
+from dfl.assemble import Loaded, assemble, bases_of, check, load
 from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, name_of
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_secret, contents, settings, together
@@ -64,7 +66,7 @@ def _baseline(config: Config) -> Config:
 
 def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None,
                callbacks: Sequence[Callback]) -> bool:
-    run = assemble(config, runtime, loaded, topology)
+    run = assemble(config, runtime, loaded, topology, resumed_from)
     first, new = runtime.place.rank == 0, resumed_from is None
     if not new:
         together(runtime.transport, lambda: restore(run, resumed_from))
@@ -116,12 +118,16 @@ def save(run: Run, saver: Checkpointer) -> Path:
     tensors = {f"rule.{peer}.{key}": value for peer, state in zip(run.peers.ids, run.states, strict=True)
                for key, value in state.items()}
     tensors |= {f"moments.{name}": value for name, value in run.peers.moments().items()}
+    if run.config.lora.start == "gradient" and 0 in run.peers.ids:
+        tensors["bases.0"] = run.peers.adapted.cores.bases
     return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.peers.rows(), tensors, merged)
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Go on from a checkpoint, whatever number of processes wrote it."""
+    """Go on from a checkpoint, whatever number of processes wrote it. ValueError where its adapters lie between other bases."""
     run.completed = verify(folder)
+    if run.config.lora.start == "gradient" and not torch.equal(run.peers.adapted.cores.bases, bases_of(folder)):
+        raise ValueError(f"checkpoint {folder} has other bases than the run that is to go on from it (lora.start = 'gradient')")
     found = read_state(folder, run.peers.ids)
     for row, peer in enumerate(run.peers.ids):
         run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)

@@ -60,7 +60,11 @@ class LoraConfig:
     dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None  # None: PEFT's own choice for the architecture
     rslora: tuple[bool, ...] | bool = False  # alpha / sqrt(rank) instead
-    start: Literal["kaiming", "pissa", "olora"] = "kaiming"  # of A and B; the last two begin at the base weight's own directions
+    # of A and B; pissa and olora begin at the base weight's own directions. Of the bases of sb and ravan: kaiming draws them, gradient
+    # takes the leading directions of the first gradient
+    start: Literal["kaiming", "pissa", "olora", "gradient"] = "kaiming"
+    start_samples: int = 64  # the examples of peer 0 that the first gradient is the mean over; all that it has where they are fewer
+    start_step: float = 0.0  # the core begins where a step of gradient descent of this rate takes the base weight; 0: at zero
     heads: int = 4  # of a ravan adapter
     head: Literal["frozen", "mixed", "local"] = "frozen"
 

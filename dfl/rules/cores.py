@@ -11,7 +11,8 @@ CORE = frozenset({"core"})
 def fed_sb(layout: Layout, *, head: str = "frozen") -> Rule:
     """Train and mix only the core R of B R A, with B and A frozen and common (Fed-SB); needs lora.adapter sb.
 
-    R_i <- sum_j w_ij R_j (R, R). Linear in the product, so exact for any W; R² numbers a layer, whatever the layer's size.
+    R_i <- sum_j w_ij R_j (R, R). Linear in the product, so exact for any W; R² numbers a layer, whatever the layer's size. What they
+    can reach is what the bases span: seeded ones by default, with lora.start gradient those of the first gradient, as in the paper.
     Ponkshe et al. 2025, arXiv 2502.15436.
     """
     return factor_gossip(layout, lambda t: CORE, lambda t: CORE, head=head)

@@ -33,6 +33,9 @@ class Transport(Protocol):
     def share(self, data: bytes) -> list[bytes]:
         """What each process gave, by process, on all of them."""
 
+    def spread(self, data: bytes) -> bytes:
+        """What process 0 gave, on all of them; what the others gave is not used."""
+
     def describe(self, process: int) -> str:
         """A process for people: its number, its peers, its host."""
 

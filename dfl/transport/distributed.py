@@ -135,6 +135,16 @@ class Distributed:
         mine[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
         return [bytes(row[:size].numpy()) for row, size in zip(self._table(mine), sizes, strict=True)]
 
+    def spread(self, data: bytes) -> bytes:
+        size = int(self._table(torch.tensor([len(data)]))[0])
+        if self.rank:
+            found = torch.empty(size, dtype=torch.uint8)
+            self._transfer("what process 0 tells", {}, {0: found}, patience=2)
+            return bytes(found.numpy())
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        self.control_bytes += self._transfer("what process 0 tells", dict.fromkeys(range(1, self.size), mine), {})
+        return data
+
     def _table(self, mine: Tensor) -> Tensor:
         """The rows (K,) of all processes, as (processes, K) on all of them, over process 0 and on the CPU.
 

@@ -28,6 +28,9 @@ class InProcess:
     def share(self, data: bytes) -> list[bytes]:
         return [data]
 
+    def spread(self, data: bytes) -> bytes:
+        return data
+
     def describe(self, process: int) -> str:
         return f"process {process}"
 

@@ -33,6 +33,7 @@ KINDS = {
     "olora and a residual": {"lora__start": "olora", "rule": "{name: fedhl, residual_rank: 4}"},
     "cores": {"rule": "fed_sb", "lora__adapter": "sb"},
     "cores alone": {"rule": "local", "lora__adapter": "sb"},
+    "cores at the first gradient": {"rule": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "lora__start_step": 1.0},
     "heads": {"rule": "ravan", "lora__adapter": "ravan", "lora__heads": 2, "lora__rank": 4},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
