@@ -37,7 +37,8 @@ def trees(tmp_path_factory) -> dict[str, dict]:
     made["plora, unequal slots"] = plain | {"rule": {"name": "plora", "slots": [1, 2, 1, 2, 2]},
                                             "lora": {"rank": 2, "head": "mixed"}}
     made["lora, PiSSA"] = plain | {"rule": "lora", "lora": {"rank": 2, "start": "pissa"}}
-    made["ravan, first gradient"] = plain | {"rule": "ravan", "lora": WANTS["ravan"]["lora"] | {"start": "gradient", "start_step": 1.0}}
+    heads = WANTS["ravan"]["lora"] | {"start": "gradient", "start_step": 1.0}
+    made["ravan, first gradient"] = plain | {"rule": "ravan", "lora": heads}
     made["fedhl, in half precision"] = plain | {"rule": "fedhl", "codec": "float16"}
     return made
 
