@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -91,11 +92,21 @@ def docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError, ValueError):
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=False)
             if text:
                 yield inspect.cleandoc(text)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of `ast.walk`, in its order, without expressions: those hold no docstring, and are most of a file."""
+    waiting = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in ("body", "cases", "handlers", "orelse", "finalbody"):
+            waiting.extend(getattr(node, field, ()))
 
 
 def _split(found: dict[str, list], num_train: int, num_valid: int, data_seed: int) -> tuple[Table, Table]:

@@ -1,14 +1,28 @@
 """Docstrings of installed packages: balanced, masked, disjoint, the same every time."""
 
+import ast
 import re
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dfl.config import DataConfig
 from dfl.tasks import docstrings
+
+read = docstrings.docstrings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once():
+    """All loads read the same files: each is parsed once."""
+    kept = cache(lambda path: tuple(read(path)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "docstrings", kept)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +100,60 @@ def test_packages_are_read_and_not_imported():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+NESTED = '''
+"""Module."""
+try:
+    def a():
+        """A."""
+        with open("x") as f:
+            class B:
+                """B."""
+except OSError:
+    def c(): "C."
+else:
+    for _ in []:
+        def d():
+            """D."""
+    else:
+        while True:
+            async def e():
+                """E."""
+finally:
+    match 1:
+        case 1:
+            def f():
+                """F."""
+        case _:
+            if (lambda: "G.")():
+                def h():
+                    """H."""
+            elif 2:
+                def i():
+                    """I."""
+def j(k=lambda: 0):
+    """J."""
+'''
+
+
+@pytest.mark.parametrize("source", ["nested", "torch/nn/functional.py", "numpy/__init__.py"])
+def test_docstrings_come_in_the_order_of_a_walk_over_all_nodes(tmp_path, source):
+    path = Path(np.__file__).parents[1] / source
+    if source == "nested":
+        path = tmp_path / "nested.py"
+        path.write_text(NESTED)
+    defined = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, defined)]
+    expected = [text for node in nodes if (text := ast.get_docstring(node))]
+    assert list(read(path)) == expected and len(expected) > (9 if source == "nested" else 2)
+
+
 def test_files_that_do_not_parse_have_no_docstrings(tmp_path):
     path = tmp_path / "a.py"
     for content in (b"def f(:\n", b"\xff\xfe", b"x = 1\0", b""):
         path.write_bytes(content)
-        assert list(docstrings.docstrings(path)) == []
+        assert list(read(path)) == []
     path.write_text('"""One."""\nclass A:\n    """Two.\n\n    Three."""\n    async def f(self):\n        "Four."\n')
-    assert list(docstrings.docstrings(path)) == ["One.", "Two.\n\nThree.", "Four."]
+    assert list(read(path)) == ["One.", "Two.\n\nThree.", "Four."]
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
