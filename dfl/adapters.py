@@ -51,7 +51,8 @@ class Adapted(NamedTuple):
 
     layout: of the rows that are trained and mixed. lora: of the rows of LoRA factors that the model reads, the same unless the
     adapter trains cores. offset: a constant residual (what a start at the base weight's own directions adds at first), in a
-    layout like `residual`. residual: the layout of low-rank products beside the adapter, None where there are none.
+    layout like `residual`. residual: the layout of low-rank products beside the adapter, None where there are none; kept: of those
+    among them that the rule keeps.
     """
 
     model: peft.PeftModel
@@ -64,6 +65,7 @@ class Adapted(NamedTuple):
     cores: Cores | None = None
     offset: tuple[Layout, Tensor] | None = None
     residual: Layout | None = None
+    kept: Layout | None = None
 
     @property
     def lora(self) -> Layout:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dfl.adapters import Adapted
-from dfl.factors import Layout, a_view, b_view, empty_rows, make_layout
+from dfl.factors import Layout, a_view, b_view, empty_rows, join, join_rows, make_layout
 
 
 def with_start(adapted: Adapted, start: str) -> Adapted:
@@ -43,25 +43,16 @@ def with_residual(adapted: Adapted, layout: Layout | None) -> Adapted:
     """The same with room for the residual that a rule keeps, behind the constant one."""
     if layout is None:
         return adapted
-    if adapted.offset is None:
-        return adapted._replace(residual=layout)
-    constant = {pair.name: pair.rank for pair in adapted.offset[0].pairs}
-    return adapted._replace(residual=make_layout([(p.name, constant[p.name] + p.rank, p.d_in, p.d_out, p.scaling)
-                                                  for p in layout.pairs]))
+    return adapted._replace(residual=layout if adapted.offset is None else join((adapted.offset[0], layout)), kept=layout)
 
 
 def residual_rows(adapted: Adapted, kept: Tensor | None, num_rows: int) -> Tensor | None:
-    """All that lies beside the adapters of P peers (P, D_E): the constant residual and the rule's rows `kept` (P, D_rule)."""
+    """All that lies beside the adapters of P peers (P, D_E): the constant residual and the rule's rows `kept` (P, D_kept)."""
     if adapted.residual is None or adapted.offset is None:
         return kept
     layout, constant = adapted.offset
-    rows = empty_rows(num_rows, adapted.residual.size, device=constant.device if kept is None else kept.device)
-    ruled = make_layout([(p.name, p.rank - o.rank, p.d_in, p.d_out, p.scaling)
-                         for p, o in zip(adapted.residual.pairs, layout.pairs, strict=True)])
-    for pair, other, mine in zip(adapted.residual.pairs, layout.pairs, ruled.pairs, strict=True):
-        a_view(rows, pair)[:, :other.rank] = a_view(constant, other)
-        b_view(rows, pair)[..., :other.rank] = b_view(constant, other)
-        if kept is not None:
-            a_view(rows, pair)[:, other.rank:] = a_view(kept, mine)
-            b_view(rows, pair)[..., other.rank:] = b_view(kept, mine)
-    return rows
+    if kept is None:
+        layouts, rows = [layout], [constant]
+    else:
+        layouts, rows = [layout, adapted.kept], [constant, kept]
+    return join_rows(adapted.residual, layouts, rows, num_rows)

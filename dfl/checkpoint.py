@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dfl.adapters import ADAPTER, Adapted, Rows, bind
 from dfl.company import together
-from dfl.factors import a_view, b_view
+from dfl.factors import a_view, b_view, join, join_rows
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +56,21 @@ def save_adapter(folder: Path, adapted: Adapted, rows: Rows, base_name: str) -> 
 def _joined(adapted: Adapted, rows: Rows, names, config) -> dict[str, Tensor]:
     """A and B of every layer, cut to the slots in use, the residual behind them; rank and alpha of `config` follow."""
     scale = 1.0 if rows.scale is None else rows.scale[0]
-    found, layers = {}, []
-    for index, pair in enumerate(adapted.lora.pairs):
-        a, b = a_view(rows.x[0], pair), b_view(rows.x[0], pair)
-        beside = None
-        if rows.residual is not None:
-            other = adapted.residual.pairs[index]
-            # the residual has the layout's scaling, the adapter the peer's
-            beside = (a_view(rows.residual[0], other), b_view(rows.residual[0], other) / scale)
-        layers.append((pair.name, a, b, beside))
-    rank = max((_used(a, b) for _, a, b, _ in layers), default=1)
-    extra = max((_used(*beside) for *_, beside in layers if beside), default=0)
-    for name, a, b, beside in layers:
-        a, b = a[:rank], b[:, :rank]
-        if extra:
-            missing = max(0, extra - len(beside[0]))
-            more_a = torch.nn.functional.pad(beside[0][:extra], (0, 0, 0, missing))
-            a, b = torch.cat([a, more_a]), torch.cat([b, torch.nn.functional.pad(beside[1][:, :extra], (0, missing))], 1)
-        found |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    layouts, parts = [adapted.lora], [rows.x]
+    if rows.residual is not None:
+        layouts, parts = [adapted.lora, adapted.residual], [rows.x, rows.residual]
+    slots = [max((_used(a_view(x[0], pair), b_view(x[0], pair)) for pair in layout.pairs), default=1)
+             for layout, x in zip(layouts, parts, strict=True)]
+    joined = join(layouts, slots)
+    row = join_rows(joined, layouts, parts, 1, slots)[0]
+    found = {}
+    for pair in joined.pairs:
+        a, b = a_view(row, pair), b_view(row, pair)
+        b[:, slots[0]:] /= scale  # the residual has the layout's scaling, the adapter the peer's
+        found |= {f"base_model.model.{pair.name}.lora_A.weight": a, f"base_model.model.{pair.name}.lora_B.weight": b}
     if found.keys() - names.keys():
         raise AssertionError(f"PEFT does not call its tensors {sorted(found.keys() - names.keys())[:2]}")
-    config.r, config.use_rslora = rank + extra, False
+    config.r, config.use_rslora = sum(slots), False
     config.lora_alpha = adapted.ranks.reference * scale * config.r
     return found
 

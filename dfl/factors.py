@@ -143,6 +143,34 @@ def write_pairs(x: Tensor, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> None:
         b_view(x, pair).copy_(b.select(-3, index))
 
 
+def join(layouts: Sequence[Layout], slots: Sequence[int] | None = None) -> Layout:
+    """The layout of the same layers with summed ranks, named and scaled as in the first of `layouts`.
+
+    slots: how many of each part's slots a layer gets; None: all that the part has there.
+    """
+    pairs = zip(*(layout.pairs for layout in layouts), strict=True)
+    return make_layout([(same[0].name, sum(slots or [p.rank for p in same]), same[0].d_in, same[0].d_out, same[0].scaling)
+                        for same in pairs])
+
+
+def join_rows(joined: Layout, layouts: Sequence[Layout], rows: Sequence[Tensor], num_rows: int,
+              slots: Sequence[int] | None = None) -> Tensor:
+    """Rows (P, D) in `joined = join(layouts, slots)`: each part's pairs behind those of the part before it.
+
+    rows: of each part (P, D_k), or one (D_k,) for all; type and device are those of the last. What a part lacks is zero.
+    """
+    out = empty_rows(num_rows, joined.size, dtype=rows[-1].dtype, device=rows[-1].device)
+    filled = [0] * len(joined.pairs)
+    for part, (layout, x) in enumerate(zip(layouts, rows, strict=True)):
+        for index, (pair, mine) in enumerate(zip(joined.pairs, layout.pairs, strict=True)):
+            room = mine.rank if slots is None else slots[part]
+            held, start = min(room, mine.rank), filled[index]
+            a_view(out, pair)[:, start:start + held] = a_view(x, mine)[..., :held, :]
+            b_view(out, pair)[..., start:start + held] = b_view(x, mine)[..., :held]
+            filled[index] += room
+    return out
+
+
 def pack(factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Layout, Tensor]:
     """Rows X_ND from `{layer: (A (N, R, I), B (N, O, R))}`, with their layout. Type and device of the factors are kept."""
     if not factors:

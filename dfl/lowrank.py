@@ -116,18 +116,6 @@ def weighted_sum(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
     return left, right
 
 
-def product_gram(a: Tensor, b: Tensor) -> Tensor:
-    """K[j, l] = <B_j A_j, B_l A_l>_F for pairs a (J, L, R, I), b (J, L, O, R), summed over the L layers: (J, J) float64.
-
-    tr(A_j^T B_j^T B_l A_l) = <B_j^T B_l, A_j A_l^T>: two (J R) x (J R) tables, no O x I matrix.
-    """
-    num, layers, rank, _ = a.shape
-    a = a.double().transpose(0, 1).flatten(1, 2)
-    b = b.double().transpose(0, 1).transpose(-1, -2).flatten(1, 2)
-    table = (a @ a.mT) * (b @ b.mT)
-    return table.view(layers, num, rank, num, rank).sum((0, 2, 4))
-
-
 class Grams(NamedTuple):
     """All inner products among J pairs: b[u, x, a, y] = <column x of B_u, column y of B_a>, a the same of the rows of A.
 
@@ -148,7 +136,7 @@ def gram_tables(a: Tensor, b: Tensor) -> Grams:
 
 def products(grams: Grams) -> Tensor:
     """<B_j A_j, B_l A_l>_F: (..., J, J)."""
-    return torch.einsum("...uxay,...uxay->...ua", grams.b, grams.a)
+    return (grams.b * grams.a).sum((-3, -1))
 
 
 def inner(table: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl.factors import GROUPS, Layout, a_view, b_view, empty_rows, make_layout, scalings, stack_a, stack_b
-from dfl.lowrank import product_gram
+from dfl.factors import GROUPS, Layout, join, join_rows, scalings, stack_a, stack_b
+from dfl.lowrank import gram_tables, products
 
 
 def consensus_distance(x: Tensor) -> float:
@@ -30,7 +30,7 @@ def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor]
         scaling = scalings(pairs, rows[0])[:, None, None]
         a = spread(torch.cat([stack_a(x, pairs) for x in rows]).double() * scaling)
         b = spread(torch.cat([stack_b(x, pairs) for x in rows]).double())
-        table = product_gram(a, b)
+        table = products(gram_tables(a, b)).sum(0)
         total = table if total is None else total + table
     return total
 
@@ -52,10 +52,10 @@ def cross_term(x: Tensor, w: np.ndarray, layout: Layout) -> tuple[float, float]:
         centred = factors - factors.mean(0)
         return torch.cat([centred, torch.tensordot(weights, centred, 1)])
 
-    products = scaled_product_gram(x, layout=layout)
+    plain = scaled_product_gram(x, layout=layout)
     gram = scaled_product_gram(x, layout=layout, spread=centred_and_mixed)
     cross = _norms(gram, torch.cat([weights, -torch.eye(len(x), dtype=torch.float64, device=x.device)], 1))
-    size = _norms(products, weights)
+    size = _norms(plain, weights)
     relative = torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
     return float(cross.mean()), float(relative.mean())
 
@@ -82,13 +82,8 @@ def whole(x: Tensor, layout: Layout, kept: Tensor | None, residual: Layout | Non
     """Rows x (N, D) of A and B together with the residuals `kept` (N, D_E) beside them, as factors of larger rank."""
     if kept is None:
         return x, layout
-    joined = make_layout([(p.name, p.rank + o.rank, p.d_in, p.d_out, p.scaling)
-                          for p, o in zip(layout.pairs, residual.pairs, strict=True)])
-    rows = empty_rows(len(x), joined.size, dtype=x.dtype, device=x.device)
-    for pair, mine, other in zip(joined.pairs, layout.pairs, residual.pairs, strict=True):
-        a_view(rows, pair).copy_(torch.cat([a_view(x, mine), a_view(kept, other)], -2))
-        b_view(rows, pair).copy_(torch.cat([b_view(x, mine), b_view(kept, other)], -1))
-    return rows, joined
+    joined = join((layout, residual))
+    return join_rows(joined, (layout, residual), (x, kept), len(x)), joined
 
 
 Models = tuple[Tensor, Tensor, Layout]
