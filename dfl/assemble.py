@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import topologies
 from dfl import codecs, executors, partition, ranks, rules, tasks
 from dfl.adapters import Adapted, attach
 from dfl.beside import with_residual, with_start
@@ -24,8 +23,9 @@ from dfl.rounds import Run
 from dfl.rules.base import Rule
 from dfl.runtime import Runtime
 from dfl.seeds import derive
-from dfl.simulate import with_contraction
+from dfl.simulation import with_contraction
 from dfl.starts import at_first_gradient
+from dfl.topology import build_topology
 
 # the adapters that a start is for; a kaiming one is for all, and draws the bases of cores from the seed
 _STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
@@ -84,15 +84,6 @@ def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None
     if differ and (lora.start != "kaiming" or lora.adapter != "lora"):
         what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
         raise ValueError(f"{what} needs one lora.rank and one lora.alpha for all peers")
-
-
-def build_topology(config: Config):
-    seed = config.seed if config.topology_seed is None else config.topology_seed
-    topology = topologies.build(config.topology.name, config.peers, seed=derive(seed, "topology"), **config.topology.params)
-    if topology.sums == "column":
-        raise ValueError(f"topology.name = {config.topology.name!r} has columns that sum to one, but not rows: receivers would not "
-                         "average; allowed: weights that are doubly or row stochastic")
-    return topology
 
 
 def data_seed(config: Config) -> int:

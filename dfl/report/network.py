@@ -11,8 +11,8 @@ MAX_PEERS, MAX_FRAMES = 128, 200
 
 def rebuild(config: dict):
     """The topology of a recipe. ValueError where it cannot be built here."""
-    from dfl.assemble import build_topology
     from dfl.config import from_dict
+    from dfl.topology import build_topology
     return build_topology(from_dict(config))
 
 

@@ -1,6 +1,8 @@
 """Imports point one way: topologies <- dfl <- launch, benchmarks, tests; the pure rooms import no other room."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,12 @@ def test_only_transport_and_runtime_speak_to_other_processes():
 def test_dfl_imports_neither_launch_nor_tests():
     for path in files("dfl"):
         assert not {name for name in imports(path) if name.split(".")[0] in ("launch", "benchmarks", "tests")}
+
+
+def test_help_and_topologies_wait_for_no_torch():
+    program = ("import sys; from dfl.cli import make_parser; make_parser(); import dfl.topology; "
+               "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_no_pickle():

@@ -1,0 +1,14 @@
+"""The topology of a configuration; without torch, for reports."""
+
+import topologies
+from dfl.config import Config
+from dfl.seeds import derive
+
+
+def build_topology(config: Config):
+    seed = config.seed if config.topology_seed is None else config.topology_seed
+    topology = topologies.build(config.topology.name, config.peers, seed=derive(seed, "topology"), **config.topology.params)
+    if topology.sums == "column":
+        raise ValueError(f"topology.name = {config.topology.name!r} has columns that sum to one, but not rows: receivers would not "
+                         "average; allowed: weights that are doubly or row stochastic")
+    return topology
