@@ -9,7 +9,6 @@ import time
 from importlib import import_module, metadata
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from dfl.plugins import did_you_mean
@@ -67,6 +66,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def describe_run(config: dict, facts: dict) -> dict:
     """Configuration, versions, hardware and git commit: what somebody needs to run it again."""
+    import torch  # seconds: those who only read records need not wait for it
     packages = ("torch", "transformers", "peft", "numpy", "networkx", "safetensors")
     return {
         "config": config,

@@ -17,7 +17,7 @@ RULES = {"fedask": "{name: fedask, steps: 2, memory: true}",
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rules")
-    return tiny_models.save(folder / "bert", "bert"), tiny_runs.write_data(folder)
+    return tiny_models.save(folder / "bert", "bert", layers=1), tiny_runs.write_data(folder)
 
 
 @pytest.mark.parametrize("name", RULES)
