@@ -149,29 +149,33 @@ def plora(layout: Layout, *, slots: int | Sequence[int] | None = None, seed: int
     check_slots(slots, num_slots, peers)
     draws = Draws(layout, num_slots, max(1, num_slots // 2) if slots is None else slots, seed)
     also_trained, also_mixed = beside_factors(layout, head)
-    also_cuts, num_factors, num_beside = layout.columns(also_mixed), layout.length(BOTH), layout.length(also_mixed)
-
-    def sent(t: int, peer: int, like: Tensor) -> Tensor:
-        return draws.mask(t, peer)[:num_factors].to(like.device)
+    also_cuts, num_beside = layout.columns(also_mixed), layout.length(also_mixed)
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
-        factors = x[:num_factors][sent(round.t, round.peer, x)]
-        return torch.cat([factors, *([read_groups(x, also_cuts)] if also_cuts else [])]), state
+        mine = draws.chosen(round.t, round.peer).nonzero().flatten().to(x.device)
+        factors = [f.flatten() for pairs in layout.shapes() for f in (stack_a(x, pairs)[:, mine], stack_b(x, pairs)[..., mine])]
+        return torch.cat([*factors, *([read_groups(x, also_cuts)] if also_cuts else [])]), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         out = x.clone()
         if len(inbox) == 1:
             return out, state
         heard = sorted(inbox)
-        rows = x.new_zeros(len(heard), num_factors)
-        for row, j in zip(rows, heard, strict=True):
-            row[sent(round.t, j, x)] = inbox[j][:len(inbox[j]) - num_beside]
-        shares = slot_shares([round.weights[j] for j in heard], torch.stack([draws.chosen(round.t, j) for j in heard])).to(x)
-        known = shares.any(0)
+        chosen = torch.stack([draws.chosen(round.t, j) for j in heard])
+        shares = slot_shares([round.weights[j] for j in heard], chosen).to(x)
+        slots = [mine.nonzero().flatten().to(x.device) for mine in chosen]
+        known, starts = shares.any(0).nonzero().flatten(), [0] * len(heard)
         for pairs in layout.shapes():
-            a = torch.einsum("jr,jlri->lri", shares, stack_a(rows, pairs))
-            b = torch.einsum("jr,jlor->lor", shares, stack_b(rows, pairs))
-            write_pairs(out, pairs, torch.where(known[:, None], a, stack_a(x, pairs)), torch.where(known, b, stack_b(x, pairs)))
+            a, b = stack_a(x, pairs), stack_b(x, pairs)
+            a[:, known], b[..., known] = 0, 0
+            for k, (j, share, mine) in enumerate(zip(heard, shares, slots, strict=True)):
+                part, (num, d_in, d_out) = share[mine], (len(mine), pairs[0].d_in, pairs[0].d_out)
+                sizes = [len(pairs) * num * d_in, len(pairs) * d_out * num]
+                sent_a, sent_b = inbox[j][starts[k]:starts[k] + sum(sizes)].split(sizes)
+                a[:, mine] += part[:, None] * sent_a.view(len(pairs), num, d_in)
+                b[..., mine] += part * sent_b.view(len(pairs), d_out, num)
+                starts[k] += sum(sizes)
+            write_pairs(out, pairs, a, b)
         if also_cuts:
             write_groups(out, also_cuts, weighted_mean({j: inbox[j][-num_beside:] for j in heard}, round.weights))
         return out, state
