@@ -22,9 +22,9 @@ def write_data(folder: Path, copies: int = 8) -> Path:
     return path
 
 
-def make_folder(folder: Path) -> Path:
-    """The folder, with a tiny `bert` of one layer and `data.csv` in it."""
-    tiny_models.save(folder / "bert", "bert", layers=1)
+def make_folder(folder: Path, layers: int = 1) -> Path:
+    """The folder, with a tiny `bert` and `data.csv` in it."""
+    tiny_models.save(folder / "bert", "bert", layers)
     write_data(folder)
     return folder
 

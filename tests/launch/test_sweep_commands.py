@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tiny_runs.make_folder(tmp_path_factory.mktemp("sweep"))
+    return tiny_runs.make_folder(tmp_path_factory.mktemp("sweep"), layers=3)  # slow enough to be met by a signal
 
 
 def write(root, folder, grid, include=(), **fields) -> Path:
