@@ -4,9 +4,12 @@ A terminal gets a frame that is drawn anew (by rich, which knows widths, colours
 something happened. Every look reads the whole file again when it has changed: a resumed run writes a new one.
 """
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dfl.record import clock
@@ -229,7 +232,7 @@ def watch(folder: Path, *, once: bool = False, every: float = 1.0, stream=None) 
     try:
         if once:
             console = _console(stream)
-            frame, _ = next(_frames(folder, every, lambda: (console.width, 10_000)))
+            frame, _ = next(_frames(folder, lambda: (console.width, 10_000)))
             console.print(frame)
         elif stream.isatty():
             _draw(folder, every, stream)
@@ -249,7 +252,7 @@ def _console(stream):
     return Console(file=stream, highlight=False)
 
 
-def _frames(folder: Path, every: float, size) -> Iterator[tuple]:
+def _frames(folder: Path, size) -> Iterator[tuple]:
     """(frame, whether all has ended), again and again; size() is that of the terminal, which may change."""
     single, sweep = Reader(folder), SweepReader(folder)
     while True:
@@ -260,17 +263,36 @@ def _frames(folder: Path, every: float, size) -> Iterator[tuple]:
         else:
             run = single.look()
             yield run_frame(run, folder, width, height), ended(run)
-        time.sleep(every)
 
 
 def _draw(folder: Path, every: float, stream) -> None:
     console = _console(stream)
     from rich.live import Live
-    with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
-        for frame, over in _frames(folder, every, lambda: (console.width, console.height)):
+    with _between_frames() as interrupted, Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+        for frame, over in _frames(folder, lambda: (console.width, console.height)):
             live.update(frame, refresh=True)
-            if over:
+            if over or interrupted.wait(every):
                 return
+
+
+@contextmanager
+def _between_frames() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event: an exception in the middle of a frame can keep rich from showing the cursor again; a second raises."""
+    interrupted = threading.Event()
+
+    def hear(number, frame) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    if threading.current_thread() is not threading.main_thread():  # signals are heard there
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lines(folder: Path, every: float) -> Iterator[str]:

@@ -182,8 +182,10 @@ def test_a_terminal_gets_a_frame_that_grows_and_the_view_leaves_with_the_run(tmp
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_leaves_quietly(tmp_path):
-    process, ours = on_a_terminal(str(tmp_path / "not-yet"), "--every", "0.05")
+@pytest.mark.parametrize("every", ["0.001", "100"])
+def test_ctrl_c_leaves_quietly(tmp_path, every):
+    """In the middle of a frame as well as between two, and without waiting for the next."""
+    process, ours = on_a_terminal(str(tmp_path / "not-yet"), "--every", every)
     try:
         read_until(ours, "waiting")
         process.send_signal(signal.SIGINT)
