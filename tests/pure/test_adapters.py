@@ -42,7 +42,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
-    tiny_models.save(root / "bert", "bert", layers=1)
+    tiny_models.save(root / "bert", "bert", layers=2)
     tiny_models.save(root / "gpt2", "gpt2", layers=2)
     write_data(root)
     return root
@@ -174,9 +174,9 @@ class TestRanks:
 
     def test_by_memory_budget(self, folder, tmp_path):
         run, _ = make_run(configure(folder, tmp_path / "run", "unequal ranks", lora__alpha=16.0, lora__rslora="false",
-                                    lora__rank="{budget_mb: [0.003, 0.006, 0.006, 1.0], largest: 8}"))
+                                    lora__rank="{budget_mb: [0.006, 0.012, 0.012, 1.0], largest: 8}"))
         per_rank = 16 * sum(p.d_in + p.d_out for p in run.peers.layout.pairs)
-        assert run.peers.adapted.ranks.ranks == tuple(min(8, int(b * 1e6 / per_rank)) for b in (0.003, 0.006, 0.006, 1.0))
+        assert run.peers.adapted.ranks.ranks == tuple(min(8, int(b * 1e6 / per_rank)) for b in (0.006, 0.012, 0.012, 1.0))
         assert len(set(run.peers.adapted.ranks.ranks)) == 3
         run_rounds(run, QUIET)
 
