@@ -70,8 +70,8 @@ WITH_STATUS = [sys.executable, str(ROOT / "launch/torchrun.py")]
 
 def launch(launcher: list[str], *words: str) -> subprocess.Popen:
     command = [*launcher, "--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2"]
-    return subprocess.Popen([*command, "-m", "dfl", *words], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            stdin=subprocess.DEVNULL)
+    return subprocess.Popen([*command, "-m", "dfl", *words], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("to, launcher, number, status", [("launcher", TORCHRUN, signal.SIGTERM, 1),
