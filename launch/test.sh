@@ -9,6 +9,7 @@ export HF_HUB_OFFLINE=1
 if [ $# -gt 0 ]; then
     exec "$VENV/bin/python" -m pytest "$@"
 fi
-# pure tests side by side, a file to a worker and the longest first; those that start processes of their own one after the other
+# pure tests side by side, a file to a worker and the longest first; those that start processes of their own one after the other, but for
+# the waiting ones of Slurm beside them
 "$VENV/bin/python" -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests/pure tests/topologies
-exec "$VENV/bin/python" -m pytest --durations=15 tests/distributed tests/real tests/launch
+exec "$VENV/bin/python" -m pytest -q -n 2 --dist loadgroup --durations=15 tests/distributed tests/real tests/launch

@@ -15,6 +15,14 @@ import torch
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup: Slurm's tests, which mostly wait, on one worker, and all others that start processes on another."""
+    for item in items:
+        if "pure" not in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("cluster" if item.path.stem == "test_slurm" else "machine"))
+
+
 RESEARCH_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
