@@ -416,7 +416,7 @@ def test_when_another_process_fails_nothing_is_published(root, tmp_path):
 def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
     train.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", **CARRIED))
     folder = checkpoint.latest(tmp_path / "run")
-    whole = load_file(folder / "state-0.safetensors")
+    whole = {name: value.clone() for name, value in load_file(folder / "state-0.safetensors").items()}  # its file is written over
     for process, peers in enumerate((("0", "1", "2"), ("3",))):
         save_file({k: v for k, v in whole.items() if k.split(".")[1] in peers}, folder / f"state-{process}.safetensors")
     found = checkpoint.read_state(folder, [1, 3])
