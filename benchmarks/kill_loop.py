@@ -24,7 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import tiny_models
 import tiny_runs
 from safetensors.torch import load_file
 
@@ -166,7 +165,7 @@ def wait_for(phase: str, job, output: Path, chance: random.Random) -> str:
     """
     checkpoints, started, limit = output / "checkpoints", time.monotonic(), time.monotonic() + 300
     first = rounds_of(output)
-    known = _seen(checkpoints, "round-*") | (_seen(checkpoints, PATTERNS[phase]) if phase in PATTERNS else set())
+    known = _seen(checkpoints, PATTERNS["published"]) | (_seen(checkpoints, PATTERNS[phase]) if phase in PATTERNS else set())
     skip = chance.randrange(3)  # the first, second or third checkpoint from now
     # seconds from the birth of the processes
     delay = chance.uniform(0, 1.0)
@@ -182,7 +181,7 @@ def wait_for(phase: str, job, output: Path, chance: random.Random) -> str:
         if phase in PATTERNS:
             met = _seen(checkpoints, PATTERNS[phase]) - known
             # on a fast disk a draft lives for less than the time between two looks, and then only its result is seen
-            for name in sorted(met | (_seen(checkpoints, "round-*") - known)):
+            for name in sorted(met | (_seen(checkpoints, PATTERNS["published"]) - known)):
                 known |= {name}
                 if skip == 0:
                     time.sleep(chance.uniform(0, 0.02))
@@ -245,8 +244,7 @@ def states(output: Path) -> dict:
 
 def prepare(folder: Path) -> None:
     """Model, data and the uninterrupted run (`straight`), in one process."""
-    tiny_models.save(folder / "bert", "bert")
-    tiny_runs.write_data(folder)
+    tiny_runs.make_folder(folder, layers=3)
     straight = folder / "straight"
     Forked(1, words(folder, straight), folder / "straight.log").finish()
 

@@ -41,7 +41,7 @@ def truncate(left: Tensor, right: Tensor, rank: int) -> Truncated:
     kept = min(rank, s.shape[-1])
     error = s[..., kept:].square().sum(-1).sqrt()
     v = right_qr.times(vh[..., :kept, :].mT)
-    sign = torch.where(v.gather(-2, v.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0).to(v)  # (..., 1, R)
+    sign = column_signs(v)
     u, vh = left_qr.times(u[..., :kept] * sign), (v * sign).mT
     if kept < rank:
         u = torch.nn.functional.pad(u, (0, rank - kept))
@@ -50,6 +50,11 @@ def truncate(left: Tensor, right: Tensor, rank: int) -> Truncated:
     s = torch.nn.functional.pad(s[..., :kept], (0, rank - kept))
     dtype = left.dtype
     return Truncated(u, s.to(dtype), vh, spectrum.to(dtype), error.to(dtype))
+
+
+def column_signs(v: Tensor) -> Tensor:
+    """(..., 1, R) of ones and minus ones that make the largest entry of every column of v (..., I, R) positive."""
+    return torch.where(v.gather(-2, v.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0).to(v)
 
 
 class _Householder(NamedTuple):

@@ -9,16 +9,14 @@ from dfl.factors import Layout
 
 
 class Held:
-    """The numbers of the rows x (P, D) that masks (P, D) leave out, as they are now, and their moments.
+    """The numbers of the rows x (P, D) that masks (P, D) leave out, and their moments.
 
     A gradient of zero is not enough: carried moments, momentum and weight decay move a number without one.
-    moments: the optimiser's state by "peer.group.key"; empty where it does not outlive the round.
+    x, moments: copies, the values to keep; moments by "peer.group.key", none where they do not outlive the round.
     """
 
     def __init__(self, masks: Tensor, x: Tensor, moments: Mapping[str, Tensor] = {}):
-        self.out = ~masks.to(x.device)
-        self.x = x.clone()
-        self.moments = {name: value.clone() for name, value in moments.items()}
+        self.out, self.x, self.moments = ~masks.to(x.device), x, moments
 
     def clear(self, g: Tensor) -> None:
         """Zero in the gradients (P, D) of what is left out."""

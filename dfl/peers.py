@@ -173,7 +173,7 @@ class HostedPeers:
         is not finite.
         """
         self.begin_round(trains)
-        self._held = None if masks is None else Held(torch.stack([masks(t, peer) for peer in self.ids]), self.x, self.moments())
+        self._held = None if masks is None else Held(torch.stack([masks(t, peer) for peer in self.ids]), *self.snapshot())
         self.adapted.model.train()
         means, first = torch.zeros(2, len(self.ids), device=self.device)
         for rows in executor.groups(len(self.ids)):
@@ -272,7 +272,7 @@ class HostedPeers:
                 if isinstance(value, Tensor)}
 
     def snapshot(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows and moments as they are now, for a round that may have to be taken back."""
+        """Copies of rows and moments as they are now, for what may have to be taken back."""
         return self.x.clone(), {name: value.clone() for name, value in self.moments().items()}
 
     def restore(self, snapshot: tuple[Tensor, dict[str, Tensor]]) -> None:

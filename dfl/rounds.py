@@ -126,8 +126,7 @@ def _local(run: Run, t: int, stop: bool) -> tuple[Tensor | None, int]:
     run.gathered = None
     corrections = [run.rule.correct(state) for state in run.states]
     try:
-        losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections,
-                                       run.rule.masks)
+        losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections, run.rule.masks)
     except DivergenceError as error:
         flag = _DIVERGED + error.peer + run.config.peers * error.at_start
     return losses, run.transport.agree(flag)

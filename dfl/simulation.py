@@ -87,11 +87,11 @@ def _contraction(topology: MixingSequence) -> float:
 
 def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, rule: Rule) -> None:
     trains = rule.trains(t)
-    held = None if rule.masks is None else Held(torch.stack([rule.masks(t, peer) for peer in range(len(x))]), x)
-    frozen = [cut for group, cut in layout.groups.items() if group not in trains]
-    kept = [x[:, cut].clone() for cut in frozen]
+    trained = torch.zeros(x.shape, dtype=torch.bool)
+    for cut in layout.columns(trains):
+        trained[:, cut] = True
+    if rule.masks is not None:
+        trained &= torch.stack([rule.masks(t, peer) for peer in range(len(x))])
+    held = Held(trained, x.clone())
     local_step(unpack(x, layout), t, trains)
-    for cut, values in zip(frozen, kept, strict=True):
-        x[:, cut] = values
-    if held:
-        held.put_back(x)
+    held.put_back(x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dfl.adapters import Adapted, Rows
 from dfl.executors import Sequential
 from dfl.factors import a_view, b_view, head_view
+from dfl.lowrank import column_signs
 
 # directions sought beyond the rank, and how often they are turned towards the leading ones: two more passes over the examples each
 OVERSAMPLING, POWER_PASSES = 8, 1
@@ -56,7 +57,7 @@ def _singular(q: Tensor, z: Tensor, rank: int) -> Directions:
     """The singular directions of q z^T, for orthonormal columns q (O, s) and z (I, s)."""
     v, s, wh = torch.linalg.svd(z, full_matrices=False)
     v, u = v[:, :rank], (q @ wh.mT)[:, :rank]
-    sign = torch.where(v.gather(0, v.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(v)
+    sign = column_signs(v)
     return Directions(u * sign, s[:rank], v * sign)
 
 

@@ -9,6 +9,7 @@ import yaml
 from dfl import assemble
 from dfl import config as configuration
 from dfl.runtime import start
+from dfl.train import train
 
 SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
              ("the graph of peer is good", "yes"), ("a bad node and a bad array", "no")]
@@ -77,3 +78,8 @@ def adapter_digests(run: Path) -> dict[str, str]:
     """SHA-256 of every adapter of the last checkpoint, by folder."""
     last = max((run / "checkpoints").glob("round-*"))
     return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*/adapter_model.safetensors"))}
+
+
+def train_worker(rank: int, tree: dict, resume: bool = False) -> int:
+    """`dfl train` in one of several processes: the exit status."""
+    return train(configuration.from_dict(tree), resume=resume)

@@ -73,8 +73,8 @@ def weighted_mean(inbox: Inbox, weights: Mapping[int, float]) -> Tensor:
 
 
 def read_groups(x: Tensor, cuts: list[slice]) -> Tensor:
-    """The columns `cuts` of row x_D as one message; a view where they are adjacent."""
-    return x[cuts[0]] if len(cuts) == 1 else torch.cat([x[c] for c in cuts])
+    """The columns `cuts` of row x_D as one message, empty for none; a view where they are adjacent."""
+    return x[cuts[0]] if len(cuts) == 1 else torch.cat([x[:0], *(x[c] for c in cuts)])
 
 
 def write_groups(x: Tensor, cuts: list[slice], message: Tensor) -> None:

@@ -57,8 +57,7 @@ def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "froz
         factor = phase(round.t, T)
         order = scores(layout, x, state["start"], factor).argsort(descending=True, stable=True)
         sent = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, order[:num_kept], True)
-        parts = [sent.to(x), x[columns(factor, sent)], *([read_groups(x, also_cuts)] if also_cuts else [])]
-        return torch.cat(parts), state
+        return torch.cat([sent.to(x), x[columns(factor, sent)], read_groups(x, also_cuts)]), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         factor, num_slots, num_beside = phase(round.t, T), len(places["A"]), layout.length(also_mixed)
@@ -154,7 +153,7 @@ def plora(layout: Layout, *, slots: int | Sequence[int] | None = None, seed: int
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         mine = draws.chosen(round.t, round.peer).nonzero().flatten().to(x.device)
         factors = [f.flatten() for pairs in layout.shapes() for f in (stack_a(x, pairs)[:, mine], stack_b(x, pairs)[..., mine])]
-        return torch.cat([*factors, *([read_groups(x, also_cuts)] if also_cuts else [])]), state
+        return torch.cat([*factors, read_groups(x, also_cuts)]), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         out = x.clone()

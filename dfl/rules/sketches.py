@@ -61,7 +61,7 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         held = sketch.of(x)
         state = {**state, "sketch": state["sketch"] + (held - state["held"]) if memory else held, "held": held}
-        return torch.cat([state["sketch"], *([read_groups(x, also_cuts)] if also_cuts else [])]), state
+        return torch.cat([state["sketch"], read_groups(x, also_cuts)]), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         out = x.clone()

@@ -5,14 +5,13 @@ import hashlib
 import pytest
 from processes import run_processes
 from tiny_models import save
-from tiny_runs import write_data
+from tiny_runs import train_worker, write_data
 
 from dfl import config as configuration
 from dfl import rules
 from dfl.assemble import assemble, check, load
 from dfl.rounds import Hooks, run_rounds
 from dfl.runtime import start
-from dfl.train import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 # what a rule asks of a run, beside its name
@@ -67,10 +66,6 @@ def test_hosting_does_not_matter(trees):
     assert [name for name in one if one[name] != together[name]] == []
     # every configuration is a run of its own
     assert len(set(one.values())) > 4 * len(trees)
-
-
-def train_worker(rank: int, tree: dict) -> int:
-    return train(configuration.from_dict(tree))
 
 
 @pytest.mark.parametrize("name", ["lora", "fed_sb", "ravan", "dora", "hira"])

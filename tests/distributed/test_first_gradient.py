@@ -6,12 +6,11 @@ import pytest
 import torch
 from processes import run_processes
 from tiny_models import save
-from tiny_runs import adapter_digests, write_data
+from tiny_runs import adapter_digests, train_worker, write_data
 
 from dfl import config as configuration
 from dfl.assemble import assemble, check, load
 from dfl.runtime import start
-from dfl.train import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -24,10 +23,6 @@ def tree(tmp_path_factory) -> dict:
             "data": {"source": "file", "train": str(write_data(folder)), "max_length": 16},
             "lora": {"adapter": "sb", "rank": 2, "start": "gradient", "start_step": 1.0},
             "train": {"rounds": 4, "local_steps": 2, "batch_size": 4, "lr": 0.05}, "eval": {"every": 0}, "threads": 1, "device": "cpu"}
-
-
-def train_worker(rank: int, tree: dict, resume: bool = False) -> int:
-    return train(configuration.from_dict(tree), resume=resume)
 
 
 def test_hosting_and_stopping_do_not_matter(tree, tmp_path):

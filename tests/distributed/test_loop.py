@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import bring_loopback_up, loopback_bytes, run_processes
 from tiny_models import save
-from tiny_runs import adapter_digests
+from tiny_runs import adapter_digests, train_worker
 
 import topologies
 from dfl import config as configuration
@@ -39,10 +39,6 @@ def with_(recipe: dict, **changes) -> configuration.Config:
     merged = {key: {**recipe.get(key, {}), **value} if isinstance(value, dict) and key != "rule" else value
               for key, value in changes.items()}
     return configuration.from_dict(recipe | merged)
-
-
-def train_worker(rank: int, tree: dict) -> int:
-    return train(configuration.from_dict(tree))
 
 
 @pytest.mark.parametrize("rule", ["lora", {"name": "tad", "T": 2}, "decaf"])

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models
 import tiny_runs
 import torch
 from processes import begin, run_alone
@@ -65,8 +64,7 @@ def on_a_small_disk(folder, size, argv):
 
 def test_a_disk_that_fills_up_keeps_the_last_whole_checkpoint(tmp_path):
     # of three layers: room for the records and a few checkpoints of about 80 kB
-    tiny_models.save(tmp_path / "bert", "bert")
-    tiny_runs.write_data(tmp_path)
+    tiny_runs.make_folder(tmp_path, layers=3)
     disk, fields = tmp_path / "disk", {"train__rounds": 12, "lora__targets": "all-linear"}
     often = fields | {"checkpoint__every": 1, "checkpoint__keep": 20}
     on_a_small_disk(disk, "400k", words(tmp_path, disk / "run", **often))
