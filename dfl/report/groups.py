@@ -157,7 +157,8 @@ def differences(members: list[Member], values: dict[int, float | None], base: st
                 pairs[where] = {s: own[s] - theirs[s] for s in own if own[s] is not None and theirs.get(s) is not None}
         if len(pairs) > 1:
             shared = set.intersection(*(set(p) for p in pairs.values()))
-            overall = estimate([sum(p[s] for p in pairs.values()) / len(pairs) for s in sorted(shared)])
+            size = max((abs(v) for v in values.values() if v is not None), default=None)
+            overall = estimate([sum(p[s] for p in pairs.values()) / len(pairs) for s in sorted(shared)], scale=size)
             found += [(rule, f"all ({len(pairs)} places)", overall)] if overall else []
     return found
 

@@ -17,7 +17,7 @@ from dfl.report.groups import (
 from dfl.report.page import Section, Table
 from dfl.report.runs import RunData, evaluated, metrics_of, number, scalars, spent
 from dfl.report.single import MEANINGS, UNKNOWN, crossing, megabytes, title
-from dfl.report.statistics import Estimate, estimate
+from dfl.report.statistics import LEAST_VALUES, Estimate, estimate
 
 # of a line: a sweep has many of them
 MAX_POINTS = 120
@@ -49,11 +49,11 @@ def parts(runs: list[RunData], absent: list[str], metric: str, higher: bool, bas
 
 
 def show(found: Estimate | None, digits: int = 4) -> str:
-    return "–" if found is None else f"{found.text(digits)} ({found.num})"
+    return "–" if found is None else found.text(digits)
 
 
-INTERVAL = ("Mean ± half of the 95 % interval (Student's t over seeds), number of seeds in brackets; one seed has no interval. "
-            "Only finished runs count.")
+INTERVAL = (f"Mean ± half of the 95 % interval (Student's t over seeds), number of seeds in brackets; fewer than {LEAST_VALUES}, or "
+            "equal values, have no interval. Only finished runs count.")
 
 
 def _results(ended: list[Member], results: dict, metric: str, higher: bool, tied: list[str]) -> Section:
@@ -83,14 +83,15 @@ def _differences(ended: list[Member], results: dict, base: str | None, metric: s
     if not table:
         return Section("Differences", notes=["There is no second rule on the same topology, setting and seed to compare with."])
     rows = [[rule, where, f"{found.mean:+.4f}", _interval(found), str(found.num)] for rule, where, found in table]
-    note = (f"{'Above' if higher else 'Below'} zero is better than {base}. Intervals are Student's t over the pairs; one pair has "
-            "none. In the rows `all`, a pair is a seed: its mean difference over those places, of the seeds that have them all.")
+    note = (f"{'Above' if higher else 'Below'} zero is better than {base}. Intervals are Student's t over the pairs; fewer than "
+            f"{LEAST_VALUES} pairs, or equal differences, have none. In the rows `all`, a pair is a seed: its mean difference "
+            "over those places, of the seeds that have them all.")
     return Section("Differences", tables=[Table(f"{metric.capitalize()} minus that of {base}, on the same topology, setting and seed",
                                                 ["rule", "topology", "difference", "95 % interval", "pairs"], rows, note)])
 
 
 def _interval(found: Estimate) -> str:
-    return "–" if found.half is None else f"{found.mean - found.half:+.4f} to {found.mean + found.half:+.4f}"
+    return found.missing if found.half is None else f"{found.mean - found.half:+.4f} to {found.mean + found.half:+.4f}"
 
 
 def grids(members: list[Member], results: dict, what: str, metric: str) -> list[dict]:

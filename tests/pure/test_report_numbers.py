@@ -47,17 +47,32 @@ def members(folders):
     return place(runs)[0]
 
 
-@pytest.mark.parametrize("values", [[0.1, 0.4], [0.5, 0.5, 0.5], [1.0, 2.5, -3.0, 7.0, 0.25]])
+@pytest.mark.parametrize("values", [[0.1, 0.4, 0.4], [0.5, 0.5, 0.5 + 1e-6], [1.0, 2.5, -3.0, 7.0, 0.25]])
 def test_an_interval_is_scipys(values):
     found = estimate([*values, None])
-    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)) if np.ptp(values) else (values[0],) * 2
-    assert found.num == len(values) and found.mean == pytest.approx(np.mean(values))
-    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    assert found.num == len(values) and found.mean == pytest.approx(np.mean(values), rel=1e-12)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high), rel=1e-9)
 
 
-def test_one_seed_has_no_interval_and_none_has_no_mean():
-    assert estimate([0.5]).half is None and estimate([0.5]).text() == "0.5000"
-    assert estimate([None]) is None and estimate([]) is None
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [0.1, 0.9]])
+def test_fewer_than_three_values_have_no_interval(values):
+    found = estimate(values)
+    assert found.half is None and found.mean == pytest.approx(0.5) and found.text() == f"0.5000 (n = {len(values)}: no interval)"
+    assert paired(dict(enumerate(values)), dict.fromkeys(range(9), 0.25)).half is None
+
+
+def test_equal_values_have_no_interval_of_zero_width():
+    assert estimate([0.1] * 4).text() == "0.1000 (n = 4, all equal: no interval)"
+    # equal but for the rounding of the differences
+    assert len({0.3 - 0.2, 0.4 - 0.3, 0.9 - 0.8}) > 1
+    found = paired({0: 0.3, 1: 0.4, 2: 0.9}, {0: 0.2, 1: 0.3, 2: 0.8})
+    assert found.half is None and found.missing == "n = 3, all equal: no interval"
+    assert paired({0: 0.1 + 0.2, 1: 0.3, 2: 0.3}, dict.fromkeys(range(3), 0.3)).half is None
+
+
+def test_no_value_has_no_mean():
+    assert estimate([None]) is None and estimate([]) is None and paired({0: None}, {0: 0.5}) is None
 
 
 def test_pairs_are_those_that_both_have():
@@ -211,4 +226,6 @@ def test_a_sweep_says_what_is_missing(folders, tmp_path):
     assert page == sweep / "report.html" and "half: unfinished, 1 of 9 rounds" in text
     assert "- never: has not begun" in text and "- bad: failed: peer 0 diverged" in text
     found = rows(text, "Accuracy after the last round, mean over peers: rule by topology")
-    assert len(found) == 5 and all(row[1].endswith("(2)") for row in found[1:])
+    assert len(found) == 5 and all(row[1].endswith("(n = 2: no interval)") and "±" not in row[1] for row in found[1:])
+    _, *pairs = rows(text, "Accuracy minus that of lora, on the same topology, setting and seed")
+    assert len(pairs) == 3 and all(row[3:] == ["n = 2: no interval", "2"] for row in pairs)

@@ -167,7 +167,7 @@ def test_whatever_state_a_run_is_in_there_is_a_page_that_says_so(name, tmp_path)
     # and among others
     other = write_run(tmp_path / "other", FINISHED, seed=3)
     text, _, markdown = report(run, other, output=tmp_path / "both.html")
-    assert "| lora | 0.8000 (1) |" in markdown and "other" in text
+    assert "| lora | 0.8000 (n = 1: no interval) |" in markdown and "other" in text
 
 
 def test_runs_none_of_which_has_ended(tmp_path):
@@ -179,7 +179,8 @@ def test_runs_none_of_which_has_ended(tmp_path):
 def test_a_diverged_seed_counts_in_no_mean_and_that_is_said(tmp_path):
     runs = [write_run(tmp_path / f"s{k}", [record(1, values)], seed=k) for k, values in enumerate([[0.2, 0.4], [None, 0.9]])]
     text, _, markdown = report(*runs, output=tmp_path / "page.html")
-    assert "s1: its last accuracy is not finite; it counts in no mean." in text and "| lora | 0.3000 (1) |" in markdown
+    assert "s1: its last accuracy is not finite; it counts in no mean." in text
+    assert "| lora | 0.3000 (n = 1: no interval) |" in markdown
 
 
 def test_names_are_text_and_not_markup(tmp_path):
