@@ -14,6 +14,7 @@ from dfl.assemble import Loaded
 from dfl.checkpoint import choose
 from dfl.company import together
 from dfl.config import Config, load
+from dfl.config.compare import described, differences
 from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
 from dfl.rounds import Run
@@ -49,17 +50,12 @@ def _make_room(config: Config, output: Path, overwrite: bool) -> None:
 
 
 def _check_continuation(config: Config, output: Path) -> None:
-    before = yaml.safe_load((output / "recipe.yaml").read_text())
-    now = config.to_dict()
-    for key in now:
-        if key in _FREE:
-            continue
-        old, new = before.get(key), now[key]
-        if key == "train" and new["schedule"] == "constant" and not new["warmup"]:
-            old, new = old | {"rounds": 0}, new | {"rounds": 0}  # a constant run may be made longer
-        if old != new:
-            raise ValueError(f"{key} = {new!r} differs from {old!r}, with which {str(output)!r} was begun; "
-                             "a run goes on as it began")
+    before, now = yaml.safe_load((output / "recipe.yaml").read_text()), config.to_dict()
+    longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
+    found = [one for one in differences(before, now)
+             if one.field.partition(".")[0] not in _FREE and not (longer and one.field == "train.rounds")]
+    if found:
+        raise ValueError(f"{described(found)}, with which {str(output)!r} was begun; a run goes on as it began")
 
 
 def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool) -> "Recording":

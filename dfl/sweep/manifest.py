@@ -13,6 +13,7 @@ from dfl.callbacks import ENDED
 from dfl.checkpoint import complete
 from dfl.config import Config, Plugin
 from dfl.config.aliases import ALIASES
+from dfl.config.compare import described, differences
 from dfl.config.recipes import number
 from dfl.config.schema import plain
 from dfl.sweep.grid import Sweep, with_output
@@ -170,20 +171,20 @@ def _of_result(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _check_same_run(run: SweepRun, overwrite: bool) -> None:
     before = None if overwrite else _read_recipe(run.output)
     if before is not None:
-        _refuse_difference(_flat(before), _flat(run.config.to_dict()), [], run.output)
+        _refuse_difference(before, run.config.to_dict(), [], run.output)
 
 
 def _check_same_recipe(earlier: dict, sweep: Sweep) -> None:
     axes = [ALIASES[axis].own if axis in ALIASES else axis for axis in [*earlier.get("axes", []), *sweep.axes]]
-    _refuse_difference(_flat(_filled(earlier.get("recipe", {}))), _flat(_filled(sweep.base)), axes, sweep.output)
+    _refuse_difference(_filled(earlier.get("recipe", {})), _filled(sweep.base), axes, sweep.output)
 
 
 def _refuse_difference(before: dict, now: dict, axes: list[str], folder: Path) -> None:
-    for key in {**now, **before}:
-        varies = any(f"{key}.".startswith(f"{axis}.") or f"{axis}.".startswith(f"{key}.") for axis in axes)
-        if key.partition(".")[0] not in _EXECUTION and not varies and before.get(key) != now.get(key):
-            raise ValueError(f"{key} = {now.get(key)!r} differs from {before.get(key)!r}, with which {str(folder)!r} was begun; "
-                             "give another output, or pass --overwrite to begin again")
+    found = [one for one in differences(before, now) if one.field.partition(".")[0] not in _EXECUTION and not any(
+        f"{one.field}.".startswith(f"{axis}.") or f"{axis}.".startswith(f"{one.field}.") for axis in axes)]
+    if found:
+        raise ValueError(f"{described(found)}, with which {str(folder)!r} was begun; give another output, or pass --overwrite to "
+                         "begin again")
 
 
 def _filled(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,13 +198,6 @@ def _filled(tree: Mapping[str, Any]) -> dict[str, Any]:
         else:
             filled[key] = value
     return filled
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": plain(value)}
-    return flat
 
 
 def write(sweep: Sweep, runs: list[SweepRun], *, overwrite: bool = False) -> None:

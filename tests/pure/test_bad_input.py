@@ -171,15 +171,20 @@ def test_a_folder_that_holds_a_run_is_left_alone(root, tmp_path, capsys):
     assert {p for p in output.rglob("*") if p.is_file()} == before.keys()
 
 
-@pytest.mark.parametrize("fields, part", [({"train__lr": 0.5}, "train"), ({"rule": "ffa"}, "rule"), ({"seed": 1}, "seed"),
-                                          ({"lora__rank": 3}, "lora"), ({"peers": 3}, "peers"),
-                                          ({"train__rounds": 3, "train__schedule": "linear"}, "train")])
+@pytest.mark.parametrize("fields, part", [
+    ({"train__lr": 0.5}, "train.lr = 0.5 differs from 0.001"), ({"rule": "ffa"}, "rule.name = 'ffa' differs from 'lora'"),
+    ({"seed": 1}, "seed = 1 differs from 0"), ({"lora__rank": 3}, "lora.rank = 3 differs from 2"),
+    ({"peers": 3}, "peers = 3 differs from 4"),
+    ({"train__rounds": 3, "train__schedule": "linear"}, "train.rounds = 3 differs from 1, train.schedule = 'linear' from 'constant'"),
+    ({"rule": "{name: adf, T: 2}", "train__eps": 1e-6, "lora__rank": [2, 2, 2, 2]},
+     "lora.rank = [2, 2, 2, 2] differs from 2, rule.name = 'adf' from 'lora', rule.T = 2 from (not given), "
+     "train.eps = 1e-06 from 1e-08")])
 def test_a_run_goes_on_as_it_began(root, tmp_path, capsys, fields, part):
     output = tmp_path / "run"
     assert main(words(root, output, train__rounds=1)) == 0
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     line = refused([*words(root, output, **({"train__rounds": 1} | fields)), "--resume"], capsys)
-    assert line.startswith(f"dfl: {part} = ") and "differs from" in line
+    assert line == f"dfl: {part}, with which {str(output)!r} was begun; a run goes on as it began\n"
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
 
