@@ -17,10 +17,10 @@ from dfl.executors import autocasts
 from dfl.folder import read_config
 from dfl.record import finite
 from dfl.rounds import evaluate
+from dfl.running import restore
 from dfl.runtime import choose_device, place_from_environment, start
 from dfl.seeds import derive
 from dfl.targets import ADAPTER_CONFIG, Target
-from dfl.train import restore
 
 
 def evaluate_target(path: Path, overrides: Sequence[str] = (), *, data: str | None = None, run: Path | None = None,

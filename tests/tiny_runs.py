@@ -8,8 +8,8 @@ import yaml
 
 from dfl import assemble
 from dfl import config as configuration
+from dfl.running import train
 from dfl.runtime import start
-from dfl.train import train
 
 SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
              ("the graph of peer is good", "yes"), ("a bad node and a bad array", "no")]

@@ -25,5 +25,5 @@ def run(args, overrides: list[str]) -> int:
         load_callbacks(resolved.callbacks)
         print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
         return 0
-    from dfl.train import train
+    from dfl.running import train
     return train(resolved, resume=args.resume, overwrite=args.overwrite)

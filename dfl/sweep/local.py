@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from dfl.running import STOPPED, train
 from dfl.runtime import num_cores, place_from_environment
 from dfl.sweep.grid import Sweep
 from dfl.sweep.manifest import SweepRun, note_failure, write, write_recipe
-from dfl.train import STOPPED, train
 
 # seconds that torchrun leaves its processes to finish a round after a signal, where the environment does not say
 _GRACE = "600"

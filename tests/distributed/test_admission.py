@@ -15,7 +15,7 @@ from tiny_runs import StopAfter, adapter_digests, make_config, write_data
 
 from dfl import checkpoint, company, folder
 from dfl import config as configuration
-from dfl import train as training
+from dfl import running as training
 from dfl.record import read_lines
 from dfl.transport import Distributed
 

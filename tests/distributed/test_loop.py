@@ -15,8 +15,8 @@ from dfl import config as configuration
 from dfl.assemble import assemble, build_rule, check, load
 from dfl.record import read_lines
 from dfl.rounds import Hooks, run_rounds
+from dfl.running import train
 from dfl.runtime import start
-from dfl.train import train
 
 pytestmark = pytest.mark.distributed
 

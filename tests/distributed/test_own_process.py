@@ -114,8 +114,8 @@ def loaded() -> set[str]:
 
 
 def test_trackers_are_not_imported_unless_asked_for():
-    found = run_alone(loaded)  # the server these are forked from has imported dfl.train
-    assert "dfl.train" in found and not {"tensorboard", "wandb", "mlflow", "torch.utils.tensorboard"} & found
+    found = run_alone(loaded)  # the server these are forked from has imported dfl.running
+    assert "dfl.running" in found and not {"tensorboard", "wandb", "mlflow", "torch.utils.tensorboard"} & found
 
 
 def test_a_mistake_is_one_line_of_the_real_command_without_a_trace(root, tmp_path):

@@ -136,7 +136,7 @@ class Started:
 
     def __init__(self, arguments: list[list[str]], folder: Path):
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "dfl.train"])
+        context.set_forkserver_preload(["torch", "dfl.running"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

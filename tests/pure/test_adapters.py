@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_config, make_run, write_data
 from transformers import AutoModelForSequenceClassification
 
-from dfl import train
+from dfl import running
 from dfl.checkpoint import Checkpointer, latest
 from dfl.executors import Sequential, Stacked
 from dfl.factors import a_view, b_view
@@ -67,9 +67,9 @@ def test_a_run_learns_mixes_and_goes_on_bit_for_bit(folder, tmp_path, kind):
     first, loaded = make_run(configure(folder, tmp_path / "half", kind, train__rounds=4))
     first.config = configure(folder, tmp_path / "half", kind, train__rounds=2)
     run_rounds(first, QUIET)
-    train.save(first, Checkpointer(tmp_path / "half", first.transport, 0, loaded.bundle.base_name))
+    running.save(first, Checkpointer(tmp_path / "half", first.transport, 0, loaded.bundle.base_name))
     second, _ = make_run(configure(folder, tmp_path / "half", kind, train__rounds=4))
-    train.restore(second, latest(tmp_path / "half"))
+    running.restore(second, latest(tmp_path / "half"))
     run_rounds(second, QUIET)
     assert torch.equal(second.peers.x, run.peers.x)
     if run.rule.residual is not None:
@@ -83,7 +83,7 @@ def test_stock_peft_computes_what_the_run_evaluates(folder, tmp_path, kind, mode
     run, loaded = make_run(config)
     run_rounds(run, QUIET)
     amplify(run)
-    train.save(run, Checkpointer(tmp_path / "run", run.transport, 0, loaded.bundle.base_name))
+    running.save(run, Checkpointer(tmp_path / "run", run.transport, 0, loaded.bundle.base_name))
     checkpoint = latest(tmp_path / "run")
     batch = loaded.bundle.task.collate([loaded.bundle.valid.features[i] for i in range(4)])
     inputs = loaded.bundle.task.inputs(batch)
@@ -290,7 +290,7 @@ class TestMoments:
 def test_a_saved_adapter_has_the_rank_that_it_fills(folder, tmp_path):
     run, loaded = make_run(configure(folder, tmp_path / "run", "unequal ranks"))
     run_rounds(run, QUIET)
-    train.save(run, Checkpointer(tmp_path / "run", run.transport, 0, loaded.bundle.base_name))
+    running.save(run, Checkpointer(tmp_path / "run", run.transport, 0, loaded.bundle.base_name))
     for peer, rank in enumerate((1, 2, 3, 4)):
         tensors = load_file(latest(tmp_path / "run") / f"peer-{peer}" / "adapter_model.safetensors")
         assert {v.shape[0] for name, v in tensors.items() if "lora_A" in name} == {rank}

@@ -13,7 +13,7 @@ from dfl import sweep as sweeps
 from dfl.callbacks import CallbackError
 from dfl.cli import main
 from dfl.record import read_lines
-from dfl.train import train
+from dfl.running import train
 
 
 @pytest.fixture(scope="module")

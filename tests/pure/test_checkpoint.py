@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, evaluation, train
+from dfl import checkpoint, evaluation, running
 from dfl.factors import a_view, b_view, head_view
 from dfl.record import read_lines
 from dfl.transport import InProcess
@@ -69,7 +69,7 @@ def stock_metrics(model, run):
     ("llama", GENERATE, "frozen", "lora"), ("gpt2", GENERATE, "frozen", "ffa")])
 def test_stock_peft_loads_what_the_run_evaluated(root, tmp_path, kind, task, head, rule):
     config = make_config(root, tmp_path / "run", kind, model__task=task, lora__head=head, rule=rule, train__rounds=2)
-    assert train.train(config) == 0
+    assert running.train(config) == 0
     run, _ = tiny_runs.make_run(config)
     check_stock(root, kind, task, tmp_path / "run", run)
 
@@ -88,7 +88,7 @@ def check_stock(root, kind, task, output, run, **changes):
 
 def test_stock_peft_loads_a_model_cut_to_fewer_layers(root, tmp_path):
     config = make_config(root, tmp_path / "run", model__layers=1, train__rounds=2, lora__rslora=True)
-    train.train(config)
+    running.train(config)
     check_stock(root, "bert", CLASSIFY, tmp_path / "run", tiny_runs.make_run(config)[0], num_hidden_layers=1)
 
 
@@ -99,13 +99,13 @@ def test_stock_peft_loads_image_adapters(root, tmp_path):
         image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / f"{k}.png")
     (root / "images.jsonl").write_text("\n".join(json.dumps({"image": f"{k}.png", "label": "ab"[k % 2]}) for k in range(16)))
     config = make_config(root, tmp_path / "run", "vit", "images.jsonl", model__task=IMAGES, train__rounds=2, lora__head="mixed")
-    train.train(config)
+    running.train(config)
     check_stock(root, "vit", IMAGES, tmp_path / "run", tiny_runs.make_run(config)[0])
 
 
 def test_a_saved_adapter_names_its_base_and_is_ready_for_inference(root, tmp_path):
     config = make_config(root, tmp_path / "run", train__rounds=1, rule="decaf")
-    train.train(config)
+    running.train(config)
     folder = checkpoint.latest(tmp_path / "run")
     about = json.loads((folder / "peer-3" / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(root / "bert") and about["inference_mode"] is True
@@ -116,7 +116,7 @@ def test_a_saved_adapter_names_its_base_and_is_ready_for_inference(root, tmp_pat
 @pytest.mark.parametrize("rule", ["lora", "decaf"])
 def test_the_consensus_is_the_mean_of_factors_or_the_best_part_of_the_mean_product(root, tmp_path, rule):
     config = make_config(root, tmp_path / "run", train__rounds=3, train__lr=0.1, rule=rule, lora__head="mixed", lora__alpha=3)
-    train.train(config)
+    running.train(config)
     folder, layout = checkpoint.latest(tmp_path / "run"), tiny_runs.make_run(config)[0].peers.layout
     rows, saved = checkpoint.rows_of(folder, 4), load_file(folder / "consensus" / "adapter_model.safetensors")
     for pair in layout.pairs:
@@ -135,7 +135,7 @@ def test_the_consensus_is_the_mean_of_factors_or_the_best_part_of_the_mean_produ
 
 
 def test_there_is_nothing_but_safetensors_and_json(root, tmp_path):
-    train.train(make_config(root, tmp_path / "run", train__rounds=2, checkpoint__every=1, train__state="carried"))
+    running.train(make_config(root, tmp_path / "run", train__rounds=2, checkpoint__every=1, train__state="carried"))
     files = [p for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json"}
     for path in files:
@@ -147,10 +147,10 @@ def test_there_is_nothing_but_safetensors_and_json(root, tmp_path):
 
 def halted_and_resumed(config, monkeypatch, *stops):
     for number, rounds in enumerate(stops):
-        monkeypatch.setattr(train, "StopSignal", lambda rounds=rounds: tiny_runs.StopAfter(rounds))
-        assert train.train(config, resume=number > 0) == train.STOPPED
+        monkeypatch.setattr(running, "StopSignal", lambda rounds=rounds: tiny_runs.StopAfter(rounds))
+        assert running.train(config, resume=number > 0) == running.STOPPED
     monkeypatch.undo()
-    assert train.train(config, resume=True) == 0
+    assert running.train(config, resume=True) == 0
 
 
 def state_of(output):
@@ -191,7 +191,7 @@ RESUMED = {
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, monkeypatch, case):
     fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query,value]", "model__layers": 1} | RESUMED[case]
     straight = make_config(root, tmp_path / "straight", **fields)
-    assert train.train(straight) == 0
+    assert running.train(straight) == 0
     halted_and_resumed(make_config(root, tmp_path / "halted", **fields), monkeypatch, 2, 3)  # after rounds 2 and 5
     assert_same_run(tmp_path / "straight", tmp_path / "halted")
 
@@ -200,25 +200,25 @@ def test_the_moments_make_a_difference(root, tmp_path):
     """Else the cases above would show nothing."""
     rows = []
     for number, fields in enumerate([{}, CARRIED, CARRIED | {"train__at_switch": "carried"}]):
-        train.train(make_config(root, tmp_path / str(number), rule="{name: tad, T: 2}", train__rounds=5, model__layers=1, **fields))
+        running.train(make_config(root, tmp_path / str(number), rule="{name: tad, T: 2}", train__rounds=5, model__layers=1, **fields))
         rows.append(state_of(tmp_path / str(number))["x.0"])
     assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
 
 
 def test_a_resumed_run_may_be_made_longer(root, tmp_path):
     fields = {"rule": "{name: adf, T: 2}", **CARRIED, "eval__every": 1}
-    train.train(make_config(root, tmp_path / "straight", train__rounds=5, **fields))
-    train.train(make_config(root, tmp_path / "longer", train__rounds=3, **fields))
-    train.train(make_config(root, tmp_path / "longer", train__rounds=5, **fields), resume=True)
+    running.train(make_config(root, tmp_path / "straight", train__rounds=5, **fields))
+    running.train(make_config(root, tmp_path / "longer", train__rounds=3, **fields))
+    running.train(make_config(root, tmp_path / "longer", train__rounds=5, **fields), resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "longer")
 
 
 def test_resume_of_a_finished_run_changes_nothing(root, tmp_path):
     config = make_config(root, tmp_path / "run", train__rounds=2)
-    train.train(config)
+    running.train(config)
     before = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert train.train(config, resume=True) == 0
+    assert running.train(config, resume=True) == 0
     assert {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()} == before
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
 
@@ -235,7 +235,7 @@ DAMAGED = {"train__rounds": 4, "checkpoint__every": 1, "rule": "{name: tad, T: 2
 @pytest.fixture(scope="module")
 def straight(root, tmp_path_factory):
     output = tmp_path_factory.mktemp("straight") / "run"
-    train.train(make_config(root, output, **DAMAGED))
+    running.train(make_config(root, output, **DAMAGED))
     return output
 
 
@@ -262,12 +262,12 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, straight, tm
     with pytest.raises(checkpoint.UnreadableError, match="round-00004"):
         checkpoint.verify(broken)
     assert checkpoint.latest(tmp_path / "run").name == "round-00003"
-    assert train.train(make_config(root, tmp_path / "run", **DAMAGED), resume=True) == 0
+    assert running.train(make_config(root, tmp_path / "run", **DAMAGED), resume=True) == 0
     assert_same_run(straight, tmp_path / "run")
 
 
 def test_only_the_newest_are_kept(root, tmp_path):
-    train.train(make_config(root, tmp_path / "run", train__rounds=5, checkpoint__every=2, checkpoint__keep=2))
+    running.train(make_config(root, tmp_path / "run", train__rounds=5, checkpoint__every=2, checkpoint__keep=2))
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["round-00004", "round-00005"]
 
 
@@ -414,7 +414,7 @@ def test_when_another_process_fails_nothing_is_published(root, tmp_path):
 
 
 def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
-    train.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", **CARRIED))
+    running.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", **CARRIED))
     folder = checkpoint.latest(tmp_path / "run")
     whole = {name: value.clone() for name, value in load_file(folder / "state-0.safetensors").items()}  # its file is written over
     for process, peers in enumerate((("0", "1", "2"), ("3",))):
@@ -428,7 +428,7 @@ def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
 
 
 def test_evaluating_a_run_again_gives_its_last_numbers(root, tmp_path):
-    train.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", lora__head="local"))
+    running.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", lora__head="local"))
     again = evaluation.evaluate_run(tmp_path / "run")
     recorded = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["eval"]
     assert {key: again[key] for key in recorded} == recorded and again["round"] == 2

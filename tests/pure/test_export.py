@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, cli, train
+from dfl import checkpoint, cli, running
 from dfl.executors import Sequential
 from dfl.export import merging, push
 from dfl.record import read_lines
@@ -77,7 +77,7 @@ def logits_of_the_run(words, folder):
     """Logits of every peer and of the consensus on the run's evaluation batches, from the run's own rows and executor."""
     config = tiny_runs.configuration.load(None, words)
     state, _ = tiny_runs.make_run(config)
-    train.restore(state, folder)
+    running.restore(state, folder)
     batches, found = [state.task.inputs(batch) for batch in state.evaluator.batches], {}
     for name, rows in (("3", state.peers.rows().row(3)), ("consensus", state.consensus(*gather_models(state)))):
         with Sequential().bound(state.peers.adapted, rows, None, [0]) as forward:

@@ -17,7 +17,7 @@ from dfl.assemble import check
 from dfl.factors import a_view, b_view
 from dfl.record import read_lines
 from dfl.rounds import Hooks, run_rounds
-from dfl.train import train
+from dfl.running import train
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()

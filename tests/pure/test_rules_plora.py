@@ -16,7 +16,7 @@ from dfl.executors import Sequential, Stacked
 from dfl.factors import a_view, b_view, make_layout
 from dfl.gossip import gossip
 from dfl.rounds import Hooks, run_rounds
-from dfl.train import train
+from dfl.running import train
 from dfl.transport import InProcess
 
 WIDE = make_layout([("q", 5, 7, 4, 1.0), ("v", 5, 3, 6, 2.0)], [("head", (2, 3))])

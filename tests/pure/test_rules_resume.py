@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import tiny_runs
 
-from dfl import train
+from dfl import running
 
 RULES = {"fedask": "{name: fedask, steps: 2, memory: true}",
          "florist": "{name: florist, tau: 0.8}", "fedrot": "{name: fedrot, side: sender}",
@@ -25,9 +25,9 @@ def test_a_resumed_run_ends_in_the_same_bits(root, tmp_path, name):
     def config(folder, rounds):
         return tiny_runs.make_config(*root, tmp_path / folder, rule=RULES[name], train__lr=0.05, train__rounds=rounds, eval__every=0,
                                      train__state="carried", topology="{name: edge_activation, p: 0.5}")
-    assert train.train(config("whole", 5)) == 0
-    assert train.train(config("halves", 3)) == 0
-    assert train.train(config("halves", 5), resume=True) == 0
+    assert running.train(config("whole", 5)) == 0
+    assert running.train(config("halves", 3)) == 0
+    assert running.train(config("halves", 5), resume=True) == 0
     assert tiny_runs.adapter_digests(tmp_path / "whole") == tiny_runs.adapter_digests(tmp_path / "halves")
     last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     told = {"fedask": "truncation_error", "florist": "rank", "flora_na": "relative_error", "hetlora": "rank"}.get(name, "train_loss")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_config, make_run, write_data
 from transformers.pytorch_utils import Conv1D
 
-from dfl import train
+from dfl import running
 from dfl.assemble import assemble, bases_of, check, check_same_start, load
 from dfl.checkpoint import Checkpointer, latest, read_state
 from dfl.evaluation import evaluate_run
@@ -174,8 +174,8 @@ def test_a_run_begins_alike_and_goes_on_bit_for_bit(folder, tmp_path, kind):
     again, _ = make_run(config)
     assert torch.equal(run.peers.adapted.cores.bases, again.peers.adapted.cores.bases)
     run_rounds(run, QUIET)
-    assert train.train(configure(folder, tmp_path / "half", **kind, train__rounds=2)) == 0
-    assert train.train(configure(folder, tmp_path / "half", **kind), resume=True) == 0
+    assert running.train(configure(folder, tmp_path / "half", **kind, train__rounds=2)) == 0
+    assert running.train(configure(folder, tmp_path / "half", **kind), resume=True) == 0
     saved = latest(tmp_path / "half")
     assert torch.equal(torch.stack([read_state(saved, [p])[f"x.{p}"] for p in range(4)]), run.peers.x)
     assert torch.equal(bases_of(saved), run.peers.adapted.cores.bases)
@@ -184,7 +184,7 @@ def test_a_run_begins_alike_and_goes_on_bit_for_bit(folder, tmp_path, kind):
 def test_bases_come_from_the_checkpoint_and_not_from_the_examples_at_hand(folder, tmp_path):
     """`dfl eval` on other data, of which no gradient gives the run's bases again."""
     config = configure(folder, tmp_path / "run", train__rounds=2)
-    assert train.train(config) == 0
+    assert running.train(config) == 0
     other = tmp_path / "other.csv"
     rows = [f"{word} film,{label}" for word in ("good", "bad", "not") for label in ("yes", "no")]
     other.write_text("\n".join(["text,label", *rows]) + "\n")
@@ -192,18 +192,18 @@ def test_bases_come_from_the_checkpoint_and_not_from_the_examples_at_hand(folder
     single = evaluate_run(tmp_path / "run")
     assert result["examples"] == 6 and single["loss"] != result["loss"]
     run, _ = make_run(config)
-    train.restore(run, latest(tmp_path / "run"))
+    running.restore(run, latest(tmp_path / "run"))
     assert evaluate(run)["loss"] == single["loss"]
 
 
 def test_a_checkpoint_with_other_bases_is_refused(folder, tmp_path):
     run, loaded = make_run(configure(folder, tmp_path / "run"))
-    train.save(run, Checkpointer(tmp_path / "run", run.transport, 0, loaded.bundle.base_name))
+    running.save(run, Checkpointer(tmp_path / "run", run.transport, 0, loaded.bundle.base_name))
     other, _ = make_run(configure(folder, tmp_path / "other", lora__start_samples=2))
     with pytest.raises(ValueError, match="has other bases than the run that is to go on from it"):
-        train.restore(other, latest(tmp_path / "run"))
+        running.restore(other, latest(tmp_path / "run"))
     seeded, loaded = make_run(configure(folder, tmp_path / "seeded", lora__start="kaiming"))
-    train.save(seeded, Checkpointer(tmp_path / "seeded", seeded.transport, 0, loaded.bundle.base_name))
+    running.save(seeded, Checkpointer(tmp_path / "seeded", seeded.transport, 0, loaded.bundle.base_name))
     with pytest.raises(ValueError, match="lacks the bases of its adapters"):
         bases_of(latest(tmp_path / "seeded"))
 
