@@ -3,10 +3,7 @@
 import math
 from pathlib import Path
 
-import yaml
-
-from dfl.record import read_lines
-from dfl.report.runs import primary_of, read_description
+from dfl.report.runs import RunData, comparable, primary_of, read_run, short_of_end
 
 
 def training_line(record: dict) -> str:
@@ -32,11 +29,6 @@ def round_line(record: dict, primary: str) -> str:
     return "  ".join(part for part in (training_line(record), evaluation_line(record, primary)) if part)
 
 
-def evaluations(run: Path) -> list[dict]:
-    """The records of a run that hold an evaluation, oldest first."""
-    return [record for record in read_lines(run / "metrics.jsonl") if "eval" in record]
-
-
 def best(records: list[dict], primary: str, higher_is_better: bool) -> dict:
     """The evaluation with the best mean over peers; one that was not finite is the worst."""
     sign = 1 if higher_is_better else -1
@@ -51,17 +43,33 @@ def best(records: list[dict], primary: str, higher_is_better: bool) -> dict:
 def closing_table(run: Path) -> str:
     """Before, after and best of every peer and of the consensus; against local training alone where that was run too.
 
-    ValueError for a folder without an evaluation.
+    A column from before the end of its run says so. ValueError for a folder without an evaluation.
     """
-    records = evaluations(run)
+    found = read_run(run)
+    records = _with_evaluation(found)
     if not records:
         raise ValueError(f"{str(run)!r} holds no evaluation yet")
-    primary, higher_is_better = primary_of(read_description(run).get("facts", {}), records[0]["eval"])
-    first, last, top = records[0]["eval"], records[-1]["eval"], best(records, primary, higher_is_better)
-    rule = yaml.safe_load((run / "recipe.yaml").read_text())["rule"]["name"]
-    alone = run / "baseline-local"
-    baseline = evaluations(alone)[-1:] if (alone / "metrics.jsonl").exists() else []
-    columns = [("before", first), (f"after {rule}", last), *(("local alone", record["eval"]) for record in baseline)]
+    primary, higher_is_better = primary_of(found.facts, records[0]["eval"])
+    last, top = records[-1], best(records, primary, higher_is_better)
+    name = found.config["rule"]["name"]
+    columns = [("before", records[0]["eval"]), (f"after {name}{short_of_end(found, last)}", last["eval"])]
+    alone = found.baseline and _with_evaluation(found.baseline)
+    if alone:
+        beside = comparable(alone, last["round"])
+        columns.append((f"local alone{short_of_end(found.baseline, beside)}", beside["eval"]))
+    lines = [f"{primary} on the evaluation examples", align(_rows(columns, last["eval"], primary)),
+             f"best mean over peers {_cell(top['eval'][primary]['mean'])}, after round {top['round']}"]
+    if found.baseline and not found.baseline.finished:
+        lines.append(f"local training alone is not finished ({found.baseline.state}): --resume goes on with it")
+    return "\n".join(["", *lines, *how_to_load(run)])
+
+
+def _with_evaluation(run: RunData) -> list[dict]:
+    return [record for record in run.records if "eval" in record]
+
+
+def _rows(columns: list[tuple[str, dict]], last: dict, primary: str) -> list[list[str]]:
+    """A head, and a row for each peer, their mean and the consensus; `columns`: (name, evaluation)."""
     rows = [["peer"] + [name for name, _ in columns]]
     for peer in range(len(last["peers"][primary])):
         rows.append([str(peer)] + [_cell(e["peers"][primary][peer]) for _, e in columns])
@@ -69,9 +77,7 @@ def closing_table(run: Path) -> str:
     if "consensus" in last:
         # a continued run may have switched this evaluation on or off
         rows.append(["consensus"] + [_cell(e.get("consensus", {}).get(primary)) for _, e in columns])
-    lines = [f"{primary} on the evaluation examples", align(rows),
-             f"best mean over peers {_cell(top['eval'][primary]['mean'])}, after round {top['round']}"]
-    return "\n".join(["", *lines, *how_to_load(run)])
+    return rows
 
 
 def _cell(value: float | None) -> str:

@@ -189,6 +189,15 @@ def evaluated(run: RunData, metric: str) -> list[dict]:
     return [r for r in run.records if isinstance(_mapping(_mapping(r.get("eval")).get("peers")).get(metric), list)]
 
 
+def comparable(records: list[dict], round_: int) -> dict:
+    """The record of that round, or the last one where there is none: of a run beside another that stands at `round_`."""
+    return next((record for record in records if record["round"] == round_), records[-1])
+
+
+def short_of_end(run: RunData, record: dict) -> str:
+    """`, round 2 of 6` for a record from before the run's last round; nothing for one of its end, or where nobody knows the end."""
+    end = run.done if run.finished else run.total
+    return "" if end is None or record["round"] >= end else f", round {record['round']} of {end}"
 
 
 # phases in which the run is observed; in the others, peers work

@@ -5,7 +5,7 @@ import math
 from dfl.report import charts
 from dfl.report.network import network
 from dfl.report.page import Section, Table
-from dfl.report.runs import OBSERVING, RunData, evaluated, layers, metrics_of, number, scalars, spent
+from dfl.report.runs import OBSERVING, RunData, comparable, evaluated, layers, metrics_of, number, scalars, short_of_end, spent
 
 # more bars, columns, lines of peers, or points in each of those no screen shows
 MAX_BARS, MAX_CELLS, MAX_LINES, MAX_PEER_POINTS = 60, 120, 128, 150
@@ -53,12 +53,20 @@ def tiles(run: RunData, metric: str, higher: bool) -> list[tuple[str, str]]:
         found += [(f"{metric}, mean of peers", cell(number(last, "eval", metric, "mean"))), ("worst peer", cell(worst))]
         consensus = number(last, "eval", "consensus", metric)
         found += [("consensus model", cell(consensus))] if consensus is not None else []
-    if run.baseline and evaluated(run.baseline, metric):
-        found.append(("training alone", cell(number(evaluated(run.baseline, metric)[-1], "eval", metric, "mean"))))
+    found += [(name, cell(number(record, "eval", metric, "mean"))) for name, record in _alone(run, metric)]
     if cost:
         sent, seconds = cost[run.done]
         found += [("messages", megabytes(sent)), ("seconds of work", f"{seconds:,.1f}")]
     return found
+
+
+def _alone(run: RunData, metric: str) -> list[tuple[str, dict]]:
+    """Local training alone beside the run's last evaluation, with the round in its name where it has not come as far."""
+    records, alone = evaluated(run, metric), evaluated(run.baseline, metric) if run.baseline else []
+    if not records or not alone:
+        return []
+    beside = comparable(alone, records[-1]["round"])
+    return [(f"training alone{short_of_end(run.baseline, beside)}", beside)]
 
 
 def metric_lines(run: RunData, metric: str, at=lambda record: record["round"]) -> list[dict]:
@@ -123,8 +131,8 @@ def _what_happened(run: RunData, metric: str, higher: bool) -> str:
             f"{cell(number(first, 'eval', metric, 'mean'))} to {values['mean']} (peers {values['min']} to {values['max']})")
     consensus = number(last, "eval", "consensus", metric)
     text += f", the consensus model to {cell(consensus)}" if consensus is not None else ""
-    if run.baseline and evaluated(run.baseline, metric):
-        text += f"; alone, to {cell(number(evaluated(run.baseline, metric)[-1], 'eval', metric, 'mean'))}"
+    for name, record in _alone(run, metric):
+        text += f"; {name}, to {cell(number(record, 'eval', metric, 'mean'))}"
     return f"{text}. {'Higher' if higher else 'Lower'} is better."
 
 
@@ -256,8 +264,7 @@ def peers_table(run: RunData, metric: str) -> Table | None:
     records = evaluated(run, metric)
     if not records:
         return None
-    alone = evaluated(run.baseline, metric)[-1:] if run.baseline else []
-    columns = [("before", records[0]), (f"after round {records[-1]['round']}", records[-1]), *(("training alone", r) for r in alone)]
+    columns = [("before", records[0]), (f"after round {records[-1]['round']}", records[-1]), *_alone(run, metric)]
     examples = (run.facts.get("shards") or {}).get("examples") or []
     blank = [""] if examples else []
     rows = [["mean", *blank, *(cell(number(r, "eval", metric, "mean")) for _, r in columns)]]

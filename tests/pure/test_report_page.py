@@ -94,6 +94,15 @@ def test_a_finished_run_is_all_there(tmp_path):
         assert said in text, said
 
 
+def test_local_training_that_was_stopped_is_marked_where_it_stands_beside_the_run(tmp_path):
+    run = write_run(tmp_path / "run", FINISHED)
+    write_run(run / "baseline-local", FINISHED[:3], rule="local", rounds=4)
+    text, _, markdown = report(run)
+    assert "| peer | before | after round 4 | training alone, round 2 of 4 |" in markdown
+    assert "training alone, round 2 of 4 0.5000" in text and "; training alone, round 2 of 4, to 0.5000" in text
+    assert "Its local training alone is not finished: unfinished, 2 of 4 rounds." in text
+
+
 def test_the_graph_is_that_of_the_recipe(tmp_path):
     topology = {"name": "edge_activation", "base": "complete", "p": 0.3}
     run = write_run(tmp_path / "run", [record(t) for t in range(1, 7)], peers=7, topology=topology, seed=5)
