@@ -12,6 +12,7 @@ from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
 from dfl.folder import Recording, begin, check_shared, prepare
+from dfl.parent import end_with_launcher
 from dfl.report import closing_table
 from dfl.rounds import Hooks, Run, gather_models, run_rounds
 from dfl.runtime import Runtime, StopSignal, start
@@ -25,6 +26,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, call
 
     callbacks: beside those that the configuration names; the same on all processes.
     """
+    end_with_launcher()
     topology = check(config)
     callbacks = load_callbacks(config.callbacks, callbacks)
     runtime = start(config)

@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 from dfl.callbacks import CallbackError
+from dfl.parent import end_with_launcher
 
 # command -> module; they load nothing heavy until their command runs
 COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",
@@ -54,6 +55,7 @@ def split_overrides(words: list[str], parser: argparse.ArgumentParser) -> tuple[
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 refused, 75 stopped by a signal with its state saved."""
+    end_with_launcher()  # before anything that takes time is imported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is one line of ours, not pages of C++ frames
     words = list(sys.argv[1:] if argv is None else argv)
     top, made = make_parser()
