@@ -49,12 +49,12 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
     if transport.size > 1:
         bundle = loaded.bundle
         check_company(transport, contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
-    finished = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks)
+    finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks)
     if finished and config.baseline:
         alone = _baseline(config)
         folder = Path(alone.output)
         finished = _train_one(alone, runtime, loaded, topology, folder, choose(folder, transport) if resume else None, ())
-    if runtime.place.rank == 0 and finished:
+    if runtime.place.rank == 0 and own:  # also where only the baseline was stopped, which the table says
         print(closing_table(output), flush=True)
     return finished
 

@@ -3,11 +3,15 @@
 import io
 import json
 import math
+import os
+import signal
 
 import pytest
+import tiny_runs
 import yaml
 
 from dfl import report
+from dfl.cli import main
 from dfl.record import Console, JsonLines
 
 
@@ -68,6 +72,27 @@ def test_a_run_that_is_not_at_its_end_stands_beside_the_same_round_of_local_trai
     assert "after tad, round 5 of 10  local alone, round 5 of 10" in table and cells(table, "mean") == ["0.2000", "0.8500", "0.3000"]
     (run / "ended.json").write_text("{}")  # a callback has ended it: that is its end
     assert "after tad  local alone, round 5 of 10" in report.closing_table(run)
+
+
+def test_a_signal_in_local_training_leaves_a_table_that_says_so(tmp_path, monkeypatch, capsys):
+    write = JsonLines.write
+
+    def stop_there(self, line):
+        write(self, line)
+        if line["round"] == 2 and (tmp_path / "run/baseline-local/metrics.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    tiny_runs.make_folder(tmp_path)
+    words = ["train", *tiny_runs.arguments(tmp_path / "bert", tmp_path / "data.csv", tmp_path / "run", baseline="local",
+                                           train__rounds=6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "write", stop_there)
+        assert main(words) == 75
+    out = capsys.readouterr().out
+    assert "after lora  local alone, round 2 of 6" in out and "local training alone is not finished (unfinished, " in out
+    assert main([*words, "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "after lora  local alone\n" in out and "not finished" not in out
 
 
 def test_a_baseline_that_has_not_come_to_an_evaluation_is_left_out(tmp_path):
