@@ -1,14 +1,17 @@
 """Decentralised gossip fine-tuning of LoRA factors: no server, no all-reduce."""
 
+from importlib import import_module
+
 from dfl.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "Simulation", "simulate"]
+__all__ = ["Callback", "Result", "Simulation", "simulate", "train"]
+
+# what waits until it is asked for: torch takes seconds to import, and a command's help does not need it
+_LATER = {"Result": "result", "Simulation": "simulation", "simulate": "simulation", "train": "interface"}
 
 
 def __getattr__(name: str):
-    """The simulator, once it is asked for: it needs torch, which takes seconds to import, and a command's help does not."""
-    if name in ("Simulation", "simulate"):
-        from dfl import simulation
-        return getattr(simulation, name)
+    if name in _LATER:
+        return getattr(import_module(f"dfl.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from datetime import timedelta
 from typing import NamedTuple
@@ -153,7 +154,9 @@ class StopSignal:
 
     def __init__(self):
         self.received, self._wished = 0, None
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        # only the main thread may set handlers; a run in another one goes on until its end
+        main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2) if main else ()
         self._before = {number: signal.signal(number, self._handle) for number in signals}
 
     def _handle(self, number, frame) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import yaml
 from tiny_runs import make_config, make_run, write_data
 from torch.func import functional_call
 
@@ -85,8 +86,18 @@ def test_the_hook_ends_a_run(tmp_path):
     assert 3 <= records[-1]["round"] <= 6
 
 
+def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
+    model, data = tiny_models.save(tmp_path / "model", "bert", layers=2), write_data(tmp_path)
+    tree = make_config(model, data, tmp_path / "elsewhere", train__rounds=2).to_dict()
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    said = {}
+    exec(block("result = dfl.train("), said)
+    assert said["again"].metrics == said["result"].metrics and (tmp_path / "runs" / "mine" / "run.json").is_file()
+    assert "'mean'" in capsys.readouterr().out
+
+
 def test_the_recipe_example_is_a_recipe():
-    import yaml
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
     config = configuration.from_dict(yaml.safe_load(text))
     check(config)

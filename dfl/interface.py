@@ -1,0 +1,76 @@
+"""`dfl.train`: a run from a script or a notebook, which leaves the process as it was and raises where the command exits."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfl.callbacks import Callback
+from dfl.config import Config, resolve
+from dfl.config.recipes import read_yaml
+from dfl.result import Result
+from dfl.running import train as run_to_the_end
+
+Source = Config | Mapping[str, Any] | str | os.PathLike | None
+
+
+def train(config: Source = None, *, resume: bool = False, overwrite: bool = False,
+          callbacks: Sequence[Callback | type[Callback]] = (), **overrides: Any) -> Result:
+    """Run a configuration in this process and return what it has left.
+
+    config: the path of a recipe, a mapping of its fields, or a `Config`; None: the defaults. overrides: fields that
+    replace those of `config`, with `__` for the dot: `train__rounds=5`, `rule={"name": "tad", "T": 5}`. resume,
+    overwrite, callbacks: as those of the command; callbacks are classes or instances.
+
+    A first interrupt (or SIGTERM) ends the run with its state saved: `finished` of the result is then False, and
+    `resume=True` goes on. The number of torch's threads, its random numbers and the signal handlers are afterwards as
+    they were before; in a thread beside the main one, no handler is set. Under torchrun, all processes call it, and all
+    return the result.
+
+    ValueError for what cannot run, dfl.callbacks.CallbackError for a callback that raised, FloatingPointError for a peer
+    that diverged (the state before it is saved), OSError for a disk or a process that is lost.
+    """
+    resolved = resolve(_tree(config), [(key.replace("__", "."), _plain(value)) for key, value in overrides.items()])
+    with _process_unchanged():
+        run_to_the_end(resolved, resume=resume, overwrite=overwrite, callbacks=callbacks)
+    return Result(Path(resolved.output))
+
+
+def _tree(config: Source) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, Config):
+        return config.to_dict()
+    if isinstance(config, Mapping):
+        return _plain(config)
+    if isinstance(config, (str, os.PathLike)):
+        return read_yaml(Path(config).expanduser())
+    raise ValueError(f"config = {config!r} is not allowed; allowed: the path of a recipe, a mapping of fields, or a "
+                     "dfl.config.Config")
+
+
+def _plain(value: Any) -> Any:
+    """Values as a recipe has them: paths as texts, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@contextlib.contextmanager
+def _process_unchanged() -> Iterator[None]:
+    """torch's threads, random numbers and device as they were; of a GPU only where the process has used one before."""
+    threads = torch.get_num_threads()
+    used = torch.cuda.is_initialized()
+    device = torch.cuda.current_device() if used else None
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if used:
+            torch.cuda.set_device(device)
