@@ -21,9 +21,9 @@ from dfl.peers import DivergenceError, HostedPeers
 from dfl.rules.base import Rule, State
 from dfl.transport.base import Transport
 
-# what processes agree on after every local phase; a diverged peer is _DIVERGED + its id, and the number of
-# peers more when it began the round with factors that were bad already
-_GO, _STOP, _DIVERGED = 0, 1, 2
+# what processes agree on after every local phase, the largest of what each says; _SAVE is process 0's alone to say, by its clock;
+# a diverged peer is _DIVERGED + its id, and the number of peers more when it began the round with factors that were bad already
+_GO, _SAVE, _STOP, _DIVERGED = 0, 1, 2, 3
 _COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes", "message_bytes", "refused")
 
 
@@ -76,6 +76,7 @@ class Hooks(NamedTuple):
     record: Callable[[dict | None], None]
     save: Callable[[], None]
     stop_requested: Callable[[], bool]
+    save_due: Callable[[], bool] = lambda: False  # a checkpoint by time; asked in every round, on process 0 alone
 
 
 def run_rounds(run: Run, hooks: Hooks) -> bool:
@@ -91,7 +92,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
         # the start of this round and of the one before it
         begun = [*begun[-1:], (t, run.peers.snapshot(), list(run.states))]
         started = time.perf_counter()
-        losses, flag = _local(run, t, hooks.stop_requested())
+        losses, flag = _local(run, t, hooks)
         local_seconds = time.perf_counter() - started
         if flag >= _DIVERGED:
             at_start, peer = divmod(flag - _DIVERGED, config.peers)
@@ -104,7 +105,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
         if flag == _STOP and run.completed < config.train.rounds:
             hooks.save()
             return False
-        if due(config.checkpoint.every, t) or run.completed == config.train.rounds:
+        if flag == _SAVE or due(config.checkpoint.every, t) or run.completed == config.train.rounds:
             hooks.save()
     return True
 
@@ -120,13 +121,14 @@ def due(every: int, t: int) -> bool:
     return bool(every) and (t + 1) % every == 0
 
 
-def _local(run: Run, t: int, stop: bool) -> tuple[Tensor | None, int]:
+def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     """The local phase; the mean losses (P,) and what all processes agreed to do."""
-    flag, losses = (_STOP if stop else _GO), None
+    stop, losses = hooks.stop_requested(), None
     run.gathered = None
     corrections = [run.rule.correct(state) for state in run.states]
     try:
         losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections, run.rule.masks)
+        flag = _STOP if stop else _SAVE if run.transport.rank == 0 and hooks.save_due() else _GO
     except DivergenceError as error:
         flag = _DIVERGED + error.peer + run.config.peers * error.at_start
     return losses, run.transport.agree(flag)

@@ -12,6 +12,7 @@ from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
 from dfl.folder import Recording, begin, check_shared, prepare
+from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
 from dfl.report import closing_table
 from dfl.rounds import Hooks, Run, gather_models, run_rounds
@@ -78,10 +79,10 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     if first:
         (output / ENDED).unlink(missing_ok=True)
     watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
-    stop = StopSignal()
+    stop, clock = StopSignal(), _clock(run)
     try:
         watching.call("on_train_begin")
-        finished = run_rounds(run, _hooks(run, saver, record, stop, watching))
+        finished = run_rounds(run, _hooks(run, saver, record, stop, watching, clock))
         if not finished and watching.asked_by:
             finished = True
             together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by) if first else None)
@@ -95,14 +96,24 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     return finished
 
 
-def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSignal, watching: Callbacks) -> Hooks:
+def _clock(run: Run) -> SaveClock:
+    """For checkpoints of rows, two moments and adapters, in float32."""
+    chosen = run.config.checkpoint
+    return SaveClock(None if chosen.every else chosen.minutes, 16 * run.config.peers * run.peers.layout.size)
+
+
+def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSignal, watching: Callbacks, clock: SaveClock) -> Hooks:
     def record_round(line: dict | None) -> None:
         if record is not None:
             record.round(line)
         watching.record(line)
 
-    return Hooks(record_round, lambda: watching.saved(run.completed, save(run, saver)),
-                 lambda: stop.received > 0 or watching.control.should_training_stop)
+    def save_now() -> None:
+        with clock.measured():
+            folder = save(run, saver)
+        watching.saved(run.completed, folder)
+
+    return Hooks(record_round, save_now, lambda: stop.received > 0 or watching.control.should_training_stop, clock.due)
 
 
 def _note_end(record: Recording, output: Path, rounds: int, callback: str) -> None:

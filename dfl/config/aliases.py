@@ -85,7 +85,7 @@ REFUSED = {
     "max_steps": "a run is train.rounds rounds of train.local_steps steps; give these two",
     "fp16": "training in float16 needs loss scaling, which is not done here; give bf16, or model.dtype for the frozen base alone",
     "eval_strategy": "give eval.every in rounds (0: only before the first and after the last)",
-    "save_strategy": "give checkpoint.every in rounds (0: only at the end)",
+    "save_strategy": "give checkpoint.minutes (null: only at the end), or checkpoint.every in rounds",
     "logging_strategy": "every round is recorded",
     "load_best_model_at_end": "a run keeps its last checkpoints; checkpoint.every and checkpoint.keep keep more of them",
     "lora.modules_to_save": "lora.head says what becomes of a new head: frozen, mixed or local",

@@ -9,7 +9,7 @@ from dfl.config.schema import Config, RankConfig
 _POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid",
              "lora.rank", "lora.alpha", "lora.heads", "lora.start_samples", "train.rounds", "train.local_steps", "train.local_epochs",
              "train.batch_size", "train.accumulation", "train.lr", "train.eps", "train.clip", "eval.batch_size", "checkpoint.keep",
-             "threads", "timeout")
+             "checkpoint.minutes", "threads", "timeout")
 _NOT_NEGATIVE = ("lora.start_step", "seed", "topology_seed", "data_seed", "train.weight_decay", "train.momentum", "eval.every",
                  "measure.every", "measure.layers", "checkpoint.every")
 _FRACTION = ("model.dropout", "lora.dropout", "train.warmup", "data.valid_fraction")

@@ -107,8 +107,9 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 0  # rounds; 0: only at the end
-    keep: int = 2
+    every: int = 0  # rounds; 0: by time
+    minutes: float | None = 5.0  # with every = 0: at most so long between two, the first one early; null: only at the end
+    keep: int = 2  # the newest
 
 
 @dataclass(frozen=True)
