@@ -1,6 +1,7 @@
 """Rules on real text: TREC-6 and SST-2 with label skew, ten peers, edge activation. Writes one stamped JSON a study.
 
     DFL_DATA=... python benchmarks/real_input.py rates --jobs 2     # learning rate of each rule at p = 0.5
+    DFL_DATA=... python benchmarks/real_input.py ratios             # one rate for A and B, or more for B
     DFL_DATA=... python benchmarks/real_input.py grid --jobs 2      # rules x p x seeds with those rates
     python benchmarks/real_input.py table                           # the README's table from the committed results
 
@@ -37,7 +38,8 @@ def main() -> None:
     stored = json.loads(path.read_text()) if path.exists() else {}
 
     def plan() -> list[dict]:
-        return plan_rates() if args.study == "rates" else plan_grid(args.task, args.seeds, stored)
+        plans = {"rates": plan_rates, "ratios": plan_ratios, "grid": lambda: plan_grid(args.task, args.seeds, stored)}
+        return plans[args.study]()
 
     # what the first runs show decides which of them are repeated
     while todo := [run for run in plan() if run["name"] not in stored]:
@@ -53,7 +55,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("rates", "grid", "table"))
+    parser.add_argument("study", choices=("rates", "ratios", "grid", "table"))
     parser.add_argument("--task", choices=("trec6", "sst2", "both"), default="both")
     parser.add_argument("--seeds", type=int, default=3, help="for lora and the best tad at p = 0.02")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
@@ -66,6 +68,20 @@ def plan_rates() -> list[dict]:
     return [{"name": f"{rule}-lr{lr:g}", "task": "trec6",
              "overrides": {"rule": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.rounds": 30, "eval.every": 0}}
             for rule in (*RULES, "tad") for lr in RATES]
+
+
+def plan_ratios() -> list[dict]:
+    """Frozen A with two rates; TAD and LoRA with one rate or a hundred times more for B; 300 steps, p = 0.5.
+
+    `deeper` is another regime: three layers, a head of standard deviation 0.3, batches of 16.
+    """
+    deeper = {"model.layers": 3, "model.head_std": 0.3, "train.batch_size": 16}
+    chosen = [("ffa", 0.02, 1, {}), ("ffa", 0.1, 1, {}), ("tad", 0.01, 1, {}), ("tad", 0.001, 100, {}),
+              ("lora", 0.001, 100, {}), ("tad", 0.01, 1, deeper), ("tad", 0.001, 100, deeper)]
+    return [{"name": f"{rule}-lr{lr:g}-B{lr * ratio:g}{'-deeper' if regime else ''}", "task": "trec6",
+             "overrides": {"rule": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.lr_ratio.B": ratio,
+                           "train.rounds": 30, "eval.every": 0, **regime}}
+            for rule, lr, ratio, regime in chosen]
 
 
 def rule_text(rule: str, interval: int = 5) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +29,8 @@ class Traffic(NamedTuple):
 
 
 def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Sequence[int], states: list[State],
-           w: np.ndarray, t: int, *, lr: float = 0.0, local_steps: int = 0, tag: int = 0,
-           fold: Callable[..., Tensor] | None = None) -> Traffic:
+           w: np.ndarray, t: int, *, lr: float = 0.0, rates: Mapping[str, float] = {}, local_steps: int = 0,
+           tag: int = 0, fold: Callable[..., Tensor] | None = None) -> Traffic:
     """Exchange and mix round t for the hosted peers: rows x_PD change in place, `states` is updated.
 
     w (N, N): the mixing matrix of the round. Every receiver uses the values from before the mix. A peer also takes its
@@ -42,7 +42,7 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
     speaks = bool(rule.sends(t))
     length = rule.length(t)
     edges = edges_of(w) if speaks else []
-    rounds = [Round(t, peer, _row(w, peer), lr, local_steps) for peer in peers]
+    rounds = [Round(t, peer, _row(w, peer), lr, local_steps, rates) for peer in peers]
     start = time.perf_counter()
     outbox = {}
     if speaks:

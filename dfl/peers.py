@@ -81,11 +81,12 @@ class HostedPeers:
         self._held: Held | None = None
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        # peers with equally many steps share a parameter group, and with it the rate of a step
-        by_steps: dict[int, list[Tensor]] = {}
+        # what has equally many steps and the same ratio shares a parameter group, and with it the rate of a step
+        shared: dict[tuple[int, float], list[Tensor]] = {}
         for row, params in enumerate(self.params):
-            by_steps.setdefault(self.steps(row), []).extend(params.values())
-        flat = [{"params": params, "steps": steps} for steps, params in by_steps.items()]
+            for group, parameter in params.items():
+                shared.setdefault((self.steps(row), self.ratio(group)), []).append(parameter)
+        flat = [{"params": params, "steps": steps, "ratio": ratio} for (steps, ratio), params in shared.items()]
         train = self.train
         if train.optimizer == "sgd":
             return torch.optim.SGD(flat, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True)
@@ -144,13 +145,22 @@ class HostedPeers:
         return max(1, math.ceil(self.train.local_epochs * self.streams[row].batches_per_epoch / self.train.accumulation))
 
     def learning_rate(self, progress: float) -> float:
-        """The rate at `progress` in [0, 1] of the run: linear warm-up, then the schedule."""
+        """train.lr at `progress` in [0, 1] of the run: linear warm-up, then the schedule."""
         train = self.train
         if progress < train.warmup:
             return train.lr * progress / train.warmup
         rest = (progress - train.warmup) / (1 - train.warmup)
         factor = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[train.schedule]
         return train.lr * factor
+
+    def ratio(self, group: str) -> float:
+        """The rate of a group of trained numbers over `learning_rate`."""
+        return getattr(self.train.lr_ratio, group)
+
+    def rates(self, progress: float) -> dict[str, float]:
+        """The rate of every group of a row at `progress` of the run."""
+        return {group: self.learning_rate(progress) * self.ratio(group) for group in self.layout.groups
+                if self.layout.has(group)}
 
     def reset_moments(self, groups=GROUPS) -> None:
         for row in self.params:
@@ -211,7 +221,7 @@ class HostedPeers:
         self._correct_and_clip(active, trains, corrections)
         self._set_gradients(active, trains)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate((t + min(k / group["steps"], 1)) / self.train.rounds)
+            group["lr"] = group["ratio"] * self.learning_rate((t + min(k / group["steps"], 1)) / self.train.rounds)
         self.optimizer.step()
         if self._held:
             self._held.put_back(self.x)

@@ -141,10 +141,9 @@ def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | No
     look = Look(due(config.measure.every, t), due(config.measure.layers, t))
     before = look.before(run)
     bytes_before = run.transport.wire_bytes
-    lr = run.peers.learning_rate(t / config.train.rounds)
-    traffic = _exchange(run, w, t, lr)
+    traffic = _exchange(run, w, t)
     sent = run.transport.wire_bytes - bytes_before
-    record = _round_record(run, t, lr, losses, local_seconds, traffic, sent)
+    record = _round_record(run, t, losses, local_seconds, traffic, sent)
     started = time.perf_counter()
     found = look.after(run, before, w)
     measured_at = time.perf_counter()
@@ -155,12 +154,13 @@ def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | No
     return record
 
 
-def _exchange(run: Run, w, t: int, lr: float) -> Traffic:
+def _exchange(run: Run, w, t: int) -> Traffic:
     """Exchange and mix; the optimiser follows where mixing turns the basis of the factors."""
     peers = run.peers
     frames = peers.x.clone() if run.rule.changes_basis and peers.turns_moments else None
-    traffic = gossip(run.rule, run.codec, run.transport, peers.x, peers.ids, run.states, w, t, lr=lr, local_steps=peers.steps(0),
-                     tag=run.tag, fold=peers.fold)
+    now = t / run.config.train.rounds
+    traffic = gossip(run.rule, run.codec, run.transport, peers.x, peers.ids, run.states, w, t,
+                     lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0), tag=run.tag, fold=peers.fold)
     run.show_residuals()
     if run.rule.changes_basis and traffic.edges:
         peers.after_refactor(frames)
@@ -197,7 +197,7 @@ class Look(NamedTuple):
         return found
 
 
-def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent: int) -> dict | None:
+def _round_record(run: Run, t, losses, local_seconds, traffic: Traffic, sent: int) -> dict | None:
     """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process."""
     state_names = [name for name, value in run.states[0].items() if value.dim() == 0]
     table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
@@ -210,7 +210,10 @@ def _round_record(run: Run, t, lr, losses, local_seconds, traffic: Traffic, sent
     if table is None:
         return None
     seconds = dict(zip(_COLUMNS[1:5], table[:, 1:5].amax(0).tolist(), strict=True))
+    now = t / run.config.train.rounds
+    lr, rates = run.peers.learning_rate(now), run.peers.rates(now)
     return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
+            **({"rates": rates} if set(rates.values()) != {lr} else {}),
             "train_loss": summary(table[:, 0].tolist()), "train_loss_peers": table[:, 0].tolist(),
             "edges": traffic.edges, "message_bytes": int(table[:, 6].sum()), "wire_bytes": int(table[:, 5].sum()),
             "control_bytes": run.transport.control_bytes, "refused": int(table[:, 7].sum()), "seconds": seconds,

@@ -21,11 +21,12 @@ from dfl.config.schema import (
     ModelConfig,
     Plugin,
     RankConfig,
+    RatioConfig,
     TrainConfig,
 )
 
 __all__ = ["CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "Plugin",
-           "RankConfig", "TrainConfig", "from_dict", "load", "resolve"]
+           "RankConfig", "RatioConfig", "TrainConfig", "from_dict", "load", "resolve"]
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:

@@ -58,6 +58,7 @@ ALIASES = {
     "per_device_eval_batch_size": Alias("eval.batch_size"),
     "gradient_accumulation_steps": Alias("train.accumulation"),
     "max_grad_norm": Alias("train.clip", _clip),
+    "loraplus_lr_ratio": Alias("train.lr_ratio.B"),  # of PEFT's create_loraplus_optimizer
     "weight_decay": Alias("train.weight_decay"),
     "adam_beta1": Alias("train.betas", half=0),
     "adam_beta2": Alias("train.betas", half=1),
@@ -108,8 +109,10 @@ def own_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     pairs += [(key, named.pop(key)) for key in tree if _is_theirs(key)]
     for key, value in pairs:
         own = ALIASES[key].own if key in ALIASES else None
-        section, _, last = (own or "").rpartition(".")
-        inside = named.get(section) if section else named
+        *sections, last = (own or "").split(".")
+        inside: Any = named
+        for section in sections:
+            inside = inside.get(section) if isinstance(inside, Mapping) else None
         if isinstance(inside, Mapping) and last in inside:
             raise _both(key, value, own, inside[last])
     return apply(named, pairs)

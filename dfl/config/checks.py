@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from dfl.config.build import wrong
-from dfl.config.schema import Config, RankConfig
+from dfl.config.schema import Config, RankConfig, RatioConfig
 
 _POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid",
              "lora.rank", "lora.alpha", "lora.heads", "lora.start_samples", "train.rounds", "train.local_steps", "train.local_epochs",
@@ -32,6 +32,7 @@ def validate(config: Config) -> None:
             if not plain and not (0 < one < math.inf or (one == 0 and key == "train.lr")):
                 raise wrong(key, value, "a positive number")
     _check_ranks(config)
+    _check_ratios(config)
     for key in _NOT_NEGATIVE:
         value = _get(config, key)
         if value is not None and not 0 <= value < math.inf:
@@ -48,6 +49,18 @@ def validate(config: Config) -> None:
         raise ValueError("train.at_switch = 'carried' needs train.state = 'carried': fresh moments carry nothing")
     if not all(0 <= b < 1 for b in train.betas):
         raise wrong("train.betas", list(train.betas), "two numbers from 0 up to, not including, 1")
+
+
+def _check_ratios(config: Config) -> None:
+    """A ratio for what this adapter does not train would change nothing, silently."""
+    trained = {"dora": ["A", "B", "M"], "sb": ["core"], "ravan": ["core"]}.get(config.lora.adapter, ["A", "B"])
+    trained += [] if config.lora.head == "frozen" else ["head"]
+    for group, ratio in vars(config.train.lr_ratio).items():
+        if not 0 <= ratio < math.inf:
+            raise wrong(f"train.lr_ratio.{group}", ratio, "zero or a positive number")
+        if ratio != getattr(RatioConfig, group) and group not in trained:
+            raise ValueError(f"train.lr_ratio.{group} = {ratio} changes nothing: lora.adapter = {config.lora.adapter!r} "
+                             f"with lora.head = {config.lora.head!r} trains {', '.join(trained)}")
 
 
 def _check_ranks(config: Config) -> None:

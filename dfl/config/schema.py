@@ -70,6 +70,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class RatioConfig:
+    """The learning rate of each group of trained numbers as a multiple of train.lr; 0: it stays as it is.
+
+    LoRA+ gives B more than A, about 16 times (Hayou, Ghosh, Yu, 2024, arXiv 2402.12354).
+    """
+
+    A: float = 1.0
+    B: float = 1.0
+    M: float = 1.0  # magnitudes of dora
+    core: float = 1.0  # of sb and ravan
+    head: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     rounds: int = 20
     local_steps: int | None = 10
@@ -78,6 +92,7 @@ class TrainConfig:
     accumulation: int = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
+    lr_ratio: RatioConfig = field(default_factory=RatioConfig)  # lr_ratio.B: 16 is LoRA+
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -183,9 +183,15 @@ def _training(facts: Facts) -> list[list[str]]:
             ["topology", f"{_plugin(config.topology)}: {topologies.describe().get(config.topology.name, '')}"],
             ["peers", str(config.peers)],
             ["rounds", f"{facts.rounds}, each of {steps} of {train.batch_size} examples a peer"],
-            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}, {train.schedule}; moments {train.state} each round"],
+            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}{_ratios(train)}, {train.schedule}; "
+                          f"moments {train.state} each round"],
             ["messages", f"codec {_plugin(config.codec)}"],
             ["seed", str(config.seed)]]
+
+
+def _ratios(train: Any) -> str:
+    given = [f"{group} {ratio:g} times that" for group, ratio in vars(train.lr_ratio).items() if ratio != 1]
+    return f" ({', '.join(given)})" if given else ""
 
 
 def _plugin(plugin: Any) -> str:

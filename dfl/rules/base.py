@@ -20,8 +20,9 @@ class Round(NamedTuple):
     t: int
     peer: int
     weights: Mapping[int, float]  # the peer's row of W(t): neighbours and itself
-    lr: float = 0.0
+    lr: float = 0.0  # train.lr at this time of its schedule
     local_steps: int = 0
+    rates: Mapping[str, float] = {}  # the learning rate of each trained group, which may be a multiple of lr
 
 
 class Rule(NamedTuple):
