@@ -4,15 +4,18 @@ from functools import cache
 
 import numpy as np
 import pytest
-from toy import LR, PEERS, STEPS, Toy
+import torch
+from toy import LR, PEERS, STEPS, SideBySide, Toy, Toys
 
 import topologies
 from dfl import simulate
+from dfl.factors import pack
+from dfl.measures import aggregation_error
 
 ROUNDS = 150
 SEEDS = range(5)
 METHODS = {"lora": ("lora", {}), "rolora": ("rolora", {}), "decaf": ("decaf", {}), "decaf_left": ("decaf", {"split": "left"}),
-           **{f"tad_{T}": ("tad", {"T": T}) for T in (1, 3, 5, 15)}}
+           **{f"tad_{T}": ("tad", {"T": T}) for T in (1, 3, 5, 10, 15)}}
 COLUMNS = ("lora", "rolora", "tad_1", "tad_3", "tad_5", "tad_15")
 LOSS = {1.0: (1.289, 1.228, 1.228, 1.228, 1.228, 1.228),
         0.5: (1.696, 1.519, 1.344, 1.301, 1.287, 1.272),
@@ -24,24 +27,56 @@ DEVIATION = {0.5: (0.151, 0.410, 0.031, 0.014, 0.008, 0.002),
              0.02: (0.168, 0.418, 0.116, 0.086, 0.062, 0.025)}
 
 toy = cache(Toy)
+toys = cache(lambda: Toys(SEEDS))
 
 
+@cache
 def graph(p: float, seed: int):
     return topologies.build("edge_activation", PEERS, p=p, base="complete", seed=100 + seed)
 
 
 @cache
-def run(method: str, p: float) -> tuple[float, float]:
+def graphs(p: float):
+    """Those of all seeds; with p = 1 they are one graph."""
+    return graph(p, 0) if p == 1 else SideBySide(graph(p, seed) for seed in SEEDS)
+
+
+@cache
+def run(method: str, p: float, rounds: int = ROUNDS) -> tuple[float, float]:
     """Mean over seeds of the peer loss at the end, and of the deviation from product consensus in the last 50 rounds."""
     rule, params = METHODS[method]
-    losses, deviations = [], []
-    for seed in SEEDS:
-        problem = toy(seed)
-        result = simulate(rule, graph(p, seed), problem.factors(), problem.local_step, ROUNDS,
-                          measure_from=ROUNDS - 50, **params)
-        losses.append(problem.peer_loss(result.factors))
-        deviations.append(np.mean([m["aggregation_error"] for m in result.measures]))
+    trained, deviations = None, []
+
+    def step(factors, t, trains):
+        nonlocal trained
+        if trained is not None:  # what they hold is what the round before left them
+            deviations.append(deviation(trained, factors, p, t - 1))
+        toys().local_step(factors, t, trains)
+        trained = copies(factors) if t >= rounds - 50 else None
+
+    result = simulate(rule, graphs(p), toys().factors(layers=p == 1), step, rounds, measure_every=0, **params)
+    deviations.append(deviation(trained, result.factors, p, rounds - 1))
+    losses = [one.peer_loss(own) for one, own in zip(toys().toys, toys().apart(result.factors), strict=True)]
     return float(np.mean(losses)), float(np.mean(deviations))
+
+
+def copies(factors: dict) -> dict:
+    return {name: (a.clone(), b.clone()) for name, (a, b) in factors.items()}
+
+
+def deviation(before: dict, after: dict, p: float, t: int) -> float:
+    """Mean over seeds of what round t, mixing `before` into `after`, leaves each peer apart from product consensus."""
+    return np.mean([aggregation_error(pack(old)[1], pack(new)[1], graph(p, seed).matrix(t), pack(old)[0])
+                    for seed, old, new in zip(SEEDS, toys().apart(before), toys().apart(after), strict=True)])
+
+
+def test_seeds_at_once_are_the_seeds_one_by_one():
+    for p, rule in ((0.3, "lora"), (1.0, "decaf")):
+        together = simulate(rule, graphs(p), toys().factors(p == 1), toys().local_step, 7, measure_every=0)
+        for seed, own in zip(SEEDS, toys().apart(together.factors), strict=True):
+            alone = simulate(rule, graph(p, seed), toy(seed).factors(), toy(seed).local_step, 7, measure_every=0)
+            for one, other in zip(own["toy"], alone.factors["toy"], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("p", LOSS)
@@ -84,12 +119,8 @@ def test_alternation_has_no_deviation_at_full_connectivity():
 
 
 def test_an_interval_that_ends_in_b_looks_worse_than_it_is():
-    def mean_loss(rounds):
-        results = [(toy(s), simulate("tad", graph(0.1, s), toy(s).factors(), toy(s).local_step, rounds, T=10, measure_every=0))
-                   for s in SEEDS]
-        return np.mean([problem.peer_loss(r.factors) for problem, r in results])
-    assert mean_loss(150) == pytest.approx(2.298, rel=0.20)
-    assert mean_loss(160) == pytest.approx(1.764, rel=0.20)
+    assert run("tad_10", 0.1, 150)[0] == pytest.approx(2.298, rel=0.20)
+    assert run("tad_10", 0.1, 160)[0] == pytest.approx(1.764, rel=0.20)
 
 
 def dense_twin(problem: Toy, method: str, interval: int, ws: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
