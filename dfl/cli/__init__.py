@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 from dfl.callbacks import CallbackError
+from dfl.cli.pipes import ends_quietly
 from dfl.parent import end_with_launcher
 
 # command -> module; they load nothing heavy until their command runs
@@ -54,8 +55,15 @@ def split_overrides(words: list[str], parser: argparse.ArgumentParser) -> tuple[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 failed, 2 refused, 75 stopped by a signal with its state saved."""
+    """The exit status: 0 done, 1 failed, 2 refused, 75 stopped by a signal with its state saved, 141 nobody reads what it prints."""
     end_with_launcher()  # before anything that takes time is imported
+    try:
+        return ends_quietly(lambda: _main(argv))
+    except BrokenPipeError as error:
+        return _fail(error, 1)
+
+
+def _main(argv: list[str] | None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is one line of ours, not pages of C++ frames
     words = list(sys.argv[1:] if argv is None else argv)
     top, made = make_parser()
@@ -68,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         return module(args.command).run(args, overrides)
     except ValueError as error:
         return _fail(error, 2)
+    except BrokenPipeError:
+        raise
     except (OSError, FloatingPointError, CallbackError) as error:
         return _fail(error, 1)
 

@@ -1,15 +1,15 @@
 """dfl export RUN: one model of a run as a folder for others."""
 
-from pathlib import Path
+from dfl.cli.paths import path
 
 HELP = "one model of a run as a PEFT folder or a merged model, with a model card; uploads it on request"
 OVERRIDES = True
 
 
 def add(parser) -> None:
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=path)
     parser.add_argument("--peer", metavar="PEER", default="consensus", help="a number, or consensus (the default)")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help="default: a folder in RUN/exports")
+    parser.add_argument("--output", metavar="FOLDER", type=path, help="default: a folder in RUN/exports")
     parser.add_argument("--round", metavar="N", type=int, help="the checkpoint after so many rounds, in place of the last")
     parser.add_argument("--rank", metavar="R", type=int, help="refactor the factors to this rank, and say what is lost")
     parser.add_argument("--merge", action="store_true", help="a whole model in place of an adapter")

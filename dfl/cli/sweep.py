@@ -1,14 +1,15 @@
 """dfl sweep SWEEP: a recipe over a grid of fields."""
 
 import shlex
-from pathlib import Path
+
+from dfl.cli.paths import path
 
 HELP = "run a recipe over a grid of its fields; `--dotted.key value` overrides a field in all runs"
 OVERRIDES = True
 
 
 def add(parser) -> None:
-    parser.add_argument("sweep", type=Path, help="a YAML file with recipe, grid (or together), output; maybe exclude, include")
+    parser.add_argument("sweep", type=path, help="a YAML file with recipe, grid (or together), output; maybe exclude, include")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and how far each has come, and stop")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (1); with --slurm, at most so many")
     parser.add_argument("--processes", type=int, default=1, metavar="K", help="processes of each run, under torchrun (1)")

@@ -1,13 +1,13 @@
 """dfl train RECIPE: run a recipe."""
 
-from pathlib import Path
+from dfl.cli.paths import path
 
 HELP = "run a recipe; `--dotted.key value` overrides any of its fields"
 OVERRIDES = True
 
 
 def add(parser) -> None:
-    parser.add_argument("recipe", type=Path, nargs="?", help="a YAML file; without one, the defaults")
+    parser.add_argument("recipe", type=path, nargs="?", help="a YAML file; without one, the defaults")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output, if any")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")

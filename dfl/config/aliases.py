@@ -8,11 +8,15 @@ one source that gives both is refused. A name whose meaning cannot be had here i
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from dfl.config.foreign import FOREIGN
 from dfl.config.recipes import number, set_field
 from dfl.config.schema import Config, TrainConfig
-from dfl.plugins import did_you_mean
+
+# so many fields are named to whoever knows none of them
+_FEW = 8
 
 
 def _same(name: str, value: Any) -> Any:
@@ -233,14 +237,35 @@ def _is_count(value: Any) -> bool:
 
 
 def suggest(where: str, key: Any, known: Iterable[str]) -> str:
-    """What somebody may have meant by an unknown key of section `where`: another name, another section, a typing error."""
-    for name, alias in ALIASES.items():
-        if key == name.rpartition(".")[2] and alias.own != name:
-            return f" (did you mean {alias.own!r}?)"
-    hints = typing.get_type_hints(Config)
-    sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)]
-    if len(sections) == 1:
-        return f" (did you mean '{sections[0]}.{key}'?)"
+    """What to say about an unknown key of section `where`: the field that was meant, why there is none, or what is like it."""
+    found = _elsewhere(key)
+    if found:
+        return f" (did you mean {found}?)"
+    if _answer(key):
+        return f": {_answer(key)}"
+    known = list(known)
     prefix = f"{where}." if where else ""
     theirs = [name.removeprefix(prefix) for name in ALIASES if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
-    return did_you_mean(key, [*known, *theirs])
+    close = get_close_matches(str(key), [*known, *theirs], n=3) or get_close_matches(str(key), FOREIGN, n=1, cutoff=0.8)
+    if close:
+        answer = f" {FOREIGN[close[0]]}" if close[0] in FOREIGN else ""
+        return f" (did you mean {_either(close)}?){answer}"
+    return f"; allowed: {', '.join(known)}" if len(known) <= _FEW else "; `dfl train --dry-run` prints every field there is"
+
+
+def _elsewhere(key: Any) -> str:
+    """Our fields of that name in other sections, or our name for one of theirs."""
+    own = [alias.own for name, alias in ALIASES.items() if key == name.rpartition(".")[2] and alias.own != name]
+    hints = typing.get_type_hints(Config)
+    inside = [f"{name}.{key}" for name, hint in hints.items() if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)]
+    return _either(own[:1] or inside or ([key] if key in hints else []))
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
+
+
+def _answer(key: Any) -> str | None:
+    """Why a name of another trainer is no field, or which field says the same."""
+    refused = [reason for name, reason in REFUSED.items() if key == name.rpartition(".")[2]]
+    return refused[0] if refused else FOREIGN.get(str(key).replace("-", "_"))

@@ -20,8 +20,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise ValueError(f"unknown key {_join(where, key)!r} = {value!r}{suggest(where, key, hints)}; "
-                             f"allowed: {', '.join(hints)}")
+            raise ValueError(f"unknown key {_join(where, key)!r} = {value!r}{suggest(where, key, hints)}")
         values[key] = _coerce(hints[key], value, _join(where, key))
     return cls(**values)
 

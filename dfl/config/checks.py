@@ -33,6 +33,8 @@ def validate(config: Config) -> None:
                 raise wrong(key, value, "a positive number")
     _check_ranks(config)
     _check_ratios(config)
+    if not config.output.strip():
+        raise wrong("output", config.output, "the path of a folder")
     for key in _NOT_NEGATIVE:
         value = _get(config, key)
         if value is not None and not 0 <= value < math.inf:

@@ -44,6 +44,8 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ValueError(f"override --{key} lacks a value; write --{key} value")
             text = rest.pop(0)
+        if not text.strip():  # YAML reads nothing as null; it is mostly a shell variable that is not set
+            raise ValueError(f"override --{key} = {text!r} is empty; give a value, or null where the field may have none")
         try:
             pairs.append((key, yaml.safe_load(text)))
         except (yaml.YAMLError, ValueError):

@@ -249,7 +249,14 @@ def _console(stream):
         from rich.console import Console
     except ImportError:
         raise ValueError("a frame of dfl watch needs rich: pip install 'dfl[report]'; into a pipe it writes plain lines") from None
-    return Console(file=stream, highlight=False)
+    console = Console(file=stream, highlight=False)
+    console.on_broken_pipe = _broken_pipe
+    return console
+
+
+def _broken_pipe() -> None:
+    """Called by rich where a write failed so: as for every other command, and not its own exit with status 1."""
+    raise
 
 
 def _frames(folder: Path, size) -> Iterator[tuple]:

@@ -51,7 +51,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise ValueError(f"grid is missing in {str(path)!r}: a sweep needs fields and their values")
     pairs = parse_overrides(list(overrides))
     output = next((value for key, value in reversed(pairs) if key in _OUTPUT), tree.get("output"))
-    if not isinstance(output, str):
+    if not isinstance(output, str) or not output.strip():
         raise ValueError(f"output = {output!r} of {str(path)!r} must be a folder for all of its runs")
     pairs = [(key, value) for key, value in pairs if key not in _OUTPUT]
     include = _patterns(tree, "include")

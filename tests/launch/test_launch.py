@@ -91,3 +91,17 @@ def test_every_command_of_the_readme(tmp_path):
                  "bash launch/test.sh": " --collect-only -q"}.get(command, "")
         overwrite = " --overwrite" if "train" in command and "--resume" not in command and "--dry-run" not in command else ""
         run("bash", "-c", command + short + overwrite)
+
+
+@pytest.mark.parametrize("words", [["train", QUICKSTART, "--dry-run"], ["train", QUICKSTART, *SHORT],
+                                   ["sweep", "launch/recipes/sweep.yaml", "--dry-run"]])
+def test_nobody_reads_what_it_prints(tmp_path, words):
+    """`dfl ... | head`: nothing is said of a broken pipe, and a run whose table nobody reads is done all the same."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "dfl", *words, "--output", str(tmp_path / "run")], cwd=ROOT, env=ENVIRONMENT,
+                          stdout=write, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert not re.search("(?i)broken ?pipe|traceback|error", done.stderr), done.stderr
+    assert ("--dry-run" in words) or len(adapter_digests(tmp_path / "run")) == 9

@@ -1,12 +1,18 @@
 """Names of transformers and PEFT: the same configuration as with ours, one name a field, and a reason for what cannot be had."""
 
+import dataclasses
 import json
+import re
+import typing
 
+import peft
 import pytest
+import transformers
 import yaml
 
-from dfl.config import load, resolve
-from dfl.config.aliases import ALIASES, REFUSED
+from dfl.config import Config, load, resolve
+from dfl.config.aliases import ALIASES, REFUSED, _elsewhere
+from dfl.config.foreign import FOREIGN
 
 OURS = """
 peers: 8
@@ -147,3 +153,77 @@ def test_refused_with_the_reason(case):
         resolve(tree, pairs)
     for part in parts:
         assert part in str(caught.value)
+
+
+def dotted_fields(cls, prefix: str = "") -> list[str]:
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        found += [f"{prefix}{name}", *(dotted_fields(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [])]
+    return found
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(transformers.TrainingArguments)])
+def test_every_argument_of_transformers_has_an_answer(name):
+    accepted = name in ALIASES or name in REFUSED or name in dotted_fields(Config)
+    assert accepted != (name in FOREIGN)
+    if not accepted:
+        with pytest.raises(ValueError, match=re.escape(f"unknown key '{name}' = 1: {FOREIGN[name]}")):
+            resolve({name: 1})
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(peft.LoraConfig)])
+def test_every_field_of_peft_has_an_answer(name):
+    accepted = f"lora.{name}" in ALIASES or f"lora.{name}" in REFUSED
+    assert accepted != (name in FOREIGN)
+    if not accepted:
+        with pytest.raises(ValueError, match=re.escape(f"unknown key 'lora.{name}' = 1: {FOREIGN[name]}")):
+            resolve({"lora": {name: 1}})
+
+
+# of TRL, axolotl and LLaMA-Factory, which are not installed: what their first examples hold
+ELSEWHERE = """max_seq_length packing dataset_text_field completion_only_loss beta ref_model max_prompt_length
+    base_model load_in_4bit sequence_len sample_packing micro_batch_size num_epochs val_set_size lora_r lora_target_modules
+    lora_target_linear flash_attention gradient_checkpointing train_on_inputs datasets wandb_project
+    model_name_or_path stage finetuning_type lora_target lora_rank template cutoff_len max_samples quantization_bit pref_beta
+    val_size"""
+
+
+@pytest.mark.parametrize("name", ELSEWHERE.split())
+def test_names_of_other_trainers_get_one_answer_and_no_list(name):
+    with pytest.raises(ValueError) as caught:
+        resolve({name: 1})
+    assert str(caught.value).startswith(f"unknown key '{name}' = 1") and len(str(caught.value)) < 200
+    assert "allowed: " not in str(caught.value)
+
+
+def test_answers_name_fields_that_there_are():
+    fields = set(dotted_fields(Config))
+    sections = "|".join(field for field in fields if any(other.startswith(f"{field}.") for other in fields))
+    for name, answer in FOREIGN.items():
+        assert name not in ALIASES and name not in REFUSED and not _elsewhere(name), name
+        for mentioned in re.findall(rf"\b(?:{sections})\.\w+", answer):
+            assert mentioned in fields or mentioned in ALIASES, (name, mentioned)
+        first = answer.split(" is the field for it")[0] if " is the field for it" in answer else "peers"
+        assert first.split()[0] in fields, (name, answer)
+
+
+ANSWERS = {
+    "a field of another section": ({"rank": 8}, "unknown key 'rank' = 8 (did you mean 'lora.rank'?)"),
+    "a field of several": ({"every": 8},
+                           "unknown key 'every' = 8 (did you mean 'eval.every' or 'measure.every' or 'checkpoint.every'?)"),
+    "a field of the top": ({"train": {"seed": 8}}, "unknown key 'train.seed' = 8 (did you mean 'seed'?)"),
+    "theirs in a section of ours": ({"train": {"max_steps": 8}}, f"unknown key 'train.max_steps' = 8: {REFUSED['max_steps']}"),
+    "with hyphens": ({"max-seq-length": 8}, "unknown key 'max-seq-length' = 8: data.max_length is the field for it, in tokens"),
+    "a typing error in theirs": ({"max_seq_lenght": 8}, "unknown key 'max_seq_lenght' = 8 (did you mean 'max_seq_length'?) "
+                                 "data.max_length is the field for it, in tokens"),
+    "nothing like it": ({"zzz": 8}, "unknown key 'zzz' = 8; `dfl train --dry-run` prints every field there is"),
+    "nothing like it among few": ({"measure": {"zzz": 8}}, "unknown key 'measure.zzz' = 8; allowed: every, layers"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_an_unknown_key_gets_one_pointer(case):
+    tree, said = ANSWERS[case]
+    with pytest.raises(ValueError) as caught:
+        resolve(tree)
+    assert str(caught.value) == said

@@ -51,7 +51,7 @@ def refused(argv, capsys, status=2):
 
 
 REFUSED = {
-    "unknown key": ({"train__learning_rate": 1}, ["unknown key 'train.learning_rate'", "allowed: rounds"]),
+    "unknown key": ({"train__learning_rate": 1}, ["unknown key 'train.learning_rate' = 1 (did you mean 'train.lr'?)"]),
     "unknown rule": ({"rule": "tda"}, ["rule.name = 'tda' is not known (did you mean 'tad'?)", "allowed: lora"]),
     "unknown topology": ({"topology": "rign"}, ["rign", "ring"]),
     "unknown codec": ({"codec": "zip"}, ["codec.name = 'zip'", "bfloat16"]),
@@ -148,6 +148,14 @@ def test_more_processes_than_peers(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # the first speaks for all
     assert main(words(root, tmp_path / "run", peers=2)) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["train", ""], ["export", ""], ["export", "run", "--output", ""], ["report", "run", "--output", ""],
+                                   ["watch", " "], ["sweep", ""], ["eval", ""], ["eval", "run", "--predictions", ""]])
+def test_an_empty_path_is_not_the_working_directory(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and "is empty; give the path of a file or folder" in capsys.readouterr().err
 
 
 def test_a_trace_on_request(root, tmp_path, monkeypatch):
@@ -294,4 +302,5 @@ def test_numbers_too_large_for_a_codec_do_not_break_the_products(root, tmp_path,
 
 def test_a_run_with_a_warm_up_cannot_be_made_longer(root, tmp_path, capsys):
     assert main(words(root, tmp_path / "run", train__rounds=2, train__warmup=0.5)) == 0
-    assert "train = " in refused([*words(root, tmp_path / "run", train__rounds=4, train__warmup=0.5), "--resume"], capsys)
+    longer = words(root, tmp_path / "run", train__rounds=4, train__warmup=0.5)
+    assert "train.rounds = 4 differs from 2" in refused([*longer, "--resume"], capsys)

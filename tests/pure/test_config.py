@@ -1,11 +1,12 @@
 """Recipes: what is accepted, what a dotted override does, and one clear refusal for everything else."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
 
-from dfl.config import Config, Plugin, from_dict, load
+from dfl.config import Config, Plugin, from_dict, load, resolve
 
 
 def recipe(tmp_path, text):
@@ -86,7 +87,7 @@ def test_environment_variables_and_home_in_paths(tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "unknown key": (["--train.learning_rate", "1"], ["train.learning_rate", "allowed", "lr"]),
+    "unknown key": (["--train.learning_rate", "1"], ["train.learning_rate", "did you mean 'train.lr'?"]),
     "a typing error": (["--peer", "4"], ["'peer'", "did you mean 'peers'"]),
     "unknown section": (["--trian.lr", "1"], ["'trian'", "did you mean 'train'"]),
     "no value": (["--train.lr"], ["--train.lr", "lacks a value"]),
@@ -150,3 +151,14 @@ def test_a_missing_recipe_and_an_empty_one(tmp_path):
 def test_anchors_and_merges_still_work(tmp_path):
     path = recipe(tmp_path, "rule: &r {name: tad, T: 3}\ntopology:\n  <<: *r\n  name: ring\n")
     assert load(path).topology == Plugin("ring", {"T": 3})
+
+
+@pytest.mark.parametrize("words", [["--output", ""], ["--output="], ["--output", "  "], ["--data.valid", ""]])
+def test_an_empty_override_is_no_null(words):
+    said = refusal(*words)
+    assert f"override --{words[0][2:].partition('=')[0]} = " in said and "is empty; give a value, or null" in said
+
+
+def test_an_output_of_nothing_is_not_the_working_directory():
+    with pytest.raises(ValueError, match=re.escape("output = '' is not allowed; allowed: the path of a folder")):
+        resolve({"output": ""})
