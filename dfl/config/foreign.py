@@ -77,8 +77,8 @@ _ANSWERS: dict[str, str] = {
     "backend is the field for it (auto, gloo or nccl), and timeout for how long to wait": "ddp_backend ddp_timeout ddp_timeout_delta",
     "eval.every is the field for it, in rounds": "eval_freq evals_per_epoch eval_delay eval_on_start do_eval evaluation_strategy "
         "eval_every validation_steps eval_table_size eval_causal_lm_metrics eval_max_new_tokens",
-    "checkpoint.minutes is the field for it, or checkpoint.every in rounds, with checkpoint.keep": "saves_per_epoch save_only_model save_on_each_node "
-        "save_freq checkpointing_steps enable_jit_checkpoint save_safetensors ",
+    "checkpoint.minutes is the field for it, or checkpoint.every in rounds, with checkpoint.keep": "saves_per_epoch save_only_model "
+        "save_on_each_node save_freq checkpointing_steps enable_jit_checkpoint save_safetensors ",
     "a callback of yours may end a run: `callbacks`": "early_stopping_patience early_stopping early_stopping_threshold "
         "metric_for_best_model greater_is_better",
     "`dfl train RECIPE --resume` goes on from the last checkpoint": "resume_from_checkpoint auto_resume_from_checkpoints resume "
