@@ -48,7 +48,7 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
                 init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, note: str | None = None,
                 carries: Callable[[State, Round], Sequence[int]] | None = None,
                 settle: Callable[[Tensor, State, Round], State] | None = None,
-                diagnostics: Sequence[str] = (), trains: frozenset[str] = BOTH, **facts) -> Rule:
+                diagnostics: Sequence[str] = (), trains: frozenset[str] = BOTH, wire: Layout | None = None, **facts) -> Rule:
     """A rule whose message is all of A and B, and whose `combine` makes new ones from what the neighbours sent.
 
     ranks: the rank of every peer where they differ; a message then carries its ranks and only the slots that they fill.
@@ -56,21 +56,23 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
     note: a scalar of the state that travels with the message.
     carries(state, round) -> the rank of each layer in the message, where a peer's ranks change from round to round.
     settle(out, state, round) -> state: called last in every round, also where nobody was heard; may write into the row.
+    wire: the layout of the factors in a message, where that is another one; `outgoing` then makes a row of it, `carries` is needed.
     diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round without neighbours.
     A peer that hears nobody keeps its bits. `facts`: further fields of the Rule.
     """
     also_trained, also_mixed = beside_factors(layout, head)
     sends = BOTH | also_mixed
     cuts, also_cuts = layout.columns(sends), layout.columns(also_mixed)
-    num_factors = layout.length(BOTH)
-    slots = Slots(layout)
+    slots = Slots(layout if wire is None else wire)
+    num_factors = slots.num_factors
+    num_sent = num_factors + layout.length(also_mixed)
     packed = ranks is not None or carries is not None
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         row = x
         if outgoing is not None:
             row, state = outgoing(x, state, round)
-        message = read_groups(row, cuts)
+        message = read_groups(row, cuts) if wire is None else torch.cat([row, read_groups(x, also_cuts)])
         if packed:
             message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs) if carries is None else carries(state, round))
         return (message if note is None else torch.cat([message, state[note].reshape(1).to(message)])), state
@@ -88,7 +90,7 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
         peers = tuple(sorted(messages))
         weights = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=x.device)
         rows = torch.stack([messages[j][:num_factors] for j in peers])
-        beside = {j: messages[j][num_factors:layout.length(sends)] for j in peers}
+        beside = {j: messages[j][num_factors:num_sent] for j in peers}
         if also_cuts:
             write_groups(out, also_cuts, weighted_mean(beside, round.weights))
         notes = None if note is None else torch.stack([messages[j][-1:] for j in peers])

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, make_layout, scalings, stack_a, stack_b, write_pairs
-from dfl.lowrank import Truncated, refactor, truncate, weighted_sum
-from dfl.rules.base import Round, Rule, State
+from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, join, make_layout, scalings, stack_a, stack_b, write_pairs
+from dfl.lowrank import Truncated, cut, refactor, truncate, weighted_sum
+from dfl.rules.base import BOTH, Round, Rule, State
 from dfl.rules.pairs import Heard, pair_gossip, write_slots
 from dfl.rules.products import check_split
 from dfl.seeds import derive
@@ -22,33 +22,73 @@ DIAGNOSTICS = ("truncation_error",)
 
 def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "balanced", drift_power: int = 0, eps: float = 1e-6,
           forward: bool = True, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
-    """Mix products and keep what truncation cuts as a residual, which comes back in the next round (FedHL as gossip).
+    """Average whole models and add what each peer has learnt in the ranks that it can train (FedHL as gossip).
 
-    M_i = E_i + sum_j w_ij B_j A_j;  B_i A_i <- best rank-R_i part of M_i;  E_i <- M_i - B_i A_i. Only factors travel. For doubly
-    stochastic W and any ranks the network mean of E + B A is kept exactly, so that no energy collapses into the smallest
-    rank; E itself is not mixed. With equal ranks and a complete graph: FedHL's X + sum_j p_j (B_j A_j - T(X)).
-    drift_power: 0 takes w_ij; 1 or 2 weighs peer j by w_ij / (e_j^power + eps), e_j its own relative tail energy (2 is the
-    paper's), which gives up the mean. forward: false trains without E, as the paper starts its clients.
-    Peng, Zeng, Li, Li, Chen, Wang 2025, arXiv 2505.18494.
+    X_i <- sum_j w_ij X_j + sum_j p_ij (B_j A_j - T_j), T_j = best rank-R_j part of X_j, from which peer j started its local phase;
+    B_i A_i <- best rank-R_i part of X_i, E_i <- the rest. With the complete graph this is FedHL's server, X + sum_j p_j (B_j A_j
+    - T_j), for any ranks; elsewhere the models agree as fast as W mixes. With p = w it is X_i <- sum_j w_ij (E_j + B_j A_j), and
+    doubly stochastic W keeps the mean: a message holds the pair and the residual, R_j + rank(E_j) slots, where `carry` takes
+    max_j R_j. Other weights need T_j as well, R_j slots more.
+    drift_power: 0 takes p_ij = w_ij; 1 or 2 weighs peer j's progress by w_ij / (e_j^power + eps), e_j its own relative tail energy
+    (2 is the paper's), which gives up the mean: peers of small rank hardly count any more. forward: false trains without E, as the
+    paper starts its clients. Peng, Zeng, Li, Li, Chen, Wang 2025, arXiv 2505.18494.
     """
     check_split(split)
     if drift_power not in (0, 1, 2):
         raise ValueError(f"rule.drift_power = {drift_power!r} is not allowed; allowed: 0, 1, 2")
     beside = residual_layout(layout, residual_rank)
+    pairs_sent = 2 if drift_power else 1  # the pair after training, and the one before it
+    wire = join([layout] * pairs_sent + [beside])
+
+    def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+        """[B_j | T_j's | E_j] without gaps."""
+        row = empty_rows(1, wire.size, dtype=x.dtype, device=x.device)[0]
+        rank = own_rank(layout, ranks, round.peer)
+        for place, pair, rest in zip(wire.pairs, layout.pairs, beside.pairs, strict=True):
+            parts = [(x, pair, min(pair.rank, rank)), (state["residual"], rest, rest.rank)]
+            if drift_power:
+                parts.insert(1, (state["start"], pair, min(pair.rank, rank)))
+            first = 0
+            for source, where, size in parts:
+                a_view(row, place)[first:first + size] = a_view(source, where)[:size]
+                b_view(row, place)[:, first:first + size] = b_view(source, where)[:, :size]
+                first += size
+        return row, state
+
+    def carries(state: State, round: Round) -> list[int]:
+        used = torch.stack([(a_view(state["residual"], pair) != 0).any(-1).sum() for pair in beside.pairs]).tolist()
+        return [pairs_sent * min(pair.rank, own_rank(layout, ranks, round.peer)) + rank
+                for pair, rank in zip(layout.pairs, used, strict=True)]
 
     def combine(out: Tensor, heard: Heard, state: State) -> State:
-        weights = heard.weights
+        progress = heard.weights
         if drift_power:
-            weights = weights / (heard.notes[:, 0].double() ** drift_power + eps)
-            weights = weights / weights.sum()
+            progress = progress / (heard.notes[:, 0].double() ** drift_power + eps)
+            progress = progress / progress.sum()
 
         def products(pairs):
-            return [product_of(state["residual"], beside.like(pairs)), weighted_sum(weights, *heard.factors(pairs))]
-        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
+            a, b = heard.factors(wire.like(pairs))
+            shares = heard.weights[:, None].repeat(1, b.shape[-1])
+            if drift_power:
+                for share, j, p in zip(shares, heard.peers, progress, strict=True):
+                    rank = min(pairs[0].rank, own_rank(layout, ranks, j))
+                    share[rank:2 * rank] -= p
+                    share[:rank] = p
+            return [weighted_sum(torch.ones_like(heard.weights), a, b * shares[:, None, None].to(b))]
+        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split, tidy=True)
 
-    return pair_gossip(layout, combine, head=head, ranks=ranks, init=no_residual(beside),
-                       note="tail_energy" if drift_power else None, diagnostics=DIAGNOSTICS, residual=beside if forward else None,
-                       facts={"residual_rank": largest_rank(beside), "split": split})
+    def init(x: Tensor) -> State:
+        return {**no_residual(beside)(x), **(started(x) if drift_power else {})}
+
+    def started(x: Tensor) -> State:
+        return {"start": x[:layout.length(BOTH)].clone()}
+
+    def settle(out: Tensor, state: State, round: Round) -> State:
+        return state | started(out)
+
+    return pair_gossip(layout, combine, head=head, init=init, outgoing=outgoing, carries=carries, wire=wire,
+                       settle=settle if drift_power else None, note="tail_energy" if drift_power else None, diagnostics=DIAGNOSTICS,
+                       residual=beside if forward else None, facts={"residual_rank": largest_rank(beside), "split": split})
 
 
 def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
@@ -64,7 +104,7 @@ def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", rank
 
     def outgoing(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         """The frozen directions fill the slots that the peer does not train."""
-        rank, row = own_rank(layout, ranks, round), x.clone()
+        rank, row = own_rank(layout, ranks, round.peer), x.clone()
         for pair, other in zip(layout.pairs, beside.pairs, strict=True):
             a_view(row, pair)[rank:] = a_view(state["residual"], other)[:pair.rank - rank]
             b_view(row, pair)[:, rank:] = b_view(state["residual"], other)[:, :pair.rank - rank]
@@ -73,7 +113,7 @@ def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", rank
     def combine(out: Tensor, heard: Heard, state: State) -> State:
         def products(pairs):
             return [weighted_sum(heard.weights, *heard.factors(pairs))]
-        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split, largest_rank(layout))
+        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split, largest_rank(layout))
 
     return pair_gossip(layout, combine, head=head, outgoing=outgoing, init=no_residual(beside),
                        diagnostics=DIAGNOSTICS, residual=beside, facts={"split": split})
@@ -120,7 +160,7 @@ def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, head: str =
         def products(pairs):
             return [product_of(state["residual"], beside.like(pairs)), weighted_sum(heard.weights, *heard.factors(pairs))]
         new = split_model(out, layout, beside, 0, products, "left")
-        restart(out, layout, own_rank(layout, ranks, heard.round), derive(seed, "flora", heard.round.t))
+        restart(out, layout, own_rank(layout, ranks, heard.round.peer), derive(seed, "flora", heard.round.t))
         return new
 
     return pair_gossip(layout, combine, head=head, ranks=ranks, init=no_residual(beside), diagnostics=DIAGNOSTICS,
@@ -147,7 +187,7 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
         for pairs in layout.shapes():
             left, right = product_of(state["copy"], whole.like(pairs))
             parts = [product_of(x, pairs), product_of(state["residual"], beside.like(pairs)), (-left, right)]
-            svd = truncate(*joined(parts), min(own_rank(layout, ranks, round), pairs[0].rank))
+            svd = truncate(*joined(parts), min(own_rank(layout, ranks, round.peer), pairs[0].rank))
             write_slots(row, pairs, svd.vh, svd.u * svd.s[:, None])
         return row, state
 
@@ -172,7 +212,7 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
             moves = [(strength.to(out) * left, right)
                      for strength, (left, right) in zip(pull, (product_of(copy, wholes) for copy in copies), strict=True)]
             return [product_of(out, pairs), product_of(state["residual"], beside.like(pairs)), *moves]
-        new = split_model(out, layout, beside, own_rank(layout, ranks, heard.round), products, split)
+        new = split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split)
         return new | {"copies": copies, "copy": copies[heard.own].clone(), "holders": ids}
 
     def init(x: Tensor) -> State:
@@ -194,8 +234,8 @@ def largest_rank(layout: Layout) -> int:
     return max((pair.rank for pair in layout.pairs), default=0)
 
 
-def own_rank(layout: Layout, ranks: Sequence[int] | None, round: Round) -> int:
-    return largest_rank(layout) if ranks is None else ranks[round.peer]
+def own_rank(layout: Layout, ranks: Sequence[int] | None, peer: int) -> int:
+    return largest_rank(layout) if ranks is None else ranks[peer]
 
 
 def no_residual(beside: Layout) -> Callable[[Tensor], State]:
@@ -233,16 +273,19 @@ class Tally:
 
 
 def split_model(out: Tensor, layout: Layout, beside: Layout, rank: int, products: Callable[[Sequence[Pair]], list[Product]],
-                split: str, total: int | None = None) -> State:
+                split: str, total: int | None = None, tidy: bool = False) -> State:
     """The leading `rank` directions of the model into row `out`, the next ones into the residual, at most `total` in all.
 
     products(pairs): what sums to the model in the layers of one shape. Where the model is zero the row keeps its factors.
+    tidy: directions that are nothing but rounding are left out, so that the residual fills no more slots than it needs.
     """
     tally, energy, tail = Tally(out), 0.0, 0.0
     row = empty_rows(1, beside.size, dtype=out.dtype, device=out.device)[0]
     for pairs in layout.shapes():
         others, kept = beside.like(pairs), min(rank, pairs[0].rank)
         svd = truncate(*joined(products(pairs)), kept + others[0].rank if total is None else total)
+        if tidy:
+            svd = cut(svd, (svd.s > 10 * torch.finfo(svd.s.dtype).eps * svd.s[:, :1]).sum(-1).clamp_min(kept))
         own_a, own_b = stack_a(out, pairs), stack_b(out, pairs)
         if kept:
             new_a, new_b = refactor(head_of(svd, kept), own_a[:, :kept], split)

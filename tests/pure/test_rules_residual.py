@@ -73,11 +73,12 @@ class TestFedHL:
         states = [rule.init(row) for row in x]
         dense = {p.name: np.zeros((NUM, p.d_out, p.d_in)) for p in LAYOUT.pairs}
         for t in range(4):
+            x += 0.1 * rows(9 + t, ranks)  # what the peers learn
             before = products(x, LAYOUT)
             gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
             after, residuals = products(x, LAYOUT), products(torch.stack([s["residual"] for s in states]), rule.residual)
             for p in LAYOUT.pairs:
-                whole = dense[p.name] + np.einsum("ij,jok->iok", w, before[p.name])
+                whole = np.einsum("ij,jok->iok", w, dense[p.name] + before[p.name])
                 for i in range(NUM):
                     np.testing.assert_allclose(after[p.name][i], best(whole[i], 4 if ranks is None else ranks[i]), atol=1e-9)
                 dense[p.name] = whole - after[p.name]
@@ -123,24 +124,82 @@ class TestFedHL:
             assert float(states[i]["truncation_error"]) == pytest.approx(squared ** 0.5, rel=1e-9)
             assert float(states[i]["truncation_error"]) > 0.1
 
-    @pytest.mark.parametrize("power", [1, 2])
-    def test_drift_weights_prefer_peers_that_cut_little(self, power):
-        ranks = (1, 4, 4, 4)
-        x, w = rows(0)[:4], np.full((4, 4), 0.25)
-        x = trimmed(x, ranks)
+    @pytest.mark.parametrize("ranks", [None, RANKS])
+    @pytest.mark.parametrize("power", [0, 1, 2])
+    def test_a_complete_graph_is_the_server(self, ranks, power):
+        """FedHL in plain numpy: one full-rank X, clients that start from its best rank-R_i parts, progress added to X."""
+        x, own = rows(0, ranks), [4] * NUM if ranks is None else ranks
+        for pair in LAYOUT.pairs:
+            b_view(x, pair)[:] = 0
         rule = rules.build("fedhl", LAYOUT, ranks=ranks, residual_rank=FULL, drift_power=power)
         states = [rule.init(row) for row in x]
-        gossip(rule, CODEC, InProcess(), x, range(4), states, w, 0)
-        tails = np.array([float(s["tail_energy"]) for s in states])
-        assert tails[0] > 2 * tails[1:].max()
-        before, kept = products(x, LAYOUT), products(torch.stack([s["residual"] for s in states]), rule.residual)
-        gossip(rule, CODEC, InProcess(), x, range(4), states, w, 1)
-        weights = 0.25 / (tails ** power + 1e-6)
-        weights /= weights.sum()
+        server = {p.name: np.zeros((p.d_out, p.d_in)) for p in LAYOUT.pairs}
+        for t in range(6):
+            cut = {name: np.stack([best(value, rank) for rank in own]) for name, value in server.items()}
+            for name, value in products(x, LAYOUT).items():
+                np.testing.assert_allclose(value, cut[name], atol=1e-8)
+            x += 0.2 * rows(20 + t, ranks)
+            trained = products(x, LAYOUT)
+            left_out = sum(p.scaling ** 2 * np.square(server[p.name] - cut[p.name]).sum((1, 2)) for p in LAYOUT.pairs)
+            whole = sum(p.scaling ** 2 * np.square(server[p.name]).sum() for p in LAYOUT.pairs)
+            weights = 1 / ((left_out / whole if t else left_out) ** power + 1e-6)
+            weights /= weights.sum()
+            gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.full((NUM, NUM), 1 / NUM), t)
+            for name, value in models(x, states, rule).items():
+                server[name] = server[name] + np.einsum("j,jok->ok", weights, trained[name] - cut[name])
+                np.testing.assert_allclose(value, np.broadcast_to(server[name], value.shape), atol=1e-8)
+
+    def test_off_the_complete_graph_models_are_averaged_and_progress_is_weighed(self):
+        x, w = rows(0, RANKS), ring()
+        rule = rules.build("fedhl", LAYOUT, ranks=RANKS, residual_rank=FULL, drift_power=1)
+        states = [rule.init(row) for row in x]
+        for t in range(3):
+            start, before = models(x, states, rule), products(x, LAYOUT)
+            tails = np.array([float(s["tail_energy"]) for s in states])
+            weights = w / (tails + 1e-6)
+            weights /= weights.sum(1, keepdims=True)
+            x += 0.2 * rows(30 + t, RANKS)
+            learnt = {name: value - before[name] for name, value in products(x, LAYOUT).items()}
+            gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            for name, value in models(x, states, rule).items():
+                expected = np.einsum("ij,jok->iok", w, start[name]) + np.einsum("ij,jok->iok", weights, learnt[name])
+                np.testing.assert_allclose(value, expected, atol=1e-8)
+        assert tails[0] > 2 * tails[4:].max()
+
+    def test_who_heard_nobody_keeps_all_of_its_progress(self):
+        """Its next round starts where it stands, not where it was mixed last."""
+        x = rows(0, RANKS)
+        rule = rules.build("fedhl", LAYOUT, ranks=RANKS, residual_rank=FULL, drift_power=2)
+        states = [rule.init(row) for row in x]
+        gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.eye(NUM), 0)
+        x += rows(5, RANKS)
+        gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.eye(NUM), 1)
+        alone = models(x, states, rule)
+        gossip(rule, CODEC, InProcess(), x, range(NUM), states, ring(), 2)
         for name, value in models(x, states, rule).items():
-            for i in range(4):
-                expected = kept[name][i] + np.einsum("j,jok->ok", weights, before[name])
-                np.testing.assert_allclose(value[i], expected, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(value, np.einsum("ij,jok->iok", ring(), alone[name]), atol=1e-9)
+
+    @pytest.mark.parametrize("power", [0, 2])
+    def test_idle_peers_of_unequal_ranks_agree_as_fast_as_w_mixes(self, power):
+        history, _, _ = run("fedhl", rows(0, RANKS), ring(), 40, RANKS, residual_rank=FULL, drift_power=power)
+        slem = topologies.spectrum.slem(ring())
+        for name in history[0]:
+            spread = [np.linalg.norm(models[name] - models[name].mean(0)) for models in history]
+            assert spread[40] < 1.01 * slem ** 40 * spread[0]
+
+    @pytest.mark.parametrize("power, pairs_sent", [(0, 1), (2, 2)])
+    def test_a_message_holds_the_pair_and_as_much_of_the_residual_as_there_is(self, power, pairs_sent):
+        x, w = rows(0, RANKS), ring()
+        rule = rules.build("fedhl", LAYOUT, ranks=RANKS, residual_rank=3, drift_power=power)
+        states = [rule.init(row) for row in x]
+        for t in range(3):
+            kept = [[int((a_view(s["residual"], p) != 0).any(-1).sum()) for p in rule.residual.pairs] for s in states]
+            traffic = gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            numbers = sum(len(LAYOUT.pairs) + (power > 0) + sum((pairs_sent * rank + more) * (p.d_in + p.d_out)
+                                                                for p, more in zip(LAYOUT.pairs, mine, strict=True))
+                          for rank, mine in zip(RANKS, kept, strict=True))
+            assert traffic.message_bytes == 2 * 8 * numbers
+            assert kept == [[0 if t == 0 else 3] * 3] * NUM
 
 
 class TestCollapse:
