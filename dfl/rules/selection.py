@@ -32,10 +32,13 @@ from dfl.seeds import permutation
 def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "frozen") -> Rule:
     """Train B and A in turn and send only the slots whose change counts most (LoRA-A2 as gossip).
 
-    Score of slot l in a phase of B: ||dB[:, l]|| ||A[l]||, dB what the round's training changed (of A: ||B[:, l]|| ||dA[l]||): the
-    norm of the change of the product. The best ceil(keep * slots) of all layers together travel;  F_i[l] <- F_i[l] + sum over those j
-    that sent slot l of w_ij (F_j[l] - F_i[l]), F the factor trained. keep = 1 is `rolora`. Which slots are exchanged differs from
-    peer to peer, so that no mean is kept, and the frozen factor keeps its disagreement. Koo, Jang, Ok 2024, arXiv 2410.22815.
+    G_i is what peer i holds in common with others, D_i = F_i - G_i what it has changed since and not sent, F the factor trained.
+    Score of slot l in a phase of B: ||D_i[:, l]|| ||A_i[l]|| (of A: ||B_i[:, l]|| ||D_i[l]||), the norm of the change of the product.
+    The best ceil(keep * slots) of all layers together travel;  G_i[l] <- G_i[l] + sum over those j that sent slot l of
+    w_ij (F_j[l] - G_i[l]);  D_i[l] <- 0 where i sent it itself, and stays else;  F_i = G_i + D_i. With the complete graph this is
+    the server with error memory: what was not sent is part of the next difference, so that idle peers agree. keep = 1 is `rolora`.
+    Elsewhere which slots are exchanged differs from peer to peer, so that no mean is kept, and the frozen factor keeps its
+    disagreement. Koo, Jang, Ok 2024, arXiv 2410.22815; the memory is ours.
     """
     check_share("rule.keep", keep)
     facts = schedule(T, None)
@@ -60,22 +63,25 @@ def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "froz
         return torch.cat([sent.to(x), x[columns(factor, sent)], read_groups(x, also_cuts)]), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        if len(inbox) == 1:  # what it sent has reached nobody, and stays part of the difference
+            return x.clone(), state
         factor, num_slots, num_beside = phase(round.t, T), len(places["A"]), layout.length(also_mixed)
-        out, rows, heard = x.clone(), {}, []
+        rows, sent = {}, {}
         for peer, message in inbox.items():
-            # what a neighbour does not send counts as the peer's own
-            rows[peer] = x.clone()
-            if peer != round.peer:
-                where = columns(factor, message[:num_slots] > 0.5)
-                rows[peer][where] = message[num_slots:num_slots + len(where)]
-                heard.append(where)
+            # what a peer does not send counts as the receiver's own G
+            sent[peer] = columns(factor, message[:num_slots] > 0.5)
+            rows[peer] = state["start"].clone()
+            rows[peer][sent[peer]] = message[num_slots:num_slots + len(sent[peer])]
             if num_beside:
                 write_groups(rows[peer], also_cuts, message[-num_beside:])
-        if heard:
-            mean = weighted_mean(rows, round.weights)
-            for cut in (torch.cat(heard), *also_cuts):
-                out[cut] = mean[cut]
-        return out, {"start": out.clone()}
+        mean, out, start = weighted_mean(rows, round.weights), x.clone(), state["start"].clone()
+        changed, mine = torch.cat(list(sent.values())).unique(), sent[round.peer]
+        start[changed] = mean[changed]
+        out[changed] += start[changed] - state["start"][changed]
+        out[mine] = start[mine]
+        for cut in also_cuts:
+            out[cut] = mean[cut]
+        return out, {"start": start}
 
     return Rule(lambda t: frozenset(phase(t, T)) | also_trained, lambda t: frozenset(phase(t, T)) | also_mixed, lambda t: None, init,
                 send, mix, no_correction, linear=False, facts={**facts, "keep": keep})
