@@ -22,7 +22,7 @@ from stamp import write
 from dfl import rules
 
 ROOT = Path(__file__).parent.parent
-SHORT = {"data.max_train": 400, "data.max_valid": 100, "train.local_steps": 5, "train.lr": 0.01, "eval.every": 0, "threads": 1,
+SHORT = {"data.max_train": 400, "data.max_valid": 100, "train.local_steps": 5, "train.lr": 0.01, "eval.every": 0, "processes": 1,
          "topology": "{name: edge_activation, base: complete, p: 0.3}", "device": "cpu"}
 OF_A_RULE = {"fed_sb": {"lora.adapter": "sb"}, "ravan": {"lora.adapter": "ravan"}, "dora": {"lora.adapter": "dora"},
              "hira": {"lora.adapter": "hira"}, "flora": {"topology": "complete"}, "fedex_choco": {"topology": "ring"},

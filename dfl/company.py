@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 # the environment variable with a secret that the processes of a run share; it never travels
 SECRET = "DFL_SECRET"
 # settings that may differ between the processes of a run: they change no result, or what they lead to is compared itself
-_OWN = {"device", "threads", "timeout", "report_to", "output", "model.name", "data.train", "data.valid", "topology_seed", "data_seed"}
+_OWN = {"device", "processes", "threads", "timeout", "report_to", "output", "model.name", "data.train", "data.valid", "topology_seed",
+        "data_seed"}
 # at most so many numbers of a tensor, and so many examples, go into a digest, spaced evenly
 TENSOR_SAMPLE, EXAMPLE_SAMPLE = 256, 256
 

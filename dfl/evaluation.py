@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dfl import targets, tasks
+from dfl import targets, tasks, workers
 from dfl.assemble import Loaded, adapt, assemble, check, data_seed, load
 from dfl.config import Config, resolve
 from dfl.config.recipes import parse_overrides
@@ -18,17 +18,19 @@ from dfl.folder import read_config
 from dfl.record import finite
 from dfl.rounds import evaluate
 from dfl.running import restore
-from dfl.runtime import choose_device, place_from_environment, start
+from dfl.runtime import Worker, choose_device, num_threads, place_from_environment, start
 from dfl.seeds import derive
 from dfl.targets import ADAPTER_CONFIG, Target
 
 
 def evaluate_target(path: Path, overrides: Sequence[str] = (), *, data: str | None = None, run: Path | None = None,
-                    peer: str | None = None, rounds: int | None = None, predictions: Path | None = None) -> dict | None:
+                    peer: str | None = None, rounds: int | None = None, predictions: Path | None = None,
+                    spread: bool = False) -> dict | None:
     """Evaluate what `path` names; None but on process 0.
 
     data: a file of examples in place of the run's own. run: the run whose examples and columns an exported model is given.
     peer: one model of a run or checkpoint. rounds: the checkpoint of a run. predictions: a file for a line per example.
+    spread: over processes of its own, as many as there are cores.
     ValueError for what does not fit together.
     """
     target = targets.find(path)
@@ -49,17 +51,25 @@ def evaluate_target(path: Path, overrides: Sequence[str] = (), *, data: str | No
         return evaluate_model(one, overrides, data, run, predictions)
     if predictions is not None:
         raise ValueError("--predictions are of one model: add --peer with a number, or --peer consensus")
-    return evaluate_run(target.run, overrides, checkpoint=checkpoint, data=data)
+    return evaluate_run(target.run, overrides, checkpoint=checkpoint, data=data, spread=spread)
 
 
 def evaluate_run(output: Path, overrides: Sequence[str] = (), *, checkpoint: Path | None = None,
-                 data: str | None = None) -> dict | None:
+                 data: str | None = None, spread: bool = False) -> dict | None:
     """All peers and the consensus model of a run's checkpoint: the same numbers as in its record, or those on the file `data`."""
     config = read_config(output, overrides)
     topology = check(config)
     folder = checkpoint or targets.choose_checkpoint(output)
     names = None if data is None else label_names(output)
-    runtime = start(config)
+
+    def work(worker: Worker | None) -> dict | None:
+        return _evaluate_run(config, topology, folder, data, names, worker)
+
+    return workers.run(workers.count(config, automatic=spread), work)
+
+
+def _evaluate_run(config: Config, topology, folder: Path, data: str | None, names, worker: Worker | None) -> dict | None:
+    runtime = start(config, worker)
     try:
         loaded = load(config, runtime.device) if data is None else _load_file(config, runtime.device, names, data)
         run = assemble(config, runtime, loaded, topology, folder)
@@ -94,8 +104,7 @@ def evaluate_model(target: Target, overrides: Sequence[str], data: str | None, r
     if place.rank != 0:
         return None
     device = choose_device(config, place)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(num_threads(config))
     bundle = _examples(config, names, data)
     model = with_adapter(bundle.model, target.folder) if target.kind == "adapter" else bundle.model
     sums, answers = _score(model.to(device).eval(), bundle, config, device)

@@ -25,7 +25,8 @@ SHARED_SECONDS = 30.0
 # more classes than this are not counted peer by peer
 MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
-_FREE = {"device", "backend", "threads", "timeout", "report_to", "callbacks", "output", "eval", "measure", "checkpoint", "baseline"}
+_FREE = {"device", "backend", "processes", "threads", "timeout", "report_to", "callbacks", "output", "eval", "measure", "checkpoint",
+         "baseline"}
 
 
 def prepare(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> Path | None:

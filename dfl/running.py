@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dfl import workers
 from dfl.assemble import Loaded, assemble, bases_of, check, load
 from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, name_of
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
@@ -16,28 +17,34 @@ from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
 from dfl.report import closing_table
 from dfl.rounds import Hooks, Run, gather_models, run_rounds
-from dfl.runtime import Runtime, StopSignal, start
+from dfl.runtime import Runtime, StopSignal, Worker, start
 
 # a stop asked for by a signal: "try again later", as in sysexits.h
 STOPPED = 75
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()) -> int:
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = (),
+          spread: bool = False) -> int:
     """Run a configuration to its end (or to a signal); the exit status. Process 0 writes the run folder and prints the table.
 
-    callbacks: beside those that the configuration names; the same on all processes.
+    callbacks: beside those that the configuration names; the same on all processes. spread: where the recipe does not say on how many
+    processes, take as many as there are cores, as the command does.
     """
     end_with_launcher()
     topology = check(config)
     callbacks = load_callbacks(config.callbacks, callbacks)
-    runtime = start(config)
-    try:
-        finished = _train_all(config, runtime, topology, resume, overwrite, callbacks)
-    except BaseException as error:
-        runtime.transport.leave(error)
-        raise
-    runtime.transport.close()
-    return 0 if finished else STOPPED
+
+    def work(worker: Worker | None) -> int:
+        runtime = start(config, worker)
+        try:
+            finished = _train_all(config, runtime, topology, resume, overwrite, callbacks)
+        except BaseException as error:
+            runtime.transport.leave(error)
+            raise
+        runtime.transport.close()
+        return 0 if finished else STOPPED
+
+    return workers.run(workers.count(config, automatic=spread), work)
 
 
 def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback]) -> bool:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -30,6 +31,14 @@ class Place(NamedTuple):
     local_size: int = 1
 
 
+class Worker(NamedTuple):
+    """A process among those that a plain start spreads itself over, and the file in which they meet (dfl/workers.py)."""
+
+    rank: int
+    size: int
+    file: str
+
+
 class Runtime(NamedTuple):
     place: Place
     device: torch.device
@@ -48,6 +57,11 @@ def place_from_environment(env=os.environ) -> Place:
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)),
                      _tasks_on_node(counts, int(env.get("SLURM_NODEID", 0))))
     return Place()
+
+
+def launched(env=os.environ) -> bool:
+    """Whether torchrun, srun or a caller with a group of its own has settled how many processes there are."""
+    return "RANK" in env or place_from_environment(env).size > 1 or dist.is_initialized()
 
 
 def _tasks_on_node(counts: str, node: int) -> int:
@@ -97,18 +111,33 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start(config: Config) -> Runtime:
-    """Join the other processes and choose device, threads and transport. ValueError for what cannot work."""
-    place = place_from_environment()
+def num_threads(config: Config, env=os.environ) -> int:
+    """Threads of a process: `threads` of the recipe, else the user's OMP_NUM_THREADS, else one.
+
+    One and not a share of the cores: sums are split by the number of threads, so that another number gives other bits. The cores
+    are used by processes.
+    """
+    given = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return config.threads or (int(given) if given.isdecimal() and int(given) else 1)
+
+
+def start(config: Config, worker: Worker | None = None) -> Runtime:
+    """Join the other processes and choose device, threads and transport. ValueError for what cannot work.
+
+    worker: this process among those that the command has started itself.
+    """
+    place = Place(worker.rank, worker.size, worker.rank, worker.size) if worker else place_from_environment()
     hosted = hosting(config.peers, place.size)[place.rank]
     device = choose_device(config, place)
-    torch.set_num_threads(config.threads or max(1, num_cores() // place.local_size))
+    torch.set_num_threads(num_threads(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.size == 1:
         return Runtime(place, device, InProcess(), hosted)
     backend = choose_backend(config, device, place)
-    if "RANK" not in os.environ:
+    if worker:
+        _meet_in_file(worker, config.timeout)
+    elif "RANK" not in os.environ:
         _rendezvous_from_slurm(os.environ)
     if not dist.is_initialized():  # a caller may bring a group of its own
         _meet(backend, place, device, config.timeout)
@@ -118,6 +147,19 @@ def start(config: Config) -> Runtime:
         dist.all_reduce(torch.zeros(1, device=device))
     transport.introduce(socket.gethostname())
     return Runtime(place, device, transport, hosted)
+
+
+def _meet_in_file(worker: Worker, timeout: float) -> None:
+    """Join the group of the processes that the command has started. Their connections stay within the machine."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    if before is None and sys.platform.startswith("linux"):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(worker.file, worker.size), rank=worker.rank, world_size=worker.size,
+                                timeout=timedelta(seconds=max(1.2 * timeout, START_SECONDS)))
+    finally:
+        if before is None:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
 def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> None:

@@ -19,5 +19,5 @@ make_environment() {
         echo "$wanted" > "$VENV/.installed"
     fi
     # several processes share the cores
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+    export TOKENIZERS_PARALLELISM=false
 }

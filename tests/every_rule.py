@@ -27,7 +27,7 @@ def make_trees(folder: Path, layers: int = 3) -> dict[str, dict]:
     plain = {"peers": 5, "model": {"name": str(folder / "model")}, "lora": {"rank": 2},
              "data": {"source": "file", "train": str(write_data(folder)), "max_length": 16},
              "topology": {"name": "edge_activation", "p": 0.5}, "train": {"rounds": 3, "local_steps": 2, "batch_size": 4, "lr": 0.01},
-             "eval": {"every": 0}, "measure": {"every": 0, "layers": 0}, "threads": 1, "device": "cpu"}
+             "eval": {"every": 0}, "measure": {"every": 0, "layers": 0}, "device": "cpu"}
     made = {name: plain | {"rule": name} | WANTS.get(name, {}) for name in rules.RULES}
     made |= {f"{name}, unequal ranks": plain | WANTS.get(name, {}) | {"rule": name, "lora": UNEQUAL}
              for name in rules.RULES if rules.accepts(name, "ranks")}

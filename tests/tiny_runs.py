@@ -31,10 +31,13 @@ def make_folder(folder: Path, layers: int = 1) -> Path:
 
 
 def arguments(model: Path, data: Path, output: Path, **fields) -> list[str]:
-    """The overrides of a run of a second: four peers on a ring, two steps a round. `train__lr=0.1` sets train.lr."""
+    """The overrides of a run of a second: four peers on a ring, two steps a round. `train__lr=0.1` sets train.lr.
+
+    One process, which a test may look into; tests/launch/test_own_workers.py is about several, which are the default.
+    """
     tree = {"peers": 4, "model.name": model, "data.source": "file", "data.train": data, "data.max_length": 16,
             "data.valid_fraction": 0.25, "lora.rank": 2, "rule": "lora", "topology": "ring", "train.rounds": 4,
-            "train.local_steps": 2, "train.batch_size": 4, "eval.every": 2, "output": output, "device": "cpu", "threads": 1}
+            "train.local_steps": 2, "train.batch_size": 4, "eval.every": 2, "output": output, "device": "cpu", "processes": 1}
     tree |= {key.replace("__", "."): value for key, value in fields.items()}
     return [word for key, value in tree.items() for word in _words(key, value)]
 

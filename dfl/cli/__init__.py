@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is one line of ours, not pages of C++ frames
+    for library in ("OPENBLAS", "MKL"):  # numpy's, read when it is loaded: a graph's weights must not depend on the cores either
+        os.environ.setdefault(f"{library}_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     words = list(sys.argv[1:] if argv is None else argv)
     top, made = make_parser()
     overrides: list[str] = []

@@ -12,9 +12,10 @@ def add(parser) -> None:
     parser.add_argument("sweep", type=path, help="a YAML file with recipe, grid (or together), output; maybe exclude, include")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and how far each has come, and stop")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (1); with --slurm, at most so many")
-    parser.add_argument("--processes", type=int, default=1, metavar="K", help="processes of each run, under torchrun (1)")
+    parser.add_argument("--processes", type=int, metavar="K",
+                        help="processes of each run, under torchrun; without it each has its share of the cores for its own")
     parser.add_argument("--retries", type=int, default=1, metavar="R", help="how often a failed run is tried again (1)")
-    parser.add_argument("--index", type=int, metavar="I", help="only run number I, in this process")
+    parser.add_argument("--index", type=int, metavar="I", help="only run number I, from this process")
     parser.add_argument("--slurm", action="store_true", help="submit launch/slurm/sweep.sbatch as an array, one task a run")
     parser.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="for sbatch, such as time=2:00:00")
     parser.add_argument("--overwrite", action="store_true", help="begin again: remove the runs of a sweep that the output holds")
@@ -29,7 +30,7 @@ def run(args, overrides: list[str]) -> int:
         raise ValueError(f"--index {args.index} is not allowed; the sweep has runs 0 to {len(sweep.cells) - 1}")
     resources = sweeps.Resources(1 if args.jobs is None else args.jobs, args.processes, args.retries)
     resources.check()
-    sweeps.check(sweep, indices, args.processes)
+    sweeps.check(sweep, indices, args.processes or 1)
     runs = sweeps.plan(sweep, overwrite=args.overwrite)
     command = sweeps.array_command(len(runs), args.sweep, overrides, args.sbatch, args.jobs) if args.slurm else []
     if args.dry_run:

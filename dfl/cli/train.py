@@ -26,4 +26,4 @@ def run(args, overrides: list[str]) -> int:
         print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
         return 0
     from dfl.running import train
-    return train(resolved, resume=args.resume, overwrite=args.overwrite)
+    return train(resolved, resume=args.resume, overwrite=args.overwrite, spread=True)

@@ -9,7 +9,7 @@ from dfl.config.schema import Config, RankConfig, RatioConfig
 _POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid",
              "lora.rank", "lora.alpha", "lora.heads", "lora.start_samples", "train.rounds", "train.local_steps", "train.local_epochs",
              "train.batch_size", "train.accumulation", "train.lr", "train.eps", "train.clip", "eval.batch_size", "checkpoint.keep",
-             "checkpoint.minutes", "threads", "timeout")
+             "checkpoint.minutes", "processes", "threads", "timeout")
 _NOT_NEGATIVE = ("lora.start_step", "seed", "topology_seed", "data_seed", "train.weight_decay", "train.momentum", "eval.every",
                  "measure.every", "measure.layers", "checkpoint.every")
 _FRACTION = ("model.dropout", "lora.dropout", "train.warmup", "data.valid_fraction")
@@ -43,6 +43,8 @@ def validate(config: Config) -> None:
         value = _get(config, key)
         if value is not None and not 0 <= value < 1:
             raise wrong(key, value, "a number from 0 up to, not including, 1")
+    if config.processes is not None and config.processes > config.peers:
+        raise wrong("processes", config.processes, f"at most {config.peers}, the number of peers")
     train = config.train
     if (train.local_steps is None) == (train.local_epochs is None):
         raise ValueError(f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: "

@@ -150,7 +150,9 @@ class Config:
     output: str = "runs/run"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    threads: int | None = None  # of each process; None: cores / processes
+    # of a plain `dfl train`, on CPU: the hosted peers are spread over so many; None: one for each core and peer that memory allows
+    processes: int | None = None
+    threads: int | None = None  # of each process; None: OMP_NUM_THREADS, else 1. Another number gives other bits
     timeout: float = 1800.0  # seconds to wait for a neighbour; the others wait while one evaluates the consensus
 
     def to_dict(self) -> dict[str, Any]:

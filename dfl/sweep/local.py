@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from dfl import workers
 from dfl.running import STOPPED, train
 from dfl.runtime import num_cores, place_from_environment
 from dfl.sweep.grid import Sweep
@@ -25,15 +26,16 @@ _REFUSED = 2  # the exit status of what will not work a second time either
 
 
 class Resources(NamedTuple):
-    """How many runs at a time, processes in each, and how often a failed one is tried again."""
+    """How many runs at a time, processes in each (None: each spreads over its share of the cores itself), and how often a failed one
+    is tried again."""
 
     jobs: int = 1
-    processes: int = 1
+    processes: int | None = None
     retries: int = 1
 
     def check(self) -> None:
         for name, least in (("jobs", 1), ("processes", 1), ("retries", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} is not allowed; allowed: a whole number from {least}")
 
 
@@ -86,15 +88,16 @@ class Runner:
         self.unfinished: list[str] = []
         self.stops, self.passed_on = 0, 0  # signals that came, and those that our processes have been sent
         self.slots = min(resources.jobs, max(1, len(todo)))
-        self.threads = max(1, num_cores() // (self.slots * resources.processes))
+        self.cores = max(1, num_cores() // self.slots)
         self.devices = visible_devices()
         self.progress = Progress(len(runs), len(runs) - len(todo), stream)
 
     def run(self) -> int:
         """The exit status: 0 all finished, 1 some failed, 75 stopped or some are at work elsewhere."""
         if self.waiting:
+            each = self.resources.processes or f"up to {self.cores}"
             self.progress.say(f"{len(self.runs)} runs, {self.progress.done} finished; {self.slots} at a time with "
-                              f"{self.resources.processes} process(es) each; logs in {self.runs[0].log.parent}")
+                              f"{each} process(es) each; logs in {self.runs[0].log.parent}")
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             while self.active or (self.waiting and not self.stops):
@@ -145,7 +148,7 @@ class Runner:
         """None when somebody else has the run: its processes hold a lock on their log, for as long as one of them lives."""
         run.log.parent.mkdir(parents=True, exist_ok=True)
         write_recipe(run)
-        command = command_of(run, self.resources.processes, self.threads)
+        command = command_of(run, self.resources.processes, self.cores)
         environment = os.environ | self._environment(slot)
         with run.log.open("ab") as log:
             try:
@@ -163,10 +166,9 @@ class Runner:
             return Attempt(run, number, slot, process, time.monotonic(), log.tell())
 
     def _environment(self, slot: int) -> dict[str, str]:
-        changed = {name: value for name, value in (("OMP_NUM_THREADS", str(self.threads)), ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _GRACE))
-                   if name not in os.environ}
+        changed = {} if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _GRACE}
         if self.devices and self.slots > 1:
-            changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices_of(slot, self.resources.processes, self.devices))
+            changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices_of(slot, self.resources.processes or 1, self.devices))
         return changed
 
     def _ended(self, attempt: Attempt) -> None:
@@ -215,7 +217,7 @@ def run_here(sweep: Sweep, runs: list[SweepRun], index: int) -> int:
     if first:
         note_failure(run, None)
     try:
-        return train(run.config, resume=True)
+        return train(run.config, resume=True, spread=True)
     except Exception as error:
         if first:
             note_failure(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -244,9 +246,12 @@ def devices_of(slot: int, processes: int, devices: list[str]) -> list[str]:
     return list(dict.fromkeys(devices[(slot * processes + k) % len(devices)] for k in range(processes)))
 
 
-def command_of(run: SweepRun, processes: int, threads: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    chosen = [] if run.config.threads else ["--threads", str(threads)]
+def command_of(run: SweepRun, processes: int | None, cores: int) -> list[str]:
+    """`processes` under torchrun; one alone; None: those that the recipe says, else as many of its own as fit on `cores` cores."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if (processes or 1) > 1 else []
+    chosen = []
+    if not launcher and (processes or run.config.processes is None):
+        chosen = ["--processes", str(processes or workers.count(run.config, automatic=True, cores=cores))]
     return [sys.executable, *launcher, "-m", "dfl", "train", str(run.recipe), "--resume", *chosen]
 
 

@@ -21,7 +21,7 @@ from dfl.sweep.names import names
 
 MANIFEST = "sweep.json"
 # how a run is carried out, which changes neither its numbers nor what it leaves behind
-_EXECUTION = {"device", "backend", "threads", "timeout", "report_to", "output"}
+_EXECUTION = {"device", "backend", "processes", "threads", "timeout", "report_to", "output"}
 
 
 class SweepRun(NamedTuple):

@@ -40,7 +40,9 @@ class Distributed:
         self.device, self.wire, self.run = device, wire, run % 2**64
         self.timeout, self.round = timeout, None
         self.names = ["not told"] * self.size
-        self.notes = Notes(dist.distributed_c10d._get_default_store(), self.rank, _store_address())
+        store = dist.distributed_c10d._get_default_store()
+        self.notes = Notes(store, self.rank, _address(store))
+        self._holds_store = self.rank == 0 and self.notes.address is not None
         self.wire_bytes = 0
         self.control_bytes = 0
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -218,7 +220,7 @@ class Distributed:
             dist.distributed_c10d._abort_process_group()  # what waits on the device would make a mere destruction wait as well
         elif dist.is_initialized():
             dist.destroy_process_group()
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self._holds_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(GRACE)  # the store is in this process, and the others have yet to read it
 
     def close(self) -> None:
@@ -270,8 +272,11 @@ def _move_on_gpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline:
     return []
 
 
-def _store_address() -> tuple[str, int] | None:
-    return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if "MASTER_PORT" in os.environ else None
+def _address(store) -> tuple[str, int] | None:
+    """Where the store listens; None for a file, which nobody holds."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return (store.host, store.port) if isinstance(store, dist.TCPStore) else None
 
 
 def _aligned(num_bytes: int) -> int:

@@ -22,7 +22,7 @@ def tree(tmp_path_factory) -> dict:
     return {"peers": 4, "model": {"name": str(folder / "model")}, "rule": "fed_sb", "topology": "ring",
             "data": {"source": "file", "train": str(write_data(folder)), "max_length": 16},
             "lora": {"adapter": "sb", "rank": 2, "start": "gradient", "start_step": 1.0},
-            "train": {"rounds": 4, "local_steps": 2, "batch_size": 4, "lr": 0.05}, "eval": {"every": 0}, "threads": 1, "device": "cpu"}
+            "train": {"rounds": 4, "local_steps": 2, "batch_size": 4, "lr": 0.05}, "eval": {"every": 0}, "device": "cpu"}
 
 
 def test_hosting_and_stopping_do_not_matter(tree, tmp_path):

@@ -32,7 +32,7 @@ def recipe(tmp_path_factory) -> dict:
             "data": {"source": "file", "train": str(folder / "train.tsv"), "max_length": 16},
             "lora": {"rank": 2, "targets": ["query", "value"], "head": "mixed", "dropout": 0.1},
             "topology": {"name": "edge_activation", "p": 0.3}, "train": {"rounds": 4, "local_steps": 2, "batch_size": 4},
-            "eval": {"every": 2}, "threads": 1}
+            "eval": {"every": 2}}
 
 
 def with_(recipe: dict, **changes) -> configuration.Config:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from tiny_runs import adapter_digests
 
+from dfl.runtime import num_cores
+
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = "launch/recipes/quickstart.yaml"
-SHORT = ["--train.rounds", "2", "--train.local_steps", "3", "--data.max_valid", "40", "--threads", "1"]
+SHORT = ["--train.rounds", "2", "--train.local_steps", "3", "--data.max_valid", "40"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VENV": sys.prefix,
-               "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+               "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT.pop("OMP_NUM_THREADS", None)  # as a user has it: what a run computes may not depend on the cores
 
 
 def run(*command: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess:
@@ -36,26 +39,27 @@ def test_quickstart_script(tmp_path):
     assert "consensus" in table and "PeftModel.from_pretrained" in table
     assert len(adapter_digests(tmp_path / "run")) == 9
     about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert about["facts"]["processes"] == 2 and about["facts"]["rule"]["reason"].startswith("spectral gap")
+    assert about["facts"]["processes"] == min(num_cores(), 8) and about["hardware"]["threads"] == 1
+    assert about["facts"]["rule"]["reason"].startswith("spectral gap")
     again = json.loads(run("python", "-m", "dfl", "eval", str(tmp_path / "run")).stdout)
     recorded = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["eval"]
     assert again["accuracy"] == recorded["accuracy"] and again["consensus"] == recorded["consensus"]
 
 
 def test_hosting_does_not_matter(tmp_path):
-    found = []
-    for processes in (1, 2, 4):
-        output = str(tmp_path / f"by{processes}")
-        torchrun(processes, "train", QUICKSTART, *SHORT, "--baseline", "null", "--output", output)
-        found.append(adapter_digests(Path(output)))
-    assert len(found[0]) == 9
-    assert found[0] == found[1] == found[2]
-
-
-def test_plain_python_is_the_same_run(tmp_path):
-    for name, start in (("plain", ["python", "-m"]), ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"])):
-        run(*start, "dfl", "train", QUICKSTART, *SHORT, "--baseline", "null", "--rule", "lora", "--output", str(tmp_path / name))
-    assert adapter_digests(tmp_path / "plain") == adapter_digests(tmp_path / "torchrun")
+    """With the recipe's defaults: processes of torchrun, of the command's own, or one; nothing says how many threads."""
+    short, found = [*SHORT, "--baseline", "null"], {}
+    starts = {f"own {k}": ["python", "-m", "dfl", "train", QUICKSTART, *short, "--processes", str(k)] for k in (1, 2, 4)}
+    starts["default"] = starts["own 1"][:-2]
+    starts |= {f"torchrun {k}": ["torchrun", "--standalone", "--nproc-per-node", str(k), *starts["default"][1:]] for k in (1, 2)}
+    for name, command in starts.items():
+        output = tmp_path / name.replace(" ", "-")
+        run(*command, "--output", str(output))
+        found[name] = adapter_digests(output)
+        facts = json.loads((output / "run.json").read_text())
+        assert facts["facts"]["processes"] == (int(name[-1]) if name[-1].isdigit() else min(num_cores(), 8))
+        assert facts["hardware"]["threads"] == 1
+    assert len(found["default"]) == 9 and len({json.dumps(digests) for digests in found.values()}) == 1, found
 
 
 def test_srun_environment(tmp_path):

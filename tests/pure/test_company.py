@@ -46,8 +46,9 @@ def test_the_field_that_differs_is_named_with_both_values(field, value, said):
     assert str(refused.value).startswith("process 2 does not belong to this run: ") and said in str(refused.value)
 
 
-@pytest.mark.parametrize("tree", [{"device": "cpu"}, {"threads": 3}, {"output": "elsewhere"}, {"timeout": 5.0}, {"topology_seed": 0},
-                                  {"model": {"name": "/copy/of/the/model"}}, {"data": {"train": "/copy/train.csv"}}])
+@pytest.mark.parametrize("tree", [{"device": "cpu"}, {"threads": 3}, {"processes": 2}, {"output": "elsewhere"}, {"timeout": 5.0},
+                                  {"topology_seed": 0}, {"model": {"name": "/copy/of/the/model"}},
+                                  {"data": {"train": "/copy/train.csv"}}])
 def test_what_may_differ_does_not_count(tree):
     assert company.settings(from_dict(CONFIG | tree)) == company.settings(from_dict(CONFIG))
 

@@ -311,21 +311,24 @@ def test_a_signal_while_a_process_is_being_started_reaches_it(root, tmp_path, mo
     assert states(tmp_path / "out") == {"seed=0": "waiting", "seed=1": "waiting"}
 
 
-def test_threads_and_gpus_are_shared_out(root, tmp_path, monkeypatch):
+def test_cores_and_gpus_are_shared_out(root, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "num_cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    monkeypatch.delenv("OMP_NUM_THREADS")
     tree = recipe(root)
-    del tree["threads"]
+    del tree["processes"]
     runs = sweeps.plan(sweeps.load(write(tmp_path, {"recipe": tree, "grid": {"seed": [0, 1, 2, 3]}})))
     runner = local.Runner(runs, local.Resources(jobs=2, processes=2))
     assert [runner._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4,5", "6,4"]
-    assert runner._environment(0)["OMP_NUM_THREADS"] == "2"
-    command = local.command_of(runs[3], 2, runner.threads)
-    assert command[command.index("--nproc-per-node") + 1] == "2" and command[-2:] == ["--threads", "2"]
-    # a recipe that says how many threads keeps them
-    runs = sweeps.plan(sweeps.load(write(tmp_path, {"recipe": tree, "grid": {"seed": [0, 1]}}), ["--threads", "3"]))
-    assert local.command_of(runs[0], 1, 8)[1:] == ["-m", "dfl", "train", str(tmp_path / "out" / "recipes" / "seed=0.yaml"), "--resume"]
+    command = local.command_of(runs[3], 2, runner.cores)
+    assert command[command.index("--nproc-per-node") + 1] == "2" and command[-1] == "--resume"
+    # without torchrun: a share of the cores each, one for each peer at most; threads follow from nothing that a sweep knows
+    plain = ["-m", "dfl", "train", str(tmp_path / "out" / "recipes" / "seed=0.yaml"), "--resume"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert [local.command_of(runs[0], None, cores)[1:] for cores in (3, 99)] == [[*plain, "--processes", n] for n in "34"]
+    assert local.command_of(runs[0], 1, runner.cores)[1:] == [*plain, "--processes", "1"]
+    # a recipe that says how many keeps them
+    runs = sweeps.plan(sweeps.load(write(tmp_path, {"recipe": tree, "grid": {"seed": [0, 1]}}), ["--processes", "3"]))
+    assert local.command_of(runs[0], None, 8)[1:] == plain
 
 
 @pytest.mark.parametrize("status, text, line", [

@@ -12,7 +12,7 @@ RECIPES = Path(__file__).parent.parent.parent / "launch" / "recipes"
 
 def train(recipe: str, output: Path, *overrides: str) -> list[dict]:
     """The records of a run that hold an evaluation."""
-    assert main(["train", str(RECIPES / recipe), "--output", str(output), "--threads", "1", *overrides]) == 0
+    assert main(["train", str(RECIPES / recipe), "--output", str(output), *overrides]) == 0
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "eval" in line]
 
