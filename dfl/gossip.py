@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dfl.codecs import Codec
 from dfl.factors import Layout
-from dfl.rules.base import Round, Rule, State
+from dfl.rules.base import EXACT, Round, Rule, State
+from dfl.seeds import derive
 from dfl.transport.base import Transport, edges_of
 
 
@@ -30,11 +31,12 @@ class Traffic(NamedTuple):
 
 def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Sequence[int], states: list[State],
            w: np.ndarray, t: int, *, lr: float = 0.0, rates: Mapping[str, float] = {}, local_steps: int = 0,
-           tag: int = 0, fold: Callable[..., Tensor] | None = None) -> Traffic:
+           tag: int = 0, seed: int = 0, fold: Callable[..., Tensor] | None = None) -> Traffic:
     """Exchange and mix round t for the hosted peers: rows x_PD change in place, `states` is updated.
 
-    w (N, N): the mixing matrix of the round. Every receiver uses the values from before the mix. A peer also takes its
-    own message as the codec decodes it. A neighbour's message that is not finite is refused: its weight stays with the receiver.
+    w (N, N): the mixing matrix of the round. Every receiver uses the values from before the mix. What a codec that rounds does to
+    the mean, `Rule.averages` says; `seed` is for its draws. A neighbour's message that is not finite is refused: its weight stays
+    with the receiver.
     tag: what the messages belong to (`digest_of_common`); TypeError where a neighbour's is another.
     fold: peers whose adapters are scaled differently: fold(row, k) as if all were scaled alike, fold(row, k, True) back.
     """
@@ -44,23 +46,27 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
     edges = edges_of(w) if speaks else []
     rounds = [Round(t, peer, _row(w, peer), lr, local_steps, rates) for peer in peers]
     start = time.perf_counter()
-    outbox = {}
+    outbox, exact = {}, {}
     if speaks:
         for row, round in enumerate(rounds):
             message, states[row] = rule.send(fold(x[row], row), states[row], round)
-            outbox[round.peer] = codec.encode(message)
+            outbox[round.peer] = _encode(codec, rule, message, derive(seed, "codec", round.peer, t))
+            if rule.averages and codec.unbiased is not None:
+                exact[round.peer] = message
     size = None if length is None else codec.size(length, x.dtype)
     encoded = time.perf_counter()
     inboxes = transport.exchange(t, outbox, edges, size, tag) if speaks else {}
     moved = time.perf_counter()
     refused = 0
     if speaks:
-        decoded = _decode(codec, outbox, inboxes, x)
+        decoded = _decode(codec, rule.integers, outbox, inboxes, x)
         finite = _finite({j: message for inbox in decoded.values() for j, message in inbox.items()})
         mixed = []
         for row, round in enumerate(rounds):
             inbox, round, bad = _refuse(decoded[round.peer], round, finite)
             refused += bad
+            if round.peer in exact and len(inbox) > 1:
+                inbox, round = _beside_rounded(exact[round.peer], inbox, round)
             new, state = x[row], states[row]
             # what a peer cannot hear from itself it cannot mix; its next local phase says that it has diverged
             if finite[round.peer]:
@@ -87,13 +93,35 @@ def _row(w: np.ndarray, peer: int) -> dict[int, float]:
     return {peer: float(w[peer, peer])} | {int(j): float(w[peer, j]) for j in np.flatnonzero(w[peer])}
 
 
-def _decode(codec: Codec, outbox, inboxes, x: Tensor) -> dict[int, dict[int, Tensor]]:
+def _encode(codec: Codec, rule: Rule, message: Tensor, seed: int) -> Tensor:
+    """The bytes (uint8) of a message: its integers as they are, then what the codec makes of the rest."""
+    integers, rest = message[:rule.integers], message[rule.integers:]
+    if codec.unbiased is None or rule.averages:
+        data = codec.encode(rest)
+    else:
+        data = codec.unbiased(rest, torch.Generator(rest.device).manual_seed(seed))
+    return torch.cat([integers.view(torch.uint8), data]) if rule.integers else data
+
+
+def _beside_rounded(message: Tensor, inbox: dict[int, Tensor], round: Round) -> tuple[dict[int, Tensor], Round]:
+    """The inbox and weights of m_i + sum_j w_ij (Q(m_j) - Q(m_i)): a peer loses nothing of its own to the codec.
+
+    For doubly stochastic W the sum over peers of what is added is zero, so that the network mean is kept whatever Q does.
+    """
+    weights = {EXACT: 1.0} | {j: weight - (j == round.peer) for j, weight in round.weights.items()}
+    return {EXACT: message} | inbox, round._replace(weights=weights)
+
+
+def _decode(codec: Codec, integers: int, outbox, inboxes, x: Tensor) -> dict[int, dict[int, Tensor]]:
     """Every message once, however many hosted peers hear it."""
     once: dict[int, Tensor] = {}
+    head = integers * x.dtype.itemsize
 
     def decode(peer: int, data: Tensor) -> Tensor:
         if peer not in once:
-            once[peer] = codec.decode(data, x.dtype)
+            once[peer] = codec.decode(data[head:], x.dtype)
+            if head:
+                once[peer] = torch.cat([data[:head].view(x.dtype), once[peer]])
         return once[peer]
 
     return {peer: {peer: decode(peer, outbox[peer])}

@@ -160,7 +160,8 @@ def _exchange(run: Run, w, t: int) -> Traffic:
     frames = peers.x.clone() if run.rule.changes_basis and peers.turns_moments else None
     now = t / run.config.train.rounds
     traffic = gossip(run.rule, run.codec, run.transport, peers.x, peers.ids, run.states, w, t,
-                     lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0), tag=run.tag, fold=peers.fold)
+                     lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0), tag=run.tag, fold=peers.fold,
+                     seed=run.config.seed)
     run.show_residuals()
     if run.rule.changes_basis and traffic.edges:
         peers.after_refactor(frames)

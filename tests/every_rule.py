@@ -37,6 +37,8 @@ def make_trees(folder: Path, layers: int = 3) -> dict[str, dict]:
     heads = WANTS["ravan"]["lora"] | {"start": "gradient", "start_step": 1.0}
     made["ravan, first gradient"] = plain | {"rule": "ravan", "lora": heads}
     made["fedhl, in half precision"] = plain | {"rule": "fedhl", "codec": "float16"}
+    made["hetlora, rounded"] = plain | {"rule": "hetlora", "codec": "bfloat16", "lora": UNEQUAL}
+    made["tad, rounded"] = plain | {"rule": {"name": "tad", "T": 1}, "codec": "bfloat16"}
     return made
 
 

@@ -10,6 +10,7 @@ from dfl.factors import Layout
 
 BOTH = frozenset({"A", "B"})
 NEEDS = ("any", "static", "complete")
+EXACT = -1  # under this id an inbox holds the receiver's own message as it was before a codec rounded it
 State = dict[str, Tensor]
 Inbox = Mapping[int, Tensor]  # message of each contributing peer, its own among them, by peer id
 
@@ -45,6 +46,11 @@ class Rule(NamedTuple):
     needs: what W(t) must be: any; static, the same in every round; complete, static with all rows equal.
     masks(t, peer): the numbers of the row that the peer trains in round t among those of the groups in trains(t), (D,) bool; None:
         all of them, at every peer and in every round.
+    averages: `mix` uses messages, or the products of their factors, only in sums over the inbox weighted by round.weights, whatever
+        the ids in it are. Then a codec that rounds keeps the mean that the rule keeps: mix gets the peer's own message as it is,
+        with weight 1, under the id EXACT, and the rounded one with w_ii - 1, so that x_i + sum_j w_ij (Q(x_j) - Q(x_i)) is computed.
+        Any other rule gets what everybody gets, rounded at random: the mean is kept in expectation, and no progress is erased.
+    integers: how many numbers at the head of a message are counts or marks; no codec touches them.
     """
 
     trains: Callable[[int], frozenset[str]]
@@ -62,6 +68,8 @@ class Rule(NamedTuple):
     common: frozenset[str] = frozenset()
     needs: str = "any"
     masks: Callable[[int, int], Tensor] | None = None
+    averages: bool = False
+    integers: int = 0
 
 
 def weighted_mean(inbox: Inbox, weights: Mapping[int, float]) -> Tensor:
@@ -124,7 +132,7 @@ def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts:
         return mixed, state
 
     return Rule(trained, sent, lambda t: layout.length(sent(t)), no_state, send, mix, no_correction, facts=facts,
-                common=common)
+                common=common, averages=True)
 
 
 def check_head(head: str) -> None:

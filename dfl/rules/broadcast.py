@@ -30,7 +30,7 @@ def sp(layout: Layout, *, split: str = "balanced", head: str = "frozen") -> Rule
             mix_products(out, heard, pairs, split, pairs[0].rank)
         return mismatches(layout, out, heard)
 
-    return pair_gossip(layout, combine, head=head, diagnostics=DIAGNOSTICS, facts={"split": split})
+    return pair_gossip(layout, combine, head=head, diagnostics=DIAGNOSTICS, averages=True, facts={"split": split})
 
 
 def ps(layout: Layout, *, head: str = "frozen") -> Rule:
@@ -45,7 +45,8 @@ def ps(layout: Layout, *, head: str = "frozen") -> Rule:
         write_groups(out, cuts, weighted_mean(dict(zip(heard.peers, heard.rows, strict=True)), heard.round.weights))
         return mismatches(layout, out, heard)
 
-    return pair_gossip(layout, combine, head=head, diagnostics=DIAGNOSTICS, linear=True, product=False, changes_basis=False)
+    return pair_gossip(layout, combine, head=head, diagnostics=DIAGNOSTICS, linear=True, product=False, changes_basis=False,
+                       averages=True)
 
 
 def mismatches(layout: Layout, out: Tensor, heard: Heard) -> State:

@@ -37,7 +37,8 @@ def fed_svd(layout: Layout, *, form: str = "orthonormal", head: str = "frozen") 
         return out, state
 
     needs = "complete" if form == "spectral" else "any"
-    return frozen_a._replace(mix=mix, linear=False, changes_basis=form == "spectral", needs=needs, facts={"form": form})
+    return frozen_a._replace(mix=mix, linear=False, changes_basis=form == "spectral", needs=needs,
+                             averages=form == "orthonormal", facts={"form": form})
 
 
 def orthonormalise(layout: Layout, row: Tensor) -> None:

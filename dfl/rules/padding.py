@@ -94,7 +94,8 @@ def replicate(layout: Layout, *, head: str = "frozen", ranks: Sequence[int] | No
                         torch.einsum("jr,jlor->lor", shares.to(b), b)[..., :kept])
         return state
 
-    return pair_gossip(layout, combine, head=head, ranks=ranks, linear=ranks is None, product=False, changes_basis=False)
+    return pair_gossip(layout, combine, head=head, ranks=ranks, linear=ranks is None, product=False, changes_basis=False,
+                       averages=ranks is None)
 
 
 def _has_slot(heard: Heard, pairs: Sequence[Pair], ranks: Sequence[int] | None) -> Tensor:

@@ -102,7 +102,7 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
 
     length = layout.length(sends) + (note is not None) if not packed else None
     return Rule(lambda t: trains | also_trained, lambda t: sends, lambda t: length, start, send, mix, no_correction,
-                **{"linear": False, "product": True, "changes_basis": True, **facts})
+                **{"linear": False, "product": True, "changes_basis": True, "integers": len(layout.pairs) if packed else 0, **facts})
 
 
 class Slots:

@@ -35,7 +35,7 @@ def decaf(layout: Layout, *, split: str = "balanced", gauge: str = "none", head:
         return {"truncation_error": squared.sqrt()}
 
     return pair_gossip(layout, combine, head=head, ranks=ranks, diagnostics=("truncation_error",),
-                       changes_basis=gauge == "none", facts={"split": split, "gauge": gauge})
+                       changes_basis=gauge == "none", averages=True, facts={"split": split, "gauge": gauge})
 
 
 def florist(layout: Layout, *, tau: float = 0.99, cap: int | None = None, split: str = "balanced", head: str = "frozen",
@@ -74,7 +74,7 @@ def florist(layout: Layout, *, tau: float = 0.99, cap: int | None = None, split:
         return {"slots": slots, "rank": slots.double().mean(), "truncation_error": squared.sqrt()}
 
     return pair_gossip(layout, combine, head=head, ranks=ranks, init=init, carries=carries,
-                       diagnostics=("truncation_error",), facts={"tau": tau, "cap": cap, "split": split})
+                       diagnostics=("truncation_error",), averages=True, facts={"tau": tau, "cap": cap, "split": split})
 
 
 def check_split(split: str) -> None:

@@ -27,7 +27,7 @@ def lora_fair(layout: Layout, *, ridge: float = 0.01, head: str = "frozen") -> R
             write_pairs(out, pairs, *corrected(*heard.factors(pairs), heard.weights, ridge))
         return state
 
-    return pair_gossip(layout, combine, head=head, changes_basis=False, facts={"ridge": ridge})
+    return pair_gossip(layout, combine, head=head, changes_basis=False, averages=True, facts={"ridge": ridge})
 
 
 def corrected(a: Tensor, b: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

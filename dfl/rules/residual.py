@@ -88,7 +88,8 @@ def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "bal
 
     return pair_gossip(layout, combine, head=head, init=init, outgoing=outgoing, carries=carries, wire=wire,
                        settle=settle if drift_power else None, note="tail_energy" if drift_power else None, diagnostics=DIAGNOSTICS,
-                       residual=beside if forward else None, facts={"residual_rank": largest_rank(beside), "split": split})
+                       residual=beside if forward else None, averages=not drift_power,
+                       facts={"residual_rank": largest_rank(beside), "split": split})
 
 
 def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
@@ -116,7 +117,7 @@ def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", rank
         return split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split, largest_rank(layout))
 
     return pair_gossip(layout, combine, head=head, outgoing=outgoing, init=no_residual(beside),
-                       diagnostics=DIAGNOSTICS, residual=beside, facts={"split": split})
+                       diagnostics=DIAGNOSTICS, residual=beside, averages=True, facts={"split": split})
 
 
 def fedex(layout: Layout, *, residual_rank: int | None = None, head: str = "frozen") -> Rule:
@@ -144,7 +145,7 @@ def fedex(layout: Layout, *, residual_rank: int | None = None, head: str = "froz
         return state | {"residual": row, **tally.state()}
 
     return pair_gossip(layout, combine, head=head, init=no_residual(beside), diagnostics=DIAGNOSTICS, residual=beside,
-                       changes_basis=False, product=False, facts={"residual_rank": largest_rank(beside)})
+                       changes_basis=False, product=False, averages=True, facts={"residual_rank": largest_rank(beside)})
 
 
 def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:

@@ -84,7 +84,7 @@ def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "froz
         return out, {"start": start}
 
     return Rule(lambda t: frozenset(phase(t, T)) | also_trained, lambda t: frozenset(phase(t, T)) | also_mixed, lambda t: None, init,
-                send, mix, no_correction, linear=False, facts={**facts, "keep": keep})
+                send, mix, no_correction, linear=False, facts={**facts, "keep": keep}, integers=len(places["A"]))
 
 
 def scores(layout: Layout, x: Tensor, start: Tensor, factor: str) -> Tensor:

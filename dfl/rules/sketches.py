@@ -77,7 +77,7 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
 
     length = sketch.size + layout.length(also_mixed)
     return Rule(lambda t: BOTH | also_trained, lambda t: BOTH | also_mixed, lambda t: length, init, send, mix, no_correction,
-                linear=False, product=True, changes_basis=gauge == "none",
+                linear=False, product=True, changes_basis=gauge == "none", averages=True,
                 facts={"s": s, "l": l, "steps": steps, "memory": memory, "split": split, "gauge": gauge})
 
 

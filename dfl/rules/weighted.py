@@ -56,7 +56,7 @@ def dora(layout: Layout, *, split: str = "balanced", weights: Weights | None = N
             squared += (svd.error.double() * s[:, 0]).square().sum()
         return {"truncation_error": squared.sqrt()}
 
-    return pair_gossip(layout, combine, head=head, diagnostics=("truncation_error",), facts={"split": split})
+    return pair_gossip(layout, combine, head=head, diagnostics=("truncation_error",), averages=True, facts={"split": split})
 
 
 def base_times(pairs: Sequence[Pair], weights: Weights, a: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def hira(layout: Layout, *, sweeps: int = 5, weights: Weights | None = None, hea
             write_pairs(out, pairs, new_a.to(out), new_b.to(out))
         return state
 
-    return pair_gossip(layout, combine, head=head, facts={"sweeps": sweeps})
+    return pair_gossip(layout, combine, head=head, averages=True, facts={"sweeps": sweeps})
 
 
 def _fit(squares: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:

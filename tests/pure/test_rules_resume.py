@@ -13,6 +13,8 @@ RULES = {"fedask": "{name: fedask, steps: 2, memory: true}",
          "flora_na": "{name: flora_na, form: delta}", "hetlora": "{name: hetlora, gamma: 0.5}", "fed_svd": "fed_svd",
          "lora_a2": "{name: lora_a2, keep: 0.5}", "plora": "{name: plora, slots: [1, 2, 1, 1]}"}
 
+CODECS = {"florist": "bfloat16", "plora": "float16"}  # what a codec draws follows from seed, peer and round
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -24,7 +26,8 @@ def root(tmp_path_factory):
 def test_a_resumed_run_ends_in_the_same_bits(root, tmp_path, name):
     def config(folder, rounds):
         return tiny_runs.make_config(*root, tmp_path / folder, rule=RULES[name], train__lr=0.05, train__rounds=rounds, eval__every=0,
-                                     train__state="carried", topology="{name: edge_activation, p: 0.5}")
+                                     train__state="carried", codec=CODECS.get(name, "none"),
+                                     topology="{name: edge_activation, p: 0.5}")
     assert running.train(config("whole", 5)) == 0
     assert running.train(config("halves", 3)) == 0
     assert running.train(config("halves", 5), resume=True) == 0
