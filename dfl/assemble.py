@@ -16,6 +16,7 @@ from dfl.company import together
 from dfl.config import Config
 from dfl.evaluate import Evaluator
 from dfl.factors import Layout, make_layout
+from dfl.own import Own, own_distributions
 from dfl.peers import DataStream, HostedPeers
 from dfl.plugins import check_parameters, lookup
 from dfl.record import check_trackers
@@ -32,11 +33,12 @@ _STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
 
 
 class Loaded(NamedTuple):
-    """The data and the model, once per process."""
+    """The data and the model, once per process; `own`: the peers' own distributions, or why there are none."""
 
     bundle: tasks.Bundle
     parts: list
     adapted: Adapted
+    own: Own | str = "no shards"
 
 
 def check(config: Config):
@@ -95,7 +97,8 @@ def load(config: Config, device: torch.device) -> Loaded:
     bundle = tasks.load(config.model, config.data, seed=derive(config.seed, "head"), data_seed=data_seed(config))
     parts = partition.build(config.partition.name, bundle.train.labels, config.peers, seed=derive(data_seed(config), "partition"),
                             columns=bundle.train.columns, label_names=bundle.train.label_names, **config.partition.params)
-    return adapt(config, bundle, parts, device)
+    by = config.partition.params.get("column") if config.partition.name == "column" else None
+    return adapt(config, bundle, parts, device)._replace(own=own_distributions(bundle.train, bundle.valid, parts, by))
 
 
 def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
@@ -137,7 +140,7 @@ def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resume
 
 def _first_gradient(config: Config, loaded: Loaded, device: torch.device) -> Adapted:
     """From the examples that peer 0 trains on first: lora.start_samples of them, or all that it has."""
-    bundle, parts, adapted = loaded
+    bundle, parts, adapted, _ = loaded
     num = min(config.lora.start_samples, len(parts[0]))
     chosen = DataStream(parts[0], num, data_seed(config), 0).batch(0)
     batches = []
@@ -158,14 +161,15 @@ def bases_of(checkpoint: Path) -> torch.Tensor:
 def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed_from: Path | None = None) -> Run:
     """Peers, rule, executor and evaluator of a run that has not begun, or whose state will come from the checkpoint `resumed_from`."""
     loaded = loaded._replace(adapted=with_first_gradient(config, runtime, loaded, resumed_from))
-    bundle, parts, adapted = loaded
+    bundle, parts, adapted, own = loaded
     rule = build_rule(config, adapted.layout, topology, adapted.ranks, adapted)
     adapted = with_residual(adapted, rule.residual)
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
     check_same_start(peers, bundle, runtime.transport)
     autocast = executors.autocasts(config.train.autocast, runtime.device)
-    evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast)
+    evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
+                          None if isinstance(own, str) else own)
     codec = codecs.build(config.codec.name, **config.codec.params)
     executor = executors.choose(config.train.executor, runtime.device, adapted.kind)
     return Run(config, peers, rule, topology, codec, runtime.transport, executor,

@@ -1,4 +1,4 @@
-"""Evaluation of every peer's own model, and of the consensus model, on the same examples."""
+"""Evaluation of every peer's model, and of the consensus model, on the same examples; sums by group tell the rest."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,7 @@ from dfl.beside import residual_rows
 from dfl.executors import Executor
 from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import refactor, truncate, weighted_sum
+from dfl.own import Own, own_metrics
 from dfl.rules.residual import largest_rank, split_model
 
 SUMS = ("loss_sum", "correct", "count")
@@ -22,33 +23,73 @@ def in_batches(split, batch_size: int) -> list[list[int]]:
 
 
 class Evaluator:
-    """Examples in batches of similar length, collated once and kept on the device."""
+    """Examples in batches of similar length, collated once and kept on the device.
 
-    def __init__(self, adapted: Adapted, task, split, batch_size: int, device: torch.device, autocast: bool = False):
-        self.adapted, self.task, self.device, self.autocast = adapted, task, device, autocast
-        self.batches = [self._to_device(task.collate([split.features[i] for i in chunk])) for chunk in in_batches(split, batch_size)]
+    own: the peers' own distributions, for which sums are kept by group; None: there are none.
+    """
+
+    def __init__(self, adapted: Adapted, task, split, batch_size: int, device: torch.device, autocast: bool = False,
+                 own: Own | None = None):
+        self.adapted, self.task, self.device, self.autocast, self.own = adapted, task, device, autocast, own
+        chunks = in_batches(split, batch_size)
+        self.batches = [self._to_device(task.collate([split.features[i] for i in chunk])) for chunk in chunks]
+        self.groups = [own.groups[chunk].to(device) for chunk in chunks] if own else [None] * len(chunks)
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
     def sums(self, rows: Rows, executor: Executor) -> Tensor:
-        """Loss sum, correct and count of each of P rows: (P, 3) float64 on the CPU."""
+        """Loss sum, correct and count of each of P rows: (P, 3) float64 on the CPU; behind them the same of each of C
+        groups, (P, 3 + 3 C), where there are any."""
         self.adapted.model.eval()
-        totals = torch.zeros(len(rows.x), len(SUMS), dtype=torch.float64, device=self.device)
+        num_groups = self.own.num_groups if self.own else 0
+        totals = torch.zeros(len(rows.x), 1 + num_groups, len(SUMS), dtype=torch.float64, device=self.device)
         for index in executor.groups(len(rows.x)):
             with executor.bound(self.adapted, rows, None, index) as forward:
-                for batch in self.batches:
+                for batch, groups in zip(self.batches, self.groups, strict=True):
                     repeated = _for_each(index, batch)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                         output = forward(self.task.inputs(repeated), index)
-                    scores = self.task.score(output, repeated, len(index))
-                    totals[index] += torch.stack([scores[name].double() for name in SUMS], 1)
-        return totals.cpu()
+                    totals[index] += self._scored(output, repeated, len(index), groups)
+        return totals.flatten(1).cpu()
+
+    def _scored(self, output, batch: dict[str, Tensor], num: int, groups: Tensor | None) -> Tensor:
+        """(num, 1 + C, 3) float64: what a batch adds, in all and by group."""
+        if groups is None:
+            scores = self.task.score(output, batch, num)
+            return torch.stack([scores[name].double() for name in SUMS], 1)[:, None]
+        scores = self.task.score(output, batch, num * len(groups))  # of every example
+        found = [scores[name].view(num, -1) for name in SUMS]
+        by_group = torch.zeros(num, self.own.num_groups, len(SUMS), dtype=torch.float64, device=self.device)
+        by_group.index_add_(1, groups, torch.stack(found, 2).double())
+        return torch.cat([torch.stack([value.sum(1) for value in found], 1)[:, None].double(), by_group], 1)
 
     def metrics(self, sums: Tensor) -> list[dict[str, float]]:
-        """The task's metrics of each row of sums (P, 3)."""
-        return [self.task.metrics(dict(zip(SUMS, row, strict=True))) for row in sums.tolist()]
+        """The task's metrics of each row of what `sums` gave."""
+        return [self.task.metrics(dict(zip(SUMS, row, strict=True))) for row in sums[:, :len(SUMS)].tolist()]
+
+    def record(self, sums: Tensor, consensus: Tensor | None) -> dict:
+        """What a round's record says, from the sums of all peers' models (N, ...) and those of the consensus (1, ...).
+
+        `own`: the metrics on each peer's own distribution, `gap` how much they are above those on all examples, and the
+        consensus model's on each of them.
+        """
+        on_all = self.metrics(sums)
+        found = over_peers(on_all) | ({} if consensus is None else {"consensus": self.metrics(consensus)[0]})
+        if self.own is None:
+            return found
+        on_own = self.on_own(sums)
+        gaps = [{name: own[name] - both[name] for name in own} for own, both in zip(on_own, on_all, strict=True)]
+        found["own"] = over_peers(on_own) | {"gap": over_peers(gaps)}
+        if consensus is not None:
+            found["own"]["consensus"] = over_peers(self.on_own(consensus))
+        return found
+
+    def on_own(self, sums: Tensor) -> list[dict[str, float]]:
+        """The task's metrics of each peer's model on its own distribution; of sums (1, ...) one model's on all of them."""
+        by_group = sums[:, len(SUMS):].reshape(len(sums), -1, len(SUMS))
+        return own_metrics(self.task, SUMS, by_group, self.own.weights)
 
 
 def _for_each(rows: Sequence[int], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,6 +101,12 @@ def _for_each(rows: Sequence[int], batch: dict[str, Tensor]) -> dict[str, Tensor
 def _length(features: dict) -> int:
     value = features.get("input_ids")
     return len(value) if value is not None else 0
+
+
+def over_peers(peers: Sequence[dict[str, float]]) -> dict:
+    """Metrics of all peers as a record has them: {mean, min, max} of each, and under `peers` the values."""
+    values = {name: [peer[name] for peer in peers] for name in peers[0]}
+    return {name: summary(of_peers) for name, of_peers in values.items()} | {"peers": values}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -121,6 +121,7 @@ class Recording:
         self.primary = run.task.primary
         facts = loaded.bundle.facts | {"primary": self.primary, "higher_is_better": run.task.higher_is_better,
                                        "shards": _shards(loaded), "rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
+                                       "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device)}
         write_whole(output / "run.json", json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
         self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)

@@ -228,13 +228,8 @@ def evaluate(run: Run) -> dict | None:
     gathered = gather_models(run) if run.config.eval.consensus else None
     if sums is None:
         return None
-    peers = run.evaluator.metrics(sums)
-    names = list(peers[0])
-    result = {name: summary([p[name] for p in peers]) for name in names}
-    result["peers"] = {name: [p[name] for p in peers] for name in names}
-    if gathered is not None:
-        result["consensus"] = run.evaluator.metrics(run.evaluator.sums(run.consensus(*gathered), run.executor))[0]
-    return result
+    consensus = None if gathered is None else run.evaluator.sums(run.consensus(*gathered), run.executor)
+    return run.evaluator.record(sums, consensus)
 
 
 def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
@@ -254,7 +249,5 @@ def _start_record(run: Run) -> dict | None:
     """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
     if 0 not in run.peers.ids:
         return None
-    metrics = run.evaluator.metrics(run.evaluator.sums(run.peers.rows().row(0), run.executor))[0]
-    num = run.config.peers
-    return {"round": 0, "eval": {**{k: summary([v]) for k, v in metrics.items()},
-                                 "peers": {k: [v] * num for k, v in metrics.items()}, "consensus": metrics}}
+    sums = run.evaluator.sums(run.peers.rows().row(0), run.executor)
+    return {"round": 0, "eval": run.evaluator.record(sums.expand(run.config.peers, -1), sums)}

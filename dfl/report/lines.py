@@ -57,11 +57,28 @@ def closing_table(run: Path) -> str:
     if alone:
         beside = comparable(alone, last["round"])
         columns.append((f"local alone{short_of_end(found.baseline, beside)}", beside["eval"]))
+    columns += [("on own data", own)] if (own := on_own_data(last["eval"], primary)) else []
     lines = [f"{primary} on the evaluation examples", align(_rows(columns, last["eval"], primary)),
              f"best mean over peers {_cell(top['eval'][primary]['mean'])}, after round {top['round']}"]
+    if own:
+        by = found.facts.get("own", {}).get("by", "label")
+        lines.insert(1, f"own data: the same examples, each {by} weighing what it weighs in the peer's shard")
     if found.baseline and not found.baseline.finished:
         lines.append(f"local training alone is not finished ({found.baseline.state}): --resume goes on with it")
     return "\n".join(["", *lines, *how_to_load(run)])
+
+
+def on_own_data(evaluation: dict, metric: str) -> dict | None:
+    """Of an evaluation, the peers' models on their own distributions, in the same form; None where it has none.
+
+    The consensus model has one value a peer, of which this is the mean.
+    """
+    own = evaluation.get("own")
+    if not isinstance(own, dict) or metric not in own.get("peers", {}):
+        return None
+    consensus = own.get("consensus", {}).get(metric, {}).get("mean")
+    found = {metric: own[metric], "peers": own["peers"]}
+    return found if consensus is None else found | {"consensus": {metric: consensus}}
 
 
 def _with_evaluation(run: RunData) -> list[dict]:

@@ -156,7 +156,8 @@ def primary_of(facts: dict, evaluation: dict) -> tuple[str, bool]:
     if isinstance(facts.get("primary"), str) and isinstance(facts.get("higher_is_better"), bool):
         return facts["primary"], facts["higher_is_better"]
     known = [name for name in ("accuracy", "perplexity") if name in evaluation]
-    primary = known[0] if known else next((name for name in evaluation if name not in ("peers", "consensus")), "accuracy")
+    others = (name for name in evaluation if name not in ("peers", "consensus", "own"))
+    primary = known[0] if known else next(others, "accuracy")
     return primary, primary not in FALLING
 
 

@@ -3,6 +3,7 @@
 import math
 
 from dfl.report import charts
+from dfl.report.lines import on_own_data
 from dfl.report.network import network
 from dfl.report.page import Section, Table
 from dfl.report.runs import OBSERVING, RunData, comparable, evaluated, layers, metrics_of, number, scalars, short_of_end, spent
@@ -255,8 +256,14 @@ def _data(run: RunData) -> Section:
 
 def _peers(run: RunData, metric: str) -> Section:
     table = peers_table(run, metric)
-    return Section("Every peer, before and after", tables=[table] if table else [],
-                   notes=[] if table else ["No evaluation has been recorded yet."])
+    notes = [] if table else ["No evaluation has been recorded yet."]
+    if table and "after, on own data" in table.head:
+        last = evaluated(run, metric)[-1]
+        gap = [cell(number(last, "eval", "own", "gap", metric, key)) for key in ("mean", "min", "max")]
+        by = (run.facts.get("own") or {}).get("by", "label")
+        notes = [f"On own data: the same examples, each {by} weighing what it weighs in the peer's shard. The "
+                 f"peers' {metric} there less that on all examples: {gap[0]} on average ({gap[1]} to {gap[2]})."]
+    return Section("Every peer, before and after", tables=[table] if table else [], notes=notes)
 
 
 def peers_table(run: RunData, metric: str) -> Table | None:
@@ -264,7 +271,9 @@ def peers_table(run: RunData, metric: str) -> Table | None:
     records = evaluated(run, metric)
     if not records:
         return None
-    columns = [("before", records[0]), (f"after round {records[-1]['round']}", records[-1]), *_alone(run, metric)]
+    own = on_own_data(records[-1]["eval"], metric)
+    columns = [("before", records[0]), (f"after round {records[-1]['round']}", records[-1]), *_alone(run, metric),
+               *([("after, on own data", {"eval": own})] if own else [])]
     examples = (run.facts.get("shards") or {}).get("examples") or []
     blank = [""] if examples else []
     rows = [["mean", *blank, *(cell(number(r, "eval", metric, "mean")) for _, r in columns)]]
@@ -283,7 +292,7 @@ def _facts(run: RunData) -> Section:
 
 def facts(run: RunData) -> list[list[str]]:
     """Model, data, rule, machine, versions and commit, as far as the folder tells."""
-    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "rule", "packages")}
+    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "rule", "packages", "own")}
     rows = [["folder", str(run.folder)], ["state", run.state], ["rule", plugin(run.config.get("rule"))],
             *([f"rule: {key}", _short(value)] for key, value in (run.facts.get("rule") or {}).items()),
             ["topology", plugin(run.config.get("topology"))], ["codec", plugin(run.config.get("codec"))],

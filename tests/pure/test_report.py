@@ -92,7 +92,7 @@ def test_a_signal_in_local_training_leaves_a_table_that_says_so(tmp_path, monkey
     assert "after lora  local alone, round 2 of 6" in out and "local training alone is not finished (unfinished, " in out
     assert main([*words, "--resume"]) == 0
     out = capsys.readouterr().out
-    assert "after lora  local alone\n" in out and "not finished" not in out
+    assert "after lora  local alone  on own data\n" in out and "not finished" not in out
 
 
 def test_a_baseline_that_has_not_come_to_an_evaluation_is_left_out(tmp_path):

@@ -287,7 +287,7 @@ def test_a_real_run_through_the_command_line(tmp_path, capsys):
     last = read_lines(run / "metrics.jsonl")[-1]
     assert chart(found, "Truncation error")["variants"][0]["series"][0]["y"][-1] == charts.clean(last["truncation_error"])
     for peer, value in enumerate(last["eval"]["peers"]["accuracy"]):
-        assert re.search(rf"^\| {peer} \| \d+ \| 0\.\d+ \| {value:.4f} \| 0\.\d+ \|$", markdown, re.M)
+        assert re.search(rf"^\| {peer} \| \d+ \| 0\.\d+ \| {value:.4f} \| 0\.\d+ \| [01]\.\d+ \|$", markdown, re.M)
 
 
 def test_a_run_that_a_callback_ended_is_finished(tmp_path):
