@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a process, no model hub, and the folder of research data beside the checkout."""
+"""Shared by all tests: one thread a process, no model hub, which tests are due, and research data beside the checkout."""
 
 import os
 import sys
@@ -11,16 +11,40 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))  # first, or the folder tests/topologies would pass for the package
 
 import pytest
+import rooms
 import torch
 
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
-    """With --dist loadgroup: Slurm's tests, which mostly wait, on one worker, and all others that start processes on another."""
+def pytest_addoption(parser):
+    parser.addoption("--due", action="store_true",
+                     help="of the tests of launchers only the core and what tests/rooms.py says is due")
+
+
+def pytest_report_header(config):
+    if config.getoption("--due"):
+        whole = [Path(test).stem for test in rooms.due()]
+        return f"launchers: the core, and all of {', '.join(whole) or 'nothing'} (all: DFL_TEST_ALL=1)"
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "pure" not in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("cluster" if item.path.stem == "test_slurm" else "machine"))
+        if item.path.parent.name not in ("pure", "topologies"):
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+    first = {"cluster": 1, "clock": 2}  # the longest groups
+    items.sort(key=lambda item: max((first.get(mark.args[0], 3) for mark in item.iter_markers("xdist_group")), default=0))
+    if config.getoption("--due"):
+        items[:], resting = rooms.split(items, rooms.due())
+        config.hook.pytest_deselected(items=resting)
+
+
+def group(item) -> str:
+    """With --dist loadgroup: Slurm's tests, which mostly wait, beside all others; those that wait on the clock one at a time; of the
+    others a file on one worker, which shares what its tests share."""
+    if item.path.stem == "test_slurm":
+        return "cluster"
+    return "clock" if item.get_closest_marker("clock") else item.path.stem
 
 
 RESEARCH_DATA = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -14,7 +14,8 @@ SAID = {".gitignore": "what is not committed", "README.md": "this page",
         "benchmarks/README.md": "what was measured, how, and what came out", "launch/README.md": "torchrun, Slurm, sweeps, in full",
         "dfl/report/page.html": "the frame of a report", "dfl/report/page.css": "how it looks, light and dark, wide and narrow",
         "dfl/report/page.js": "draws the charts, reads values, no library",
-        "dfl/rules/README.md": "all rules in one table, and how to choose"}
+        "dfl/rules/README.md": "all rules in one table, and how to choose",
+        "tests/README.md": "which tests run when, and their markers"}
 COLLAPSED = {"topologies/gallery/": "the drawn topologies, made by `python -m topologies gallery`",
              "tests/data/checkpoint_v1/": "a run as the first version of the checkpoint format left it"}
 _ORDER = ("", "topologies", "dfl", "launch", "benchmarks", "tests", ".ci")

@@ -11,7 +11,7 @@ from processes import run_processes
 
 from dfl.transport import Distributed, notes
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.clock]
 PATIENCE = 1.0
 RING = [(j, i) for j in range(3) for i in ((j - 1) % 3, (j + 1) % 3)]
 

@@ -13,7 +13,7 @@ from dfl import record, running
 from dfl.checkpoint import complete, latest, read_state
 from dfl.pace import SaveClock
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.clock]
 ROUNDS = 12
 
 

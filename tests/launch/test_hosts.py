@@ -13,7 +13,7 @@ import pytest
 import workplace
 from tiny_runs import adapter_digests
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.launch, pytest.mark.clock, pytest.mark.timeout(600)]
 # seconds after which a silent host counts as lost, and that are waited for one more host where fewer would do
 QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
 
@@ -104,6 +104,7 @@ def test_hosts_come_and_go(place, hosts):
     assert adapter_digests(place / output) == workplace.plain_digests(place)
 
 
+@pytest.mark.core
 def test_readme_has_no_block_that_is_not_run():
     sections = ("One machine", "Several machines", "Slurm")
     blocks = [block for section in sections for block in workplace.readme_blocks(section)]

@@ -31,6 +31,7 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
     return run("torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "dfl", *arguments, **options)
 
 
+@pytest.mark.core
 def test_quickstart_script(tmp_path):
     done = run("bash", "launch/quickstart.sh", *SHORT, "--rule", "{name: tad, T: auto}", "--output", str(tmp_path / "run"))
     table = done.stdout
@@ -74,6 +75,7 @@ def test_srun_environment(tmp_path):
     assert "2 process(es)" in outputs[0] and len(adapter_digests(tmp_path / "run")) == 9
 
 
+@pytest.mark.core  # torchrun
 def test_more_processes_than_peers_is_one_line(tmp_path):
     done = torchrun(2, "train", QUICKSTART, "--peers", "1", "--output", str(tmp_path / "run"), status=1)
     said = [line for line in done.stderr.splitlines() if line.startswith("dfl: ")]

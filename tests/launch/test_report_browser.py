@@ -53,7 +53,7 @@ def browser():
     opened.close()
 
 
-@pytest.mark.parametrize("name", ["one", "hundred", "several", "empty", "alone"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.core), "hundred", "several", "empty", "alone"])
 @pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
 def test_a_page_loads_alone_and_fits(name, width, dark, pages, browser):
     page = pages / f"{name}.html"

@@ -78,6 +78,7 @@ def slurm(place):
         yield found
 
 
+@pytest.mark.core
 def test_two_nodes_make_the_plain_run(slurm, place):
     """With a site file, and with arguments that a careless script would split or expand."""
     (place / "site.sh").write_text("echo the site file of $SLURM_JOB_ID\n")
@@ -211,6 +212,7 @@ def test_readme_under_slurm(tmp_path):
     assert written_out.read_text() == "run 1 (ffa) is finished: runs/sweep/ffa\n"
 
 
+@pytest.mark.core
 def test_place_of_a_process_under_slurm():
     batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_NODELIST": "gpu[1-2]"}
     assert place_from_environment(batch) == Place(), "a batch script with four tasks is not one of them"

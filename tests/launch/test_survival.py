@@ -16,10 +16,10 @@ import tiny_runs
 from dfl.checkpoint import latest
 from dfl.record import read_lines
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: an every_rule is there too
 import kill_loop
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.clock, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -48,7 +48,7 @@ def goes_on_to_the_same_end(folder, output) -> None:
 # -- kills ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phases", [["anywhere"], ["draft", "manifest"]])
+@pytest.mark.parametrize("phases", [pytest.param(["anywhere"], marks=pytest.mark.core), ["draft", "manifest"]])
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(folder, tmp_path, phases):
     """The survivors leave by themselves, with a line each."""
     lines = kill_loop.loop(kill_loop.Forked, 2, [2], random.Random(1), folder, tmp_path, phases)
@@ -74,9 +74,10 @@ def launch(launcher: list[str], *words: str) -> subprocess.Popen:
                             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("to, launcher, number, status", [("launcher", TORCHRUN, signal.SIGTERM, 1),
-                                                          ("launcher", WITH_STATUS, signal.SIGUSR2, 75),
-                                                          ("one worker", WITH_STATUS, signal.SIGUSR1, 75)])
+@pytest.mark.parametrize("to, launcher, number, status", [
+    ("launcher", TORCHRUN, signal.SIGTERM, 1),
+    pytest.param("launcher", WITH_STATUS, signal.SIGUSR2, 75, marks=pytest.mark.core),
+    ("one worker", WITH_STATUS, signal.SIGUSR1, 75)])
 def test_a_signal_saves_the_state_of_all_processes(folder, tmp_path, to, launcher, number, status):
     """The launcher forwards it to the workers; or one of them hears it alone."""
     output = tmp_path / "run"

@@ -65,6 +65,7 @@ class Flaky(dfl.Callback):
 '''
 
 
+@pytest.mark.core
 def test_two_at_a_time_what_fails_is_tried_again_and_listed(root, tmp_path, monkeypatch):
     """One rate makes any run diverge, and a callback fails once."""
     (tmp_path / "flaky_hook.py").write_text(FLAKY)

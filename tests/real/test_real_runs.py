@@ -30,6 +30,7 @@ def test_perplexity_falls_at_every_peer(tmp_path):
     assert after["eval"]["consensus"]["perplexity"] < 0.8 * before["eval"]["consensus"]["perplexity"]
 
 
+@pytest.mark.core
 def test_trec_is_learned_by_everybody(tmp_path):
     before, after = train("trec6.yaml", tmp_path / "run", "--partition", "iid", "--topology", "complete", "--rule", "lora",
                           "--model.layers", "1", "--train.rounds", "5", "--train.batch_size", "16", "--train.lr", "1e-2",

@@ -1,0 +1,76 @@
+"""Which tests of launchers are due: a short core always, the rest of a file where something in its rooms changed.
+
+A test file that is not in ROOMS always runs as a whole. `bash launch/test.sh` and .ci/run ask for what is due; plain pytest,
+`bash launch/test.sh --all` and DFL_TEST_ALL=1 run everything.
+"""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# A clone does not know what was tested last, and one landing is many commits. So whatever was committed in the hours before
+# the newest commit counts as new: longer than a change waits between its last rebase and its landing. It is counted from
+# that commit and not from today, so that a commit always has the same tests.
+HOURS = 24
+_RUN = ("launch/recipes/quickstart.yaml", "dfl/runtime.py", "dfl/workers.py", "dfl/parent.py", "dfl/running.py", "dfl/transport")
+_WORKPLACE = ("launch/README.md", "tests/workplace.py")
+# test file -> files and folders that it is about, beside itself and what it shares with every test
+ROOMS: dict[str, tuple[str, ...]] = {
+    "tests/launch/test_launch.py": (
+        *_RUN, "README.md", "setup.cfg", "launch/quickstart.sh", "launch/environment.sh", "launch/test.sh", "launch/recipes",
+        "dfl/cli"),
+    "tests/launch/test_survival.py": (
+        *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/checkpoint.py", "dfl/folder.py", "dfl/record.py",
+        "dfl/company.py"),
+    "tests/launch/test_own_workers.py": (*_RUN, "benchmarks/kill_loop.py", "dfl/cli/train.py"),
+    "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/company.py", "dfl/checkpoint.py"),
+    "tests/launch/test_slurm.py": (
+        *_WORKPLACE, "launch/slurm", "launch/torchrun.py", "tests/slurm_cluster.py", "dfl/runtime.py", "dfl/sweep",
+        "dfl/cli/sweep.py"),
+    "tests/launch/test_sweep_commands.py": (
+        "launch/recipes/sweep.yaml", "dfl/sweep", "dfl/cli/sweep.py", "dfl/runtime.py", "dfl/folder.py"),
+    "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/evaluate.py"),
+    "tests/launch/test_report_browser.py": ("dfl/report", "tests/launch/browser.py", "tests/made_up_runs.py"),
+    "tests/real/test_real_runs.py": (
+        "launch/recipes", "dfl/tasks", "dfl/partition", "dfl/peers.py", "dfl/rounds.py", "dfl/executors.py"),
+}
+
+
+def due(root: Path = ROOT, rooms: dict[str, tuple[str, ...]] = ROOMS) -> list[str]:
+    """The files of `rooms` that run as a whole."""
+    files = changed(root)
+    if files is None:
+        return list(rooms)
+    return [test for test, parts in rooms.items() if any(_inside(file, part) for part in (test, *parts) for file in files)]
+
+
+def split(items: list, due: list[str]) -> tuple[list, list]:
+    """Those of pytest's items that run, and those that rest: not in the core, and of a file that is not due."""
+    resting = {ROOT / test for test in ROOMS} - {ROOT / test for test in due}
+    rests = [item.path in resting and not item.get_closest_marker("core") for item in items]
+    return ([item for item, rest in zip(items, rests, strict=True) if not rest],
+            [item for item, rest in zip(items, rests, strict=True) if rest])
+
+
+def changed(root: Path) -> set[str] | None:
+    """Files that the last HOURS of commits changed, those of a branch, and what is not committed; None where git cannot say."""
+    try:
+        newest = int(_git(root, "log", "-1", "--format=%ct"))
+        before = _git(root, "rev-list", "-1", f"--before={newest - HOURS * 3600}", "HEAD")
+        if not before:  # everything is younger, or the clone is shallow
+            return None
+        files = _git(root, "diff", "--name-only", before) + "\n" + _git(root, "ls-files", "--others", "--exclude-standard")
+        if _git(root, "branch", "--remotes", "--list", "origin/main"):
+            files += "\n" + _git(root, "diff", "--name-only", _git(root, "merge-base", "origin/main", "HEAD"))
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+    return set(files.split("\n")) - {""}
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.stdout.strip()
+
+
+def _inside(file: str, part: str) -> bool:
+    return file == part or file.startswith(f"{part}/")
