@@ -1,9 +1,11 @@
 """From a configuration to a run that has not begun: what is refused, what is loaded, what is built from it."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +35,16 @@ _STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
 
 
 class Loaded(NamedTuple):
-    """The data and the model, once per process; `own`: the peers' own distributions, or why there are none."""
+    """The data and the model, once per process.
+
+    own: the peers' own distributions, or why there are none. contents: digests of data and model by name, where they were asked for.
+    """
 
     bundle: tasks.Bundle
     parts: list
     adapted: Adapted
     own: Own | str = "no shards"
+    contents: Mapping[str, Any] = MappingProxyType({})
 
 
 def check(config: Config):
@@ -140,7 +146,7 @@ def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resume
 
 def _first_gradient(config: Config, loaded: Loaded, device: torch.device) -> Adapted:
     """From the examples that peer 0 trains on first: lora.start_samples of them, or all that it has."""
-    bundle, parts, adapted, _ = loaded
+    bundle, parts, adapted = loaded.bundle, loaded.parts, loaded.adapted
     num = min(config.lora.start_samples, len(parts[0]))
     chosen = DataStream(parts[0], num, data_seed(config), 0).batch(0)
     batches = []
@@ -161,7 +167,7 @@ def bases_of(checkpoint: Path) -> torch.Tensor:
 def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed_from: Path | None = None) -> Run:
     """Peers, rule, executor and evaluator of a run that has not begun, or whose state will come from the checkpoint `resumed_from`."""
     loaded = loaded._replace(adapted=with_first_gradient(config, runtime, loaded, resumed_from))
-    bundle, parts, adapted, own = loaded
+    bundle, parts, adapted, own = loaded.bundle, loaded.parts, loaded.adapted, loaded.own
     rule = build_rule(config, adapted.layout, topology, adapted.ranks, adapted)
     adapted = with_residual(adapted, rule.residual)
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]

@@ -3,19 +3,19 @@
     RUN/checkpoints/round-00020/peer-0/      adapter_model.safetensors, adapter_config.json (stock PEFT loads it)
                                 consensus/   the same, with what it is in consensus.json
                                 state-0.safetensors   rows, rule states, optimiser moments of the peers of process 0
-                                manifest.json         written last: completed rounds, digests of all state files
+                                manifest.json         written last: completed rounds and digests of all files (dfl/manifest.py)
 """
 
 import copy
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
@@ -26,12 +26,9 @@ from torch import Tensor
 from dfl.adapters import ADAPTER, Adapted, Rows, bind
 from dfl.company import together
 from dfl.factors import a_view, b_view, join, join_rows
+from dfl.manifest import NAME, Manifest, UnreadableError, digest_of_file, folder_name, missing_adapter, read, verify
 
 logger = logging.getLogger(__name__)
-
-
-class UnreadableError(ValueError):
-    """A checkpoint whose files are missing or do not have the digests its manifest names."""
 
 
 def save_adapter(folder: Path, adapted: Adapted, rows: Rows, base_name: str) -> None:
@@ -82,14 +79,16 @@ def _used(a: Tensor, b: Tensor) -> int:
 
 
 def folder_of(run: Path, rounds: int) -> Path:
-    return run / "checkpoints" / f"round-{rounds:05}"
+    return run / "checkpoints" / folder_name(rounds)
 
 
 class Checkpointer:
     """Writes checkpoints of a run together with the other processes, and reads them for any number of processes."""
 
-    def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2):
+    def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2, contents: Mapping[str, Any] | None = None):
+        """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint."""
         self.run, self.transport, self.process, self.base_name, self.keep = run, transport, process, base_name, keep
+        self.contents = dict(contents or {})
 
     def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, rows: Rows, tensors: dict[str, Tensor],
              consensus: tuple[Rows, str] | None) -> Path:
@@ -102,9 +101,9 @@ class Checkpointer:
         draft = target.with_name(f".{target.name}.draft")
         if self.process == 0:
             shutil.rmtree(draft, ignore_errors=True)
-        self.transport.agree(0)
+        num_peers = self.transport.agree(max(peers)) + 1  # and nobody writes before the old draft is gone
         self._together(draft, target, lambda: self._write(draft, adapted, peers, x, rows, tensors, consensus))
-        self._together(draft, target, lambda: self._publish(draft, target, rounds) if self.process == 0 else None)
+        self._together(draft, target, lambda: self._publish(draft, target, rounds, num_peers) if self.process == 0 else None)
         return target
 
     def _together(self, draft: Path, target: Path, step: Callable[[], None]) -> None:
@@ -139,16 +138,19 @@ class Checkpointer:
         for written in (path, *(file for folder in folders for file in folder.iterdir()), *folders, draft):
             _sync(written)
 
-    def _publish(self, draft: Path, target: Path, rounds: int) -> None:
-        digests = {str(p.relative_to(draft)): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    def _publish(self, draft: Path, target: Path, rounds: int, num_peers: int) -> None:
+        digests = {str(p.relative_to(draft)): digest_of_file(p) for p in sorted(draft.rglob("*")) if p.is_file()}
         for process in range(self.transport.size):
             if f"state-{process}.safetensors" not in digests:
                 raise OSError(f"process 0 does not see what {self.transport.describe(process)} wrote; the output must lie on a file "
                               "system that all processes share")
+        missing = missing_adapter(digests, num_peers)
+        if missing is not None:
+            raise OSError(f"process 0 does not see {missing}; the output must lie on a file system that all processes share")
         if (self.run / "metrics.jsonl").exists():  # the records of its rounds are there when it is
             _sync(self.run / "metrics.jsonl")
-        (draft / "manifest.json").write_text(json.dumps({"rounds": rounds, "sha256": digests}, indent=1))
-        _sync(draft / "manifest.json")
+        (draft / NAME).write_text(Manifest(rounds, num_peers, self.contents, digests).text(), encoding="utf-8")
+        _sync(draft / NAME)
         _sync(draft)
         if target.exists():  # never a moment without either of the two: `tidy` brings it back
             shutil.rmtree(_aside(target), ignore_errors=True)
@@ -161,7 +163,7 @@ class Checkpointer:
         # later rounds are left from before a return to an earlier checkpoint: the run has not come there yet
         later = [folder for folder in published if _rounds(folder) > rounds]
         for old in later + [folder for folder in published if folder not in later][:-self.keep]:
-            (old / "manifest.json").unlink()  # first: half a folder is no checkpoint
+            (old / NAME).unlink()  # first: half a folder is no checkpoint
             shutil.rmtree(old)
 
 
@@ -175,14 +177,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _aside(target: Path) -> Path:
@@ -205,7 +199,7 @@ def tidy(run: Path) -> None:
 def complete(run: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
     found = (p for p in (run / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d+", p.name))
-    return sorted((p for p in found if (p / "manifest.json").is_file()), key=_rounds)
+    return sorted((p for p in found if (p / NAME).is_file()), key=_rounds)
 
 
 def _rounds(folder: Path) -> int:
@@ -213,7 +207,10 @@ def _rounds(folder: Path) -> int:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint whose files are whole, or None. Damaged ones are passed over, with a warning that names the file."""
+    """The newest checkpoint whose files are whole, or None. Damaged ones are passed over, with a warning that names the file.
+
+    NewerError where there is one that only a newer version reads: to go on from the one before it would undo what that has done.
+    """
     for folder in reversed(complete(run)):
         try:
             verify(folder)
@@ -230,7 +227,7 @@ def choose(run: Path, transport) -> Path | None:
     ValueError on all of them, naming the first that does not, or when all checkpoints are damaged.
     """
     found = together(transport, lambda: _newest(run) if transport.rank == 0 else None)
-    name, digest = (found.name, _digest(found / "manifest.json")) if found else ("", "")
+    name, digest = (found.name, digest_of_file(found / NAME)) if found else ("", "")
     name, digest = transport.share(f"{name} {digest}".encode())[0].decode().split(" ")
     if not name:
         return None
@@ -250,33 +247,15 @@ def _newest(run: Path) -> Path | None:
 
 def _see(folder: Path, digest: str) -> None:
     verify(folder, state_only=True)
-    if _digest(folder / "manifest.json") != digest:
+    if digest_of_file(folder / NAME) != digest:
         raise UnreadableError(f"checkpoint {folder} is not the one that process 0 has found")
-
-
-def verify(folder: Path, state_only: bool = False) -> int:
-    """Check all digests, or those of the run state; the number of completed rounds. UnreadableError names the first bad file."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        rounds, digests = int(manifest["rounds"]), manifest["sha256"].items()
-        if rounds != _rounds(folder):
-            raise ValueError(f"it is of round {rounds}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnreadableError(f"checkpoint {folder} has no readable manifest: {error}") from None
-    for name, digest in digests:
-        path = folder / name
-        if state_only and not name.startswith("state-"):
-            continue
-        if not path.is_file() or _digest(path) != digest:
-            raise UnreadableError(f"checkpoint {folder}: {name} is missing or damaged")
-    return rounds
 
 
 def read_state(folder: Path, peers: Sequence[int]) -> dict[str, Tensor]:
     """All tensors `x.PEER`, `rule.PEER.*` and `moments.PEER.*` of `peers`, whichever process wrote them."""
     wanted = {str(peer) for peer in peers}
     found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("state-*.safetensors")):
+    for path in (folder / name for name in read(folder).states):
         with safe_open(str(path), framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if name.split(".")[1] in wanted}
     missing = wanted - {name.split(".")[1] for name in found if name.startswith("x.")}

@@ -1,7 +1,8 @@
 """Who belongs to a run: before the first round its processes compare what they were started with and what they have read.
 
 A process that differs is refused, with the field, by all of them alike. What is compared is small: settings as text, and digests
-of the base model, the examples, their partition and the first graphs.
+of the base model, the examples, their partition and the first graphs. The digests are saved with every checkpoint as well, and a run
+goes on only with what has the same ones.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ SECRET = "DFL_SECRET"
 # settings that may differ between the processes of a run: they change no result, or what they lead to is compared itself
 _OWN = {"device", "processes", "threads", "timeout", "report_to", "output", "model.name", "data.train", "data.valid", "topology_seed",
         "data_seed"}
-# at most so many numbers of a tensor, and so many examples, go into a digest, spaced evenly
-TENSOR_SAMPLE, EXAMPLE_SAMPLE = 256, 256
+# beyond so many bytes of files, the images that go into a digest are a sample, spaced evenly
+MAX_SOURCES = 1 << 30
 
 
 def together(transport: Transport, step: Callable[[], Result]) -> Result:
@@ -63,40 +64,72 @@ def _flatten(tree: Mapping[str, Any], prefix: str = ""):
 
 
 def contents(model: torch.nn.Module, train, valid, parts, topology) -> dict[str, Any]:
-    """What a process has read and derived: digests of the base model, the examples, their partition and the first graphs."""
-    return {"base model": model_digest(model), "label names": train.label_names,
-            "number of training examples": len(train), "training examples": examples_digest(train),
-            "number of evaluation examples": len(valid), "evaluation examples": examples_digest(valid),
-            "partition": _hex(np.asarray(part, dtype=np.int64).tobytes() + b"|" for part in parts),
-            "topology": _hex(repr(edges_of(topology.matrix(t))).encode() for t in range(3))}
+    """What a process has read and derived: digests of the base model, the examples, their partition and the first graphs.
+
+    Everything goes into them, but for images beyond MAX_SOURCES bytes: about a second and a half a GB. Who changes how a digest is
+    made raises the version of the checkpoint format, and its upgrade leaves the old ones out.
+    """
+    found = {"base model": model_digest(model), "label names": list(train.label_names)}
+    for name, split in (("training", train), ("evaluation", valid)):
+        found |= {f"number of {name} examples": len(split), f"{name} labels": labels_digest(split),
+                  f"{name} examples": examples_digest(split)}
+    return found | {"partition": _hex(np.asarray(part, dtype=np.int64).tobytes() + b"|" for part in parts),
+                    "topology": _hex(repr(edges_of(topology.matrix(t))).encode() for t in range(3))}
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """Of the frozen weights: names, shapes, types and a spaced sample of each, so that a large model takes no time either.
+    """Of all frozen weights: names, shapes, types and bytes.
 
-    A change in few numbers of a large tensor goes unseen. Adapter and head are left out: their start is compared by itself, and what
-    PEFT draws for its own is not used.
+    Adapter and head of PEFT are left out: their start is compared by itself, and what PEFT draws for its own is not used. So are
+    buffers that are in no file: the architecture makes them.
     """
+    saved = model.state_dict().keys()
+    tensors = (*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved))
+
     def parts():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if any(part in name for part in ("lora_", "hira_", "modules_to_save")):
-                continue
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
-            flat = tensor.detach().reshape(-1)
-            yield flat[::max(1, flat.numel() // TENSOR_SAMPLE)].float().cpu().numpy().tobytes()
+        for name, tensor in tensors:
+            if not any(part in name for part in ("lora_", "hira_", "modules_to_save")):
+                yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
+                yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     return _hex(parts())
+
+
+def labels_digest(split) -> str:
+    return _hex([np.asarray(split.labels, dtype=np.int64).tobytes()])
 
 
 def examples_digest(split) -> str:
-    """Of all labels, and of a spaced sample of the tokenised examples."""
+    """Of all examples as the model gets them, without their label; of images as they are stored (`sources`)."""
+    if hasattr(split.features, "sources"):
+        return _hex(split.features.sources(MAX_SOURCES))
+
     def parts():
-        yield np.asarray(split.labels, dtype=np.int64).tobytes()
-        for index in range(0, len(split), max(1, len(split) // EXAMPLE_SAMPLE)):
-            for key, value in sorted(split.features[index].items()):
-                yield key.encode() + np.ascontiguousarray(value).tobytes()
+        for feature in split.features:
+            for key, value in sorted(feature.items()):
+                value = np.asarray(value)
+                if key != "labels" or value.ndim:  # a label of the whole example has a digest of its own
+                    yield f"{key} {value.shape} {value.dtype};".encode()
+                    yield value.tobytes()
 
     return _hex(parts())
+
+
+def check_contents(saved: Mapping[str, Any], now: Mapping[str, Any], config, output) -> None:
+    """ValueError unless a run that goes on finds what it was begun with; it names what differs, where it comes from, both digests.
+
+    What was not saved is not compared.
+    """
+    data = f"data.train = {config.data.train!r}"
+    valid = data if config.data.valid is None else f"data.valid = {config.data.valid!r}"
+    places = {"base model": f"model.name = {config.model.name!r}", "partition": f"partition = {config.partition.name!r}",
+              "topology": f"topology = {config.topology.name!r}"}
+    changed = [name for name in now if name in saved and saved[name] != now[name]]
+    if changed:
+        said = [f"{name} of {places.get(name, valid if 'evaluation' in name else data)} ({now[name]!r} now, {saved[name]!r} then)"
+                for name in changed]
+        raise ValueError(f"changed since {str(output)!r} was begun: {', '.join(said)}; a run goes on with what it began with: "
+                         "put that back, or begin another with another --output")
 
 
 def _hex(parts) -> str:

@@ -13,8 +13,9 @@ from dfl import partition
 from dfl.assemble import Loaded
 from dfl.checkpoint import choose
 from dfl.company import together
-from dfl.config import Config, load
+from dfl.config import Config, from_dict, load
 from dfl.config.compare import described, differences
+from dfl.config.recipes import read_yaml
 from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
 from dfl.rounds import Run
@@ -51,12 +52,24 @@ def _make_room(config: Config, output: Path, overwrite: bool) -> None:
 
 
 def _check_continuation(config: Config, output: Path) -> None:
-    before, now = yaml.safe_load((output / "recipe.yaml").read_text()), config.to_dict()
+    before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
     longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)
              if one.field.partition(".")[0] not in _FREE and not (longer and one.field == "train.rounds")]
     if found:
         raise ValueError(f"{described(found)}, with which {str(output)!r} was begun; a run goes on as it began")
+
+
+def _begun_with(recipe: Path) -> dict:
+    """What a run was begun with; fields that its recipe does not know yet have their defaults. ValueError for a damaged recipe."""
+    try:
+        tree = read_yaml(recipe)
+        if not tree:
+            raise ValueError(f"recipe {str(recipe)!r} is empty")
+        return from_dict(tree).to_dict()
+    except ValueError as error:
+        raise ValueError(f"the run cannot go on, its recipe is damaged or of another version: {error}"
+                         + (f" (in {str(recipe)!r})" if str(recipe) not in str(error) else "")) from None
 
 
 def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool) -> "Recording":
@@ -122,7 +135,8 @@ class Recording:
         facts = loaded.bundle.facts | {"primary": self.primary, "higher_is_better": run.task.higher_is_better,
                                        "shards": _shards(loaded), "rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
-                                       "processes": runtime.place.size, "device": str(runtime.device)}
+                                       "processes": runtime.place.size, "device": str(runtime.device),
+                                       "contents": dict(loaded.contents)}
         write_whole(output / "run.json", json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
         self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)
         self.trackers = Trackers(config.report_to, output, config.to_dict())

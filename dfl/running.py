@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from dfl import workers
+from dfl import manifest, workers
 from dfl.assemble import Loaded, assemble, bases_of, check, load
 from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, name_of
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
-from dfl.company import check_company, check_secret, contents, settings, together
+from dfl.company import check_company, check_contents, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
 from dfl.folder import Recording, begin, check_shared, prepare
 from dfl.pace import SaveClock
@@ -54,9 +54,8 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
     check_company(transport, settings(config, resume=resume, overwrite=overwrite) | {"callbacks": list(map(name_of, callbacks))})
     resumed_from = prepare(config, output, runtime, resume, overwrite)
     loaded = together(transport, lambda: load(config, runtime.device))
-    if transport.size > 1:
-        bundle = loaded.bundle
-        check_company(transport, contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
+    loaded = together(transport, lambda: _with_contents(loaded, topology))
+    check_company(transport, loaded.contents)
     finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks)
     if finished and config.baseline:
         alone = _baseline(config)
@@ -65,6 +64,11 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
     if runtime.place.rank == 0 and own:  # also where only the baseline was stopped, which the table says
         print(closing_table(output), flush=True)
     return finished
+
+
+def _with_contents(loaded: Loaded, topology) -> Loaded:
+    bundle = loaded.bundle
+    return loaded._replace(contents=contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
 
 
 def _baseline(config: Config) -> Config:
@@ -76,13 +80,16 @@ def _baseline(config: Config) -> Config:
 
 def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None,
                callbacks: Sequence[Callback]) -> bool:
-    run = assemble(config, runtime, loaded, topology, resumed_from)
     first, new = runtime.place.rank == 0, resumed_from is None
+    if not new:
+        together(runtime.transport, lambda: check_contents(manifest.read(resumed_from).contents, loaded.contents, config, output))
+    run = assemble(config, runtime, loaded, topology, resumed_from)
     if not new:
         together(runtime.transport, lambda: restore(run, resumed_from))
     record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new) if first else None)
     check_shared(output, runtime.transport, new)
-    saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep)
+    saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep,
+                         loaded.contents)
     if first:
         (output / ENDED).unlink(missing_ok=True)
     watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)

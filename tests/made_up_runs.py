@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from dfl.config import from_dict
+from dfl.manifest import Manifest, digest_of_file, folder_name, read
 from dfl.record import JsonLines
 
 
@@ -45,6 +46,25 @@ def write_run(folder: Path, records: list[dict], *, facts: dict | None = None, *
         lines.write(line)
     lines.close()
     return folder
+
+
+def write_checkpoint(run: Path, rounds: int, peers: int = 2) -> Path:
+    """The files of a checkpoint, with nothing in them that could be loaded."""
+    folder = run / "checkpoints" / folder_name(rounds)
+    names = ["state-0.safetensors", *(f"peer-{peer}/adapter_model.safetensors" for peer in range(peers))]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    digests = {name: digest_of_file(folder / name) for name in names}
+    (folder / "manifest.json").write_text(Manifest(rounds, peers, {}, digests).text())
+    return folder
+
+
+def sign(folder: Path) -> None:
+    """The manifest of a checkpoint whose files a test has changed."""
+    manifest = read(folder)
+    digests = {name: digest_of_file(folder / name) for name in manifest.digests}
+    (folder / "manifest.json").write_text(manifest._replace(digests=digests).text())
 
 
 def write_sweep(folder: Path, runs: dict[str, dict]) -> Path:

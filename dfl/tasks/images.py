@@ -2,7 +2,7 @@
 
 import io
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,16 @@ class ImageFeatures(Sequence):
                 self.kept.popitem(last=False)
         return {"pixel_values": pixels, "labels": int(self.labels[i])}
 
+    def sources(self, most: int) -> Iterator[bytes]:
+        """What the images are made from, for a digest: the size of each, and the bytes of all of them, or of a sample of `most`."""
+        total = 0
+        for image in self.images:
+            size = (self.table.folder / image).stat().st_size if isinstance(image, str) else len(_bytes_of(image, self.table.folder))
+            total += size
+            yield f"{size};".encode()
+        for image in self.images[::max(1, -(-total // most))]:
+            yield _bytes_of(image, self.table.folder)
+
     def _prepare(self, i: int) -> np.ndarray:
         where = f"line {self.table.lines[i]} of {self.table.where}"
         try:
@@ -90,6 +100,15 @@ class ImageFeatures(Sequence):
             raise ValueError(f"{where}: the image cannot be read: {' '.join(str(error).split())[:200]}") from None
         pixels = self.processor(image, return_tensors="np")["pixel_values"]
         return np.ascontiguousarray(pixels[0], dtype=np.float32)
+
+
+def _bytes_of(value: Any, folder: Path) -> bytes:
+    """An image as it is stored: its file, its encoded bytes, or the pixels of one that is open already."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") else value["path"]
+    if isinstance(value, str):
+        return (folder / value).read_bytes()
+    return value if isinstance(value, bytes) else value.tobytes()
 
 
 def open_image(value: Any, folder: Path) -> Any:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, evaluation, running
+from dfl import checkpoint, evaluation, manifest, running
 from dfl.factors import a_view, b_view, head_view
 from dfl.record import read_lines
 from dfl.transport import InProcess
@@ -244,7 +244,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, straight, tm
     shutil.copytree(straight, tmp_path / "run")
     assert checkpoint.latest(tmp_path / "run").name == "round-00004"
     broken = tmp_path / "run" / "checkpoints" / "round-00004"
-    adapter, manifest = broken / "peer-2" / "adapter_model.safetensors", broken / "manifest.json"
+    adapter, told = broken / "peer-2" / "adapter_model.safetensors", broken / "manifest.json"
     if damage == "bit":
         flip(adapter)
     elif damage == "missing":
@@ -252,13 +252,13 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, straight, tm
     elif damage == "cut":
         adapter.write_bytes(adapter.read_bytes()[:-10])
     elif damage == "manifest":
-        manifest.write_bytes(manifest.read_bytes()[:40])
+        told.write_bytes(told.read_bytes()[:40])
     elif damage == "empty manifest":
-        manifest.write_text("")
+        told.write_text("")
     elif damage == "other round":
-        manifest.write_text(manifest.read_text().replace('"rounds": 4', '"rounds": 5'))
+        told.write_text(told.read_text().replace('"rounds": 4', '"rounds": 5'))
     else:
-        manifest.write_text("[]")
+        told.write_text("[]")
     with pytest.raises(checkpoint.UnreadableError, match="round-00004"):
         checkpoint.verify(broken)
     assert checkpoint.latest(tmp_path / "run").name == "round-00003"
@@ -419,6 +419,9 @@ def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
     whole = {name: value.clone() for name, value in load_file(folder / "state-0.safetensors").items()}  # its file is written over
     for process, peers in enumerate((("0", "1", "2"), ("3",))):
         save_file({k: v for k, v in whole.items() if k.split(".")[1] in peers}, folder / f"state-{process}.safetensors")
+    told = manifest.read(folder)
+    digests = {**told.digests, **{path.name: manifest.digest_of_file(path) for path in folder.glob("state-*")}}
+    (folder / "manifest.json").write_text(told._replace(digests=digests).text())
     found = checkpoint.read_state(folder, [1, 3])
     assert found.keys() == {name for name in whole if name.split(".")[1] in "13"}
     assert all(torch.equal(found[name], whole[name]) for name in found)

@@ -81,7 +81,7 @@ def relabelled():
 
 @pytest.mark.parametrize("field, changes", [
     ("base model", lambda: {"model": other_model(5)}), ("base model", lambda: {"model": other_model(0, torch.bfloat16)}),
-    ("training examples", lambda: {"train": split(2)}), ("training examples", lambda: {"train": relabelled()}),
+    ("training examples", lambda: {"train": split(2)}), ("training labels", lambda: {"train": relabelled()}),
     ("number of training examples", lambda: {"train": split(num=41)}), ("evaluation examples", lambda: {"valid": split(3)}),
     ("label names", lambda: {"train": dataclasses.replace(split(), label_names=["yes", "no"])}),
     ("partition", lambda: {"parts": [np.arange(19), np.arange(19, 40)]}),
@@ -93,21 +93,49 @@ def test_a_digest_tells_what_was_read_from_something_else(field, changes):
         company.check_company(Seen(lambda _: json.dumps(there).encode()), here)
 
 
-class Counted(list):
-    """Examples that note which of them are read."""
+@pytest.mark.parametrize("index", [0, 1, 2047, 2048, 4095])
+def test_one_weight_and_one_token_are_noticed_wherever_they_are(index):
+    model = other_model(0)
+    with torch.no_grad():
+        model[0].weight.view(-1)[index] += 1e-6
+    assert contents(model=model)["base model"] != contents(model=other_model(0))["base model"]
+    many = split(num=4096)
+    before = company.examples_digest(many)
+    many.features[index]["input_ids"][2] += 1
+    assert company.examples_digest(many) != before
 
-    def __init__(self):
-        self.read = []
 
-    def __getitem__(self, index):
-        self.read.append(index)
-        return {"input_ids": [index]}
+def test_a_token_that_moves_to_the_next_example_is_noticed():
+    one, other = ([{"input_ids": ids} for ids in lists] for lists in ([[1, 2], [3]], [[1], [2, 3]]))
+    digests = [company.examples_digest(dataclasses.replace(split(), features=features)) for features in (one, other)]
+    assert digests[0] != digests[1]
 
 
-def test_the_digest_of_many_examples_reads_a_sample():
-    features = Counted()
-    company.examples_digest(Split(features, np.zeros(100_000, dtype=np.int64), ["a"], {}))
-    assert company.EXAMPLE_SAMPLE <= len(features.read) <= company.EXAMPLE_SAMPLE + 1
+def test_images_are_told_by_their_files(tmp_path):
+    pytest.importorskip("PIL.Image")
+    from dfl.tasks.images import ImageFeatures
+    from dfl.tasks.tables import Table
+    for k in range(6):
+        (tmp_path / f"{k}.png").write_bytes(bytes([k] * 100))
+    names = [f"{k}.png" for k in range(6)]
+    features = ImageFeatures(names, np.zeros(6, np.int64), Table({}, "t", list(range(6)), tmp_path), None)
+    before = company.examples_digest(dataclasses.replace(split(), features=features))
+    sample = list(features.sources(200))
+    assert len(sample) == 6 + 2 and len(list(features.sources(600))) == 12  # the size of all, and as many bytes as allowed
+    (tmp_path / "4.png").write_bytes(bytes([4] * 99 + [5]))
+    assert company.examples_digest(dataclasses.replace(split(), features=features)) != before
+
+
+def test_what_changed_since_a_run_was_begun_is_named_with_its_place_and_both_digests():
+    here, there = contents(), contents(train=relabelled())
+    config = from_dict(CONFIG | {"data": {"source": "file", "train": "mine.csv"}})
+    company.check_contents(here, here, config, "runs/a")
+    company.check_contents({}, here, config, "runs/a")  # none were saved
+    with pytest.raises(ValueError) as refused:
+        company.check_contents(here, there, config, "runs/a")
+    name = "training labels"
+    assert str(refused.value).startswith(f"changed since 'runs/a' was begun: {name} of data.train = 'mine.csv' ({there[name]!r} now, "
+                                         f"{here[name]!r} then); ")
 
 
 def fail(error):

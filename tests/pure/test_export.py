@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import made_up_runs
 import numpy as np
 import pytest
 import tiny_models
@@ -193,7 +194,7 @@ def test_another_rank_is_the_best_of_that_rank_and_the_loss_is_told(root, tmp_pa
     save_file(tensors, adapter / "adapter_model.safetensors")
     settings |= {"use_rslora": rslora, "lora_alpha": 16, "rank_pattern": {odd: 6}, "alpha_pattern": {odd: 5}}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    sign_again(adapter.parent)
+    made_up_runs.sign(adapter.parent)
     before = products(adapter)
     for rank in (2, 8):
         capsys.readouterr()
@@ -220,12 +221,6 @@ def test_what_is_more_than_a_product_keeps_its_rank(root, tmp_path, capsys, adap
     dfl("export", tmp_path / "run", "--rank", 1, status=2)
     said = capsys.readouterr().err
     assert re.search(f"--rank 1: the adapter (holds .*magnitude|is of the kind '{kind}').*; allowed: plain LoRA", said)
-
-
-def sign_again(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {name: checkpoint._digest(folder / name) for name in manifest["sha256"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_half_types_are_said_to_be_rounded(run, tmp_path, capsys):

@@ -9,6 +9,7 @@ import signal
 import pytest
 import tiny_runs
 import yaml
+from made_up_runs import write_checkpoint
 
 from dfl import report
 from dfl.cli import main
@@ -136,9 +137,7 @@ def test_the_way_to_load_names_the_last_whole_checkpoint(tmp_path):
     run = write_run(tmp_path / "run", RECORDS)
     assert "no complete checkpoint" in report.closing_table(run)
     for rounds in (5, 10):
-        folder = run / "checkpoints" / f"round-{rounds:05}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"rounds": rounds, "sha256": {}}))
+        write_checkpoint(run, rounds)
     table = report.closing_table(run)
     assert f"adapters: {run}/checkpoints/round-00010/peer-*" in table and f"dfl eval {run}" in table
     assert f"PeftModel.from_pretrained(base_model, '{run}/checkpoints/round-00010/consensus')" in table
