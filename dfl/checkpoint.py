@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from dfl.adapters import ADAPTER, Adapted, Rows, bind
 from dfl.company import together
 from dfl.factors import a_view, b_view, join, join_rows
 from dfl.manifest import NAME, Manifest, UnreadableError, digest_of_file, folder_name, missing_adapter, read, verify
+from dfl.run_directory import keep_others, remove_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,11 @@ def folder_of(run: Path, rounds: int) -> Path:
 class Checkpointer:
     """Writes checkpoints of a run together with the other processes, and reads them for any number of processes."""
 
-    def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2, contents: Mapping[str, Any] | None = None):
-        """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint."""
-        self.run, self.transport, self.process, self.base_name, self.keep = run, transport, process, base_name, keep
+    def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2, contents: Mapping[str, Any] | None = None,
+                 guard: Callable[[], None] = lambda: None):
+        """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint. guard: called before
+        every write and removal, on every process; OSError where the run's folder is another run's."""
+        self.run, self.transport, self.process, self.base_name, self.keep, self.guard = run, transport, process, base_name, keep, guard
         self.contents = dict(contents or {})
 
     def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, rows: Rows, tensors: dict[str, Tensor],
@@ -99,9 +101,8 @@ class Checkpointer:
         """
         target = folder_of(self.run, rounds)
         draft = target.with_name(f".{target.name}.draft")
-        if self.process == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        num_peers = self.transport.agree(max(peers)) + 1  # and nobody writes before the old draft is gone
+        self._together(draft, target, lambda: self._discard(draft) if self.process == 0 else None)
+        num_peers = self.transport.agree(max(peers)) + 1
         self._together(draft, target, lambda: self._write(draft, adapted, peers, x, rows, tensors, consensus))
         self._together(draft, target, lambda: self._publish(draft, target, rounds, num_peers) if self.process == 0 else None)
         return target
@@ -118,10 +119,21 @@ class Checkpointer:
             together(self.transport, act)
         except OSError:
             if self.process == 0:
-                shutil.rmtree(draft, ignore_errors=True)
+                self._discard(draft, failed=True)
             raise
 
+    def _discard(self, draft: Path, failed: bool = False) -> None:
+        """failed: the folder may be another run's by now, and then the draft is as well."""
+        try:
+            self.guard()
+        except OSError:
+            if failed:
+                return
+            raise
+        remove_checkpoint(draft)
+
     def _write(self, draft: Path, adapted, peers, x, rows, tensors, consensus) -> None:
+        self.guard()
         draft.mkdir(parents=True, exist_ok=True)
         folders = [draft / f"peer-{peer}" for peer in peers]
         for row, folder in enumerate(folders):
@@ -133,6 +145,7 @@ class Checkpointer:
         state = {f"x.{peer}": x[row].clone().cpu() for row, peer in enumerate(peers)}
         state |= {name: value.detach().clone().contiguous().cpu() for name, value in tensors.items()}
         path = draft / f"state-{self.process}.safetensors"
+        self.guard()
         save_file(state, str(path))
         # all of it is on the disk before the manifest is, which says that it is there
         for written in (path, *(file for folder in folders for file in folder.iterdir()), *folders, draft):
@@ -152,19 +165,20 @@ class Checkpointer:
         (draft / NAME).write_text(Manifest(rounds, num_peers, self.contents, digests).text(), encoding="utf-8")
         _sync(draft / NAME)
         _sync(draft)
+        self.guard()
         if target.exists():  # never a moment without either of the two: `tidy` brings it back
-            shutil.rmtree(_aside(target), ignore_errors=True)
+            remove_checkpoint(_aside(target))
             os.replace(target, _aside(target))
         os.replace(draft, target)
         for folder in (target.parent, self.run):
             _sync(folder)
-        shutil.rmtree(_aside(target), ignore_errors=True)
+        _remove_aside(target)
         published = complete(self.run)
         # later rounds are left from before a return to an earlier checkpoint: the run has not come there yet
         later = [folder for folder in published if _rounds(folder) > rounds]
         for old in later + [folder for folder in published if folder not in later][:-self.keep]:
-            (old / NAME).unlink()  # first: half a folder is no checkpoint
-            shutil.rmtree(old)
+            self.guard()
+            remove_checkpoint(old)
 
 
 def _sync(path: Path) -> None:
@@ -184,14 +198,21 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.aside")
 
 
+def _remove_aside(target: Path) -> None:
+    """The checkpoint that `target` has replaced; what somebody else has put into it stays, in `target`."""
+    remove_checkpoint(_aside(target))
+    if _aside(target).is_dir():
+        keep_others(_aside(target), target)
+
+
 def tidy(run: Path) -> None:
     """Remove what a killed writer left behind, and put back what it had laid aside."""
     for draft in (run / "checkpoints").glob(".round-*.draft"):
-        shutil.rmtree(draft, ignore_errors=True)
+        remove_checkpoint(draft)
     for aside in (run / "checkpoints").glob(".round-*.aside"):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(".aside"))
         if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove_aside(target)
         else:
             os.replace(aside, target)
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-import shutil
+import os
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,20 @@ import yaml
 
 from dfl import partition
 from dfl.assemble import Loaded
-from dfl.checkpoint import choose
+from dfl.checkpoint import choose, complete
 from dfl.company import together
 from dfl.config import Config, from_dict, load
 from dfl.config.compare import described, differences
 from dfl.config.recipes import read_yaml
+from dfl.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
 from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
 from dfl.rounds import Run
+from dfl.run_directory import FILES, TRACKERS, clear, in_the_way, mark, marked, written
 from dfl.runtime import Runtime
 
-# a file system on a network may show within this time only what another machine has written
-SHARED_SECONDS = 30.0
+# so many of the files that --overwrite leaves are named
+MAX_NAMED = 10
 # more classes than this are not counted peer by peer
 MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
@@ -30,25 +34,75 @@ _FREE = {"device", "backend", "processes", "threads", "timeout", "report_to", "c
          "baseline"}
 
 
-def prepare(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from. Refuses a folder that holds another run before anything is touched."""
-    if resume:
-        found = choose(output, runtime.transport)
+def enter(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> tuple[Lease, Path | None]:
+    """The lease on the run's folder, which the caller gives back, and the checkpoint to go on from.
+
+    ValueError on all processes for a folder that holds another run, is in use, or holds files that are not a run's. Nothing in it
+    is changed yet.
+    """
+    first = runtime.place.rank == 0
+    together(runtime.transport, lambda: _refuse(config, output, resume, overwrite) if first and not owners(output) else None)
+    lease = hold(output, runtime.transport)
+    try:
+        together(runtime.transport, lambda: _refuse(config, output, resume, overwrite) if first else None)
+        found = choose(output, runtime.transport) if resume else None
         if found is not None:
-            together(runtime.transport, lambda: _check_continuation(config, output) if runtime.place.rank == 0 else None)
-        return found
-    together(runtime.transport, lambda: _make_room(config, output, overwrite) if runtime.place.rank == 0 else None)
-    return None
+            together(runtime.transport, lambda: _check_continuation(config, output) if first else None)
+    except BaseException:
+        lease.release()
+        raise
+    return lease, found
 
 
-def _make_room(config: Config, output: Path, overwrite: bool) -> None:
-    if (output / "recipe.yaml").exists() and not overwrite:
+def _refuse(config: Config, output: Path, resume: bool, overwrite: bool) -> None:
+    """ValueError unless a run may be put here. Only looks."""
+    ours, going = marked(output), ()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output = {config.output!r} is a file; a run needs a folder")
+    if output.name.startswith("baseline-") and marked(output.parent):
+        raise ValueError(f"output = {config.output!r} belongs to the run in {str(output.parent)!r}; give another --output")
+    if resume and (ours or complete(output)):
+        _refuse_baseline(config, output)
+        return
+    if overwrite and output.is_symlink():
+        raise ValueError(f"output = {config.output!r} is a symbolic link, and nothing is removed through one; give the folder itself, "
+                         f"{os.path.realpath(output)!r}")
+    if ours and not overwrite and in_the_way(output, FILES, ()):
         raise ValueError(f"output = {config.output!r} already holds a run; pass --resume to go on, --overwrite to replace it, "
                          "or another --output")
-    if overwrite and (output / "recipe.yaml").exists():
-        # the recipe is last: a start that is killed here leaves no checkpoints of which nobody knows the run
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        shutil.rmtree(output)
+    if ours and overwrite:
+        going = written(output)
+    _refuse_others(config, output, going)
+    _refuse_baseline(config, output, going)
+
+
+def _refuse_baseline(config: Config, output: Path, going: Iterable[Path] = ()) -> None:
+    folder = output / f"baseline-{config.baseline}"
+    if config.baseline and (going or not marked(folder) and not complete(folder)):
+        _refuse_others(config, folder, going)
+
+
+def _refuse_others(config: Config, folder: Path, going: Iterable[Path]) -> None:
+    found = in_the_way(folder, FILES, ("checkpoints", *(set(TRACKERS) & set(config.report_to))), going)
+    if found is None and folder.is_symlink() and folder != Path(config.output):
+        found = folder
+    if found is not None:
+        raise ValueError(f"output = {config.output!r}: {str(found)!r} is there, and no run is known to have made it, so it is neither "
+                         "replaced nor removed; give another --output, or move it away")
+
+
+def make_room(output: Path, new: bool, overwrite: bool, lease: Lease) -> None:
+    """The last step before a run writes: a marker, and for `overwrite` the files of the run that was there are removed."""
+    lease.check()
+    output.mkdir(exist_ok=True)
+    if overwrite and new and marked(output):
+        left = clear(output)
+        if left:
+            named = ", ".join(left[:MAX_NAMED]) + (f" and {len(left) - MAX_NAMED} more" if len(left) > MAX_NAMED else "")
+            print(f"dfl: left in {str(output)!r}, as the run before is not known to have written it: {named}", file=sys.stderr,
+                  flush=True)
+    if new or not marked(output):
+        mark(output)
 
 
 def _check_continuation(config: Config, output: Path) -> None:
@@ -72,27 +126,28 @@ def _begun_with(recipe: Path) -> dict:
                          + (f" (in {str(recipe)!r})" if str(recipe) not in str(error) else "")) from None
 
 
-def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool) -> "Recording":
+def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool, lease: Lease) -> "Recording":
     """A start that fails (a full disk, a tracker without an account) leaves nothing that looks like a run."""
     try:
-        return Recording(config, run, loaded, output, runtime)
+        return Recording(config, run, loaded, output, runtime, lease)
+    except LeaseLostError:  # what is there now is another run's
+        raise
     except (OSError, ValueError) as error:
         if new:
-            clear(output)
+            take_back(output, lease)
         if isinstance(error, OSError) and error.filename is None:  # a write does not say where, as an open does
             raise OSError(error.errno, error.strerror, str(output)) from error
         raise
 
 
-def clear(output: Path) -> None:
-    """Take away what a start has written."""
+def take_back(output: Path, lease: Lease) -> None:
+    """Remove what a start has written, and the folder where that was all (the lease removes what it has made itself)."""
+    lease.check()
     for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
         (output / name).unlink(missing_ok=True)
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
 
 
-def check_shared(output: Path, transport, new: bool) -> None:
+def check_shared(output: Path, transport, new: bool, lease: Lease) -> None:
     """ValueError on all processes unless all see what process 0 has just written: each will write its part of a checkpoint there."""
     path = output / "run.json"
     expected = transport.share(hashlib.sha256(path.read_bytes()).digest() if transport.rank == 0 else b"")[0]
@@ -109,15 +164,17 @@ def check_shared(output: Path, transport, new: bool) -> None:
         together(transport, see)
     except ValueError:
         if new and transport.rank == 0:
-            clear(output)
+            take_back(output, lease)
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, lease: Lease) -> None:
     """All or nothing: a process that is killed here leaves the file that was there before."""
+    lease.check()
     draft = path.with_name(f".{path.name}.draft")
     try:
         draft.write_text(text)
+        lease.check()
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -126,9 +183,9 @@ def write_whole(path: Path, text: str) -> None:
 class Recording:
     """What process 0 writes and prints."""
 
-    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime):
+    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, lease: Lease):
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_whole(output / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False), lease)
         shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
         # JSON is written last: a folder with a run.json is a run that has started
         self.primary = run.task.primary
@@ -137,8 +194,8 @@ class Recording:
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
                                        "contents": dict(loaded.contents)}
-        write_whole(output / "run.json", json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str))
-        self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0)
+        write_whole(output / "run.json", json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str), lease)
+        self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0, guard=lease.check)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
         self.console = Console(config.train.rounds, run.completed)
         if run.completed == 0:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -19,20 +20,23 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 class JsonLines:
     """Append-only `metrics.jsonl`, flushed line by line: what a killed run wrote is valid."""
 
-    def __init__(self, path: Path, keep_before: int | None = None):
-        """keep_before: drop the rounds from this one on (they are about to be run again), and any torn last line.
+    def __init__(self, path: Path, keep_before: int | None = None, guard: Callable[[], None] = lambda: None):
+        """keep_before: drop the rounds from this one on (they are about to be run again), and any torn last line. guard: called
+        before every write, raises where the file is another run's.
 
         OSError names the file.
         """
         if keep_before is not None and path.exists():
             kept = [line for line in read_lines(path) if line["round"] < keep_before]
-            replacement = path.with_suffix(".tmp")
+            guard()
+            replacement = path.with_name(f".{path.name}.draft")
             replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
             replacement.replace(path)
         # unbuffered: after a failed write nothing is left that close would try to write again
-        self._path, self._file = path, path.open("ab", buffering=0)
+        self._path, self._file, self._guard = path, path.open("ab", buffering=0), guard
 
     def write(self, record: dict) -> None:
+        self._guard()
         line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
         try:
             while line:  # a disk that fills up takes a part, and refuses the rest

@@ -12,7 +12,8 @@ from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, n
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_contents, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
-from dfl.folder import Recording, begin, check_shared, prepare
+from dfl.folder import Recording, begin, check_shared, enter, make_room
+from dfl.lease import Lease
 from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
 from dfl.report import closing_table
@@ -52,15 +53,30 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
     transport, output = runtime.transport, Path(config.output)
     check_secret(transport)
     check_company(transport, settings(config, resume=resume, overwrite=overwrite) | {"callbacks": list(map(name_of, callbacks))})
-    resumed_from = prepare(config, output, runtime, resume, overwrite)
+    lease, resumed_from = enter(config, output, runtime, resume, overwrite)
+    try:
+        return _train_held(config, runtime, topology, lease, resumed_from, resume, overwrite, callbacks)
+    finally:
+        if transport.rank == 0:
+            lease.release()
+
+
+def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resumed_from: Path | None, resume: bool, overwrite: bool,
+                callbacks: Sequence[Callback]) -> bool:
+    """The folder is ours."""
+    transport, output = runtime.transport, Path(config.output)
     loaded = together(transport, lambda: load(config, runtime.device))
     loaded = together(transport, lambda: _with_contents(loaded, topology))
     check_company(transport, loaded.contents)
-    finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks)
+    # as late as can be: a start that is refused for its data or its model leaves the run that was there
+    together(transport, lambda: make_room(output, resumed_from is None, overwrite, lease) if transport.rank == 0 else None)
+    finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks, lease)
     if finished and config.baseline:
         alone = _baseline(config)
         folder = Path(alone.output)
-        finished = _train_one(alone, runtime, loaded, topology, folder, choose(folder, transport) if resume else None, ())
+        before = choose(folder, transport) if resume else None
+        together(transport, lambda: make_room(folder, before is None, False, lease) if transport.rank == 0 else None)
+        finished = _train_one(alone, runtime, loaded, topology, folder, before, (), lease)
     if runtime.place.rank == 0 and own:  # also where only the baseline was stopped, which the table says
         print(closing_table(output), flush=True)
     return finished
@@ -79,18 +95,19 @@ def _baseline(config: Config) -> Config:
 
 
 def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None,
-               callbacks: Sequence[Callback]) -> bool:
+               callbacks: Sequence[Callback], lease: Lease) -> bool:
     first, new = runtime.place.rank == 0, resumed_from is None
     if not new:
         together(runtime.transport, lambda: check_contents(manifest.read(resumed_from).contents, loaded.contents, config, output))
     run = assemble(config, runtime, loaded, topology, resumed_from)
     if not new:
         together(runtime.transport, lambda: restore(run, resumed_from))
-    record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new) if first else None)
-    check_shared(output, runtime.transport, new)
+    record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new, lease) if first else None)
+    check_shared(output, runtime.transport, new, lease)
     saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep,
-                         loaded.contents)
+                         loaded.contents, lease.check)
     if first:
+        lease.check()
         (output / ENDED).unlink(missing_ok=True)
     watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
     stop, clock = StopSignal(), _clock(run)
@@ -99,7 +116,7 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
         finished = run_rounds(run, _hooks(run, saver, record, stop, watching, clock))
         if not finished and watching.asked_by:
             finished = True
-            together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by) if first else None)
+            together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by, lease) if first else None)
         watching.call("on_train_end")
     finally:
         stop.restore()
@@ -130,8 +147,9 @@ def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSi
     return Hooks(record_round, save_now, lambda: stop.received > 0 or watching.control.should_training_stop, clock.due)
 
 
-def _note_end(record: Recording, output: Path, rounds: int, callback: str) -> None:
+def _note_end(record: Recording, output: Path, rounds: int, callback: str, lease: Lease) -> None:
     """A run that a callback has ended is done, though it has not had all of its rounds."""
+    lease.check()
     (output / ENDED).write_text(json.dumps({"round": rounds, "callback": callback}))
     record.console.say(f"ended after round {rounds}, as {callback} asked; the state is saved")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from dfl.report import several, single
 from dfl.report.page import markdown, page
 from dfl.report.runs import RunData, choose_metric, read_all
+from dfl.run_directory import REPORT_MARK, made_by_report
 
 
 def write_report(folders: list[Path], output: Path | None = None, tables: Path | None = None, *, metric: str | None = None,
@@ -16,8 +17,8 @@ def write_report(folders: list[Path], output: Path | None = None, tables: Path |
         raise ValueError(f"target = {bad[0]} is no number to reach; allowed: finite numbers")
     runs, notes = read_all(folders)
     one_run = runs[0] if len(folders) == 1 and len(runs) == 1 and not notes else None
-    output = output or (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html"
-    tables = tables or output.with_suffix(".md")
+    output = output or _ours((Path(folders[0]) if len(folders) == 1 else Path()) / "report.html", "--output")
+    tables = tables or _ours(output.with_suffix(".md"), "--markdown")
     if output.is_dir() or tables.is_dir() or output.resolve() == tables.resolve():
         raise ValueError(f"output = {str(output)!r} and markdown = {str(tables)!r} must be two files")
     if one_run and baseline:
@@ -25,11 +26,19 @@ def write_report(folders: list[Path], output: Path | None = None, tables: Path |
     name, higher = choose_metric(runs, metric)
     targets = list(targets) or single.default_targets([r for run in runs for r in (run, run.baseline) if r], name, higher)
     parts = _one(one_run, name, higher, targets) if one_run else _many(folders, runs, notes, name, higher, baseline, targets)
-    texts = page(**parts), markdown(parts["title"], parts["lead"], parts["warnings"], parts["sections"])
+    tables_text = markdown(parts["title"], parts["lead"], parts["warnings"], parts["sections"])
+    texts = page(**parts), f"{tables_text}\n<!-- {REPORT_MARK} -->\n"
     for path, text in zip((output, tables), texts, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return [output, tables]
+
+
+def _ours(path: Path, option: str) -> Path:
+    """Without being asked, only a report is replaced."""
+    if path.is_file() and not made_by_report(path):
+        raise ValueError(f"{str(path)!r} is there, and was not {REPORT_MARK}; to replace it, name it with {option}")
+    return path
 
 
 def _one(run: RunData, metric: str, higher: bool, targets: list[float]) -> dict:
