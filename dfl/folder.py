@@ -1,11 +1,12 @@
 """The folder of a run: who may write into it, and what process 0 leaves there and prints."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ def enter(config: Config, output: Path, runtime: Runtime, resume: bool, overwrit
     """
     first = runtime.place.rank == 0
     together(runtime.transport, lambda: _refuse(config, output, resume, overwrite) if first and not owners(output) else None)
-    lease = hold(output, runtime.transport)
+    with naming(output):
+        lease = hold(output, runtime.transport)
     try:
         together(runtime.transport, lambda: _refuse(config, output, resume, overwrite) if first else None)
         found = choose(output, runtime.transport) if resume else None
@@ -94,7 +96,12 @@ def _refuse_others(config: Config, folder: Path, going: Iterable[Path]) -> None:
 def make_room(output: Path, new: bool, overwrite: bool, lease: Lease) -> None:
     """The last step before a run writes: a marker, and for `overwrite` the files of the run that was there are removed."""
     lease.check()
-    output.mkdir(exist_ok=True)
+    with naming(output):
+        output.mkdir(exist_ok=True)
+        _replace(output, new, overwrite)
+
+
+def _replace(output: Path, new: bool, overwrite: bool) -> None:
     if overwrite and new and marked(output):
         left = clear(output)
         if left:
@@ -126,17 +133,27 @@ def _begun_with(recipe: Path) -> dict:
                          + (f" (in {str(recipe)!r})" if str(recipe) not in str(error) else "")) from None
 
 
+@contextlib.contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """A failed write does not say where, as a failed open does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(output)) from error
+        raise
+
+
 def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool, lease: Lease) -> "Recording":
     """A start that fails (a full disk, a tracker without an account) leaves nothing that looks like a run."""
     try:
-        return Recording(config, run, loaded, output, runtime, lease)
+        with naming(output):
+            return Recording(config, run, loaded, output, runtime, lease)
     except LeaseLostError:  # what is there now is another run's
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
         if new:
             take_back(output, lease)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not say where, as an open does
-            raise OSError(error.errno, error.strerror, str(output)) from error
         raise
 
 

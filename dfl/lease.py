@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,17 +208,31 @@ def _see(lease: Lease) -> None:
 def acquiring(folder: Path) -> Iterator[Lease | None]:
     """None again and again while somebody is watched, then the lease. ValueError when a living run has it."""
     made: list[Path] = []
-    while True:
-        _make(folder / STATE, made)
-        found = owners(folder)
-        for owner in found:
-            yield from _outlast(folder, owner)
-        lease = _create(folder, found, tuple(made))
-        if lease is not None:
-            lease.beat()
-            yield lease
-            return
-        yield None
+    try:
+        while (lease := (yield from _try(folder, made))) is None:
+            yield None
+    except BaseException:
+        for inner in reversed(made):
+            _remove_if_empty(inner)
+        raise
+    lease.beat()
+    yield lease
+
+
+def _try(folder: Path, made: list[Path]) -> Generator[None, None, Lease | None]:
+    """None again and again, and then returns the lease, or None when others were faster."""
+    _make(folder / STATE, made)
+    found = owners(folder)
+    for owner in found:
+        yield from _outlast(folder, owner)
+    return _create(folder, found, tuple(made))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass
 
 
 def _make(folder: Path, made: list[Path]) -> None:

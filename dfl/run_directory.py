@@ -33,8 +33,11 @@ def mark(folder: Path, kind: str = "run") -> None:
     """Put a marker into a real directory of ours; one that is there gets a new number."""
     (folder / STATE).mkdir(exist_ok=True)
     draft = folder / STATE / "marker.draft"
-    draft.write_text(json.dumps({"made_by": "dfl", "kind": kind, "format": FORMAT, "id": secrets.token_hex(16)}))
-    draft.replace(folder / STATE / "marker.json")
+    try:
+        draft.write_text(json.dumps({"made_by": "dfl", "kind": kind, "format": FORMAT, "id": secrets.token_hex(16)}))
+        draft.replace(folder / STATE / "marker.json")
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def marked(folder: Path, kind: str = "run") -> bool:

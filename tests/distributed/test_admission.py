@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save
 from tiny_runs import StopAfter, adapter_digests, make_config, write_data
 
-from dfl import checkpoint, company, folder
+from dfl import checkpoint, company, folder, lease
 from dfl import config as configuration
 from dfl import running as training
 from dfl.record import read_lines
@@ -37,7 +37,7 @@ def config_of(root, output, **fields) -> dict:
 
 def worker(rank: int, trees: list[dict], resume: bool = False, stop_after: int = 0) -> str:
     """`train` with the tree of each process; what it says."""
-    folder.SHARED_SECONDS = 0.5
+    folder.SHARED_SECONDS = lease.SHARED_SECONDS = 0.5
     if stop_after:
         training.StopSignal = lambda: StopAfter(stop_after)
     try:
@@ -148,6 +148,8 @@ def test_a_process_that_does_not_see_the_chosen_checkpoint_says_so_and_all_leave
     tree = stopped(root, tmp_path / "here")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     shutil.rmtree(tmp_path / "there" / "checkpoints" / "round-00002")
+    shutil.rmtree(tmp_path / "there" / ".dfl")
+    (tmp_path / "there" / ".dfl").symlink_to(tmp_path / "here" / ".dfl")  # the lease is seen, as on a file system that lags behind
     before = (tmp_path / "here" / "metrics.jsonl").read_bytes()
     results = run_processes(worker, 2, [tree, tree | {"output": str(tmp_path / "there")}], True)
     all_say(results, "ValueError", "round-00002 has no readable manifest")
