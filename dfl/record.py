@@ -1,6 +1,7 @@
 """What a run leaves behind beside its adapters: JSON lines, a description of itself, a progress line, trackers."""
 
 import json
+import logging
 import math
 import platform
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dfl.jsonlines import rewind, scan
 from dfl.plugins import did_you_mean
 
+logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 
 
@@ -21,17 +24,14 @@ class JsonLines:
     """Append-only `metrics.jsonl`, flushed line by line: what a killed run wrote is valid."""
 
     def __init__(self, path: Path, keep_before: int | None = None, guard: Callable[[], None] = lambda: None):
-        """keep_before: drop the rounds from this one on (they are about to be run again), and any torn last line. guard: called
-        before every write, raises where the file is another run's.
+        """keep_before: drop the rounds from this one on (they are about to be run again), and any torn last line (dfl/jsonlines.py).
+        guard: called before every write, raises where the file is another run's.
 
         OSError names the file.
         """
         if keep_before is not None and path.exists():
-            kept = [line for line in read_lines(path) if line["round"] < keep_before]
             guard()
-            replacement = path.with_name(f".{path.name}.draft")
-            replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            replacement.replace(path)
+            rewind(path, keep_before)
         # unbuffered: after a failed write nothing is left that close would try to write again
         self._path, self._file, self._guard = path, path.open("ab", buffering=0), guard
 
@@ -58,14 +58,11 @@ def finite(value):
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a metrics file; a line torn by a kill is left out."""
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # no JSON, or bytes that are no text
-            break
-    return records
+    """The records of a metrics file. A line torn by a kill is left out; so is a damaged one, with a warning that names it."""
+    found = scan(path.read_bytes())
+    if found.problem:
+        logger.warning("dfl: WARNING: %s: %s", path.parent, found.problem)
+    return found.records
 
 
 def describe_run(config: dict, facts: dict) -> dict:

@@ -104,6 +104,7 @@ def run_frame(run: RunData | None, folder: Path, width: int = 80, height: int = 
     parts = [Text(str(folder), style="bold"), _bar(run, "")]
     parts += [_bar(run.baseline, "alone")] if run.baseline and run.baseline.records else []
     parts.append(Text(status_line(run, metric)))
+    parts += [Text(problem, style="yellow") for problem in run.problems]
     quiet = _quiet(run)
     if not ended(run) and quiet > SILENT:
         parts.append(Text(f"nothing new for {clock(quiet)}", style="yellow"))
@@ -304,7 +305,7 @@ def _between_frames() -> Iterator[threading.Event]:
 
 def lines(folder: Path, every: float) -> Iterator[str]:
     """A line for every evaluation of a run as it comes, or every change in a sweep, until all has ended."""
-    single, sweep, said = Reader(folder), SweepReader(folder), None
+    single, sweep, said, named = Reader(folder), SweepReader(folder), None, set()
     while True:
         if is_sweep(folder):
             entries = sweep.look()
@@ -312,6 +313,9 @@ def lines(folder: Path, every: float) -> Iterator[str]:
         else:
             run = single.look()
             text, over = _news(run, folder), ended(run)
+            for problem in [problem for problem in (run.problems if run and run.records else ()) if problem not in named]:
+                named.add(problem)
+                yield problem
         if text != said:
             said = text
             yield text

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from dfl.callbacks import ENDED
-from dfl.record import read_lines
+from dfl.jsonlines import scan
 
 # metrics that fall as a model gets better, for runs that do not say it themselves
 FALLING = {"loss", "perplexity"}
@@ -99,17 +99,16 @@ def _recipe(folder: Path) -> dict:
 
 
 def read_records(path: Path, problems: list[str] | None = None) -> list[dict]:
-    """The rounds of a metrics file; what is torn or no round is left out and named in `problems`."""
+    """The rounds of a metrics file; what is damaged is left out and named in `problems`, also a last line that a kill has torn."""
     problems = [] if problems is None else problems
     try:
-        found, lines = read_lines(path), sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+        found = scan(path.read_bytes())
     except OSError:
         problems.append("metrics.jsonl is not there: no round was recorded")
         return []
-    records = [r for r in found if isinstance(r, dict) and type(r.get("round")) is int]
-    if len(found) < lines or len(records) < len(found):
-        problems.append(f"metrics.jsonl: {len(records)} of {lines} lines could be read, the others are torn")
-    return records
+    problems += [found.problem] if found.problem else []
+    problems += ["the last line of metrics.jsonl is torn, as by a kill, and is left out"] if found.torn else []
+    return found.records
 
 
 def read_all(folders: list[Path]) -> tuple[list[RunData], list[str]]:

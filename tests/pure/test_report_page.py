@@ -143,6 +143,11 @@ def torn(run):
     path.write_bytes(path.read_bytes() + b'{"round": 5, "ev')
 
 
+def damaged(run):
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'\n{"', b'\n}"', 1))
+
+
 def unreadable(run):
     (run / "run.json").write_text("{")
     (run / "recipe.yaml").write_text(": [")
@@ -154,7 +159,8 @@ BROKEN = {
     "before the first round": (FINISHED[:1], None, ["unfinished, 0 of 9 rounds", "No round has been recorded"]),
     "one round": ([record(1, [0.5, 0.25])], None, ["unfinished, 1 of 9 rounds", "0.3750"]),
     "unfinished": (FINISHED, None, ["This run is not finished: unfinished, 4 of 9 rounds."]),
-    "torn": (FINISHED, torn, ["5 of 6 lines could be read, the others are torn"]),
+    "torn": (FINISHED, torn, ["the last line of metrics.jsonl is torn, as by a kill, and is left out"]),
+    "a damaged line": (FINISHED, damaged, ["line 2 of metrics.jsonl cannot be read (damaged) and is left out", "round 4"]),
     "nothing but lines": (FINISHED, unreadable, ["run.json is missing or damaged", "recipe.yaml is missing or damaged", "0.8000"]),
     "not finite": ([record(1, [None, 0.5], train_loss={"mean": None, "min": 1.0, "max": None}, train_loss_peers=[None, 1.0],
                            measures={"cross_term": None})], None, ["–", "0.5000", "The mean accuracy over peers was never finite"]),
