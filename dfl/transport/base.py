@@ -11,13 +11,14 @@ Inboxes = dict[int, dict[int, Tensor]]  # for each hosted peer, the messages of 
 
 
 class Transport(Protocol):
-    """Moves encoded messages along the edges of a round. Counts its bytes: `wire_bytes` of messages with their headers
-    between processes, `control_bytes` of what it tells other processes beside them (flags, rows for measures)."""
+    """Moves encoded messages along the edges of a round. Counts the bytes that it sends to other processes, headers included."""
 
     rank: int  # which of how many processes this is
     size: int
-    wire_bytes: int
-    control_bytes: int
+    wire_bytes: int  # of the messages of peers
+    control_bytes: int  # of what processes agree on and tell each other: flags, texts, digests
+    gathered_bytes: int  # of rows for measures, evaluation, records and checkpoints
+    most: int  # a longer message is refused where its size is announced
     run: int  # a number that all processes of a run share; a message of another run is refused
     round: int | None  # the round at work, for messages of errors
 

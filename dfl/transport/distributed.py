@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dfl.transport import frames
 from dfl.transport.base import Inboxes, Outbox, hosting
 from dfl.transport.notes import GRACE, Note, Notes
 
-_MAGIC = b"DFLg"
-# magic, version, number of messages, run, round, bytes of the whole buffer
-_HEADER = struct.Struct("<4sHHQQQ")
 _ENTRY = struct.Struct("<IIQ")  # peer, tag: what kind of numbers the message holds, bytes
-_VERSION = 1
+# what a transfer is, for its frames and for errors
+_EXCHANGE, _SIZES, _TABLE, _TOLD, _ROWS = "exchange", "announcement of sizes", "agreement", "what process 0 tells", "gathering of rows"
+MOST = 2**31  # bytes of a message, unless a run knows better
 
 
 class TagError(TypeError, ConnectionError):
@@ -38,17 +38,17 @@ class Distributed:
         self.hosted = self.hosts[self.rank]
         self.process_of = {peer: process for process, peers in enumerate(self.hosts) for peer in peers}
         self.device, self.wire, self.run = device, wire, run % 2**64
-        self.timeout, self.round = timeout, None
+        self.timeout, self.round, self.most = timeout, None, MOST
         self.names = ["not told"] * self.size
         store = dist.distributed_c10d._get_default_store()
         self.notes = Notes(store, self.rank, _address(store))
         self._holds_store = self.rank == 0 and self.notes.address is not None
-        self.wire_bytes = 0
-        self.control_bytes = 0
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self.wire_bytes = self.control_bytes = self.gathered_bytes = 0
+        self._buffers: dict[tuple[str, str, int], Tensor] = {}
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
-        """Deliver messages along `edges` (sender, receiver). ConnectionError names who has gone or was silent for `timeout` s.
+        """Deliver messages along `edges` (sender, receiver). ConnectionError names who has gone, was silent for `timeout` s, or sent
+        what is not the expected message, whole and of this round.
 
         size: bytes of every message, known to both ends; None: they differ, and every pair of processes announces them first.
         tag: 32 bits for what kind of numbers the messages hold; TypeError names the processes that do not agree on it.
@@ -61,30 +61,39 @@ class Distributed:
         else:
             sizes = dict.fromkeys(self.process_of, size)
         sent = {q: self._pack(t, outbox, peers, q, tag) for q, peers in outgoing.items()}
-        received = {q: self._buffer("received", q, _buffer_bytes([sizes[peer] for peer in peers])) for q, peers in incoming.items()}
-        self.wire_bytes += self._transfer("exchange", sent, received)
+        expected = {q: _places([sizes[peer] for peer in peers])[-1][1] for q, peers in incoming.items()}
+        received = self._move(_EXCHANGE, sent, expected)
+        self.wire_bytes += _total(sent)
         arrived = dict(outbox)
         for q, peers in incoming.items():
-            arrived |= self._unpack(t, q, received[q], {peer: sizes[peer] for peer in peers}, tag)
+            arrived |= self._unpack(q, received[q], {peer: sizes[peer] for peer in peers}, tag)
         inboxes: Inboxes = {peer: {} for peer in self.hosted}
         for sender, receiver in edges:
             if receiver in inboxes:
                 inboxes[receiver][sender] = arrived[sender]
         return inboxes
 
-    def _buffer(self, kind: str, process: int, num_bytes: int) -> Tensor:
-        """The first bytes of a buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB."""
-        kept = self._buffers.get((kind, process))
-        if kept is None or len(kept) < num_bytes:
-            kept = self._buffers[kind, process] = torch.empty(num_bytes, dtype=torch.uint8, device=self.wire)
+    def _buffer(self, use: str, what: str, process: int, num_bytes: int, device: torch.device) -> Tensor:
+        """A buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB."""
+        kept = self._buffers.get((use, what, process))
+        if kept is None or len(kept) < num_bytes or kept.device != device:
+            self._buffers[use, what, process] = kept = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return kept[:num_bytes]
 
     def _announce(self, outbox: Outbox, outgoing: dict[int, list[int]], incoming: dict[int, list[int]]) -> dict[int, int]:
         """The sizes of the messages that are coming, by peer."""
         sent = {q: torch.tensor([len(outbox[peer]) for peer in peers], device=self.wire) for q, peers in outgoing.items()}
         received = {q: torch.empty(len(peers), dtype=torch.int64, device=self.wire) for q, peers in incoming.items()}
-        self.wire_bytes += self._transfer("announcement of sizes", sent, received)
-        return {peer: size for q, peers in incoming.items() for peer, size in zip(peers, received[q].tolist(), strict=True)}
+        self.wire_bytes += self._transfer(_SIZES, sent, received)
+        sizes = {peer: size for q, peers in incoming.items() for peer, size in zip(peers, received[q].tolist(), strict=True)}
+        for peer, size in sizes.items():
+            self._check_size(self.process_of[peer], size)
+        return sizes
+
+    def _check_size(self, process: int, size: int) -> None:
+        """Before memory is asked for."""
+        if not 0 <= size <= self.most:
+            raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self._when()}; allowed: up to {self.most}")
 
     def _lists(self, edges) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By other process: my peers it needs, and its peers I need. Each peer once, ascending: no byte is sent twice."""
@@ -100,24 +109,17 @@ class Distributed:
 
     def _pack(self, t: int, outbox: Outbox, peers: list[int], process: int, tag: int) -> Tensor:
         sizes = [len(outbox[peer]) for peer in peers]
-        total = _buffer_bytes(sizes)
-        buffer = self._buffer("sent", process, total)
-        head = _HEADER.pack(_MAGIC, _VERSION, len(peers), self.run, t, total)
-        head += b"".join(_ENTRY.pack(peer, tag, size) for peer, size in zip(peers, sizes, strict=True))
-        buffer[:len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        total = _places(sizes)[-1][1]
+        frame = self._buffer("sent", _EXCHANGE, process, total, self.wire)
+        entries = b"".join(_ENTRY.pack(peer, tag, size) for peer, size in zip(peers, sizes, strict=True))
+        frame[frames.HEADER:frames.HEADER + len(entries)] = torch.frombuffer(bytearray(entries), dtype=torch.uint8)
         for peer, (start, stop) in zip(peers, _places(sizes), strict=True):
-            buffer[start:stop] = outbox[peer]
-        return buffer
+            frame[start:stop] = outbox[peer]
+        return frames.seal(frame, frames.Label(_EXCHANGE, self.rank, self.run, t))
 
-    def _unpack(self, t: int, process: int, buffer: Tensor, sizes: dict[int, int], tag: int) -> dict[int, Tensor]:
-        raw = bytes(buffer[:_HEADER.size + _ENTRY.size * len(sizes)].cpu().numpy())
-        found = _HEADER.unpack_from(raw)
-        expected = (_MAGIC, _VERSION, len(sizes), self.run, t, len(buffer))
-        for name, got, want in zip(("magic", "version", "messages", "run", "round", "bytes"), found, expected, strict=True):
-            if got != want:
-                raise ConnectionError(f"{self.describe(process)} sent a message with {name} = {got!r} {self._when()}; "
-                                      f"expected {want!r}")
-        entries = [_ENTRY.unpack_from(raw, _HEADER.size + _ENTRY.size * k) for k in range(len(sizes))]
+    def _unpack(self, process: int, inside: Tensor, sizes: dict[int, int], tag: int) -> dict[int, Tensor]:
+        raw = bytes(inside[:_ENTRY.size * len(sizes)].cpu().numpy())
+        entries = list(_ENTRY.iter_unpack(raw))
         if [(peer, size) for peer, _, size in entries] != list(sizes.items()):
             raise ConnectionError(f"{self.describe(process)} sent messages (peer, tag, bytes) {entries} {self._when()}; "
                                   f"expected peers and bytes {sizes}")
@@ -125,26 +127,32 @@ class Distributed:
             if found_tag != tag:
                 raise TagError(f"{self.describe(process)} sent peer {peer}'s message with tag {found_tag:#x} {self._when()}; process "
                                f"{self.rank} expected {tag:#x}: they do not agree on what kind of numbers a message holds")
-        body = buffer.to(self.device)
-        return {peer: body[start:stop] for peer, (start, stop) in zip(sizes, _places(list(sizes.values())), strict=True)}
+        body, places = inside.to(self.device), _places(list(sizes.values()))
+        return {peer: body[start - frames.HEADER:stop - frames.HEADER] for peer, (start, stop) in zip(sizes, places, strict=True)}
+
+    def _label(self, what: str, sender: int) -> frames.Label:
+        return frames.Label(what, sender, self.run, self.round)
 
     def agree(self, value: int) -> int:
         return int(self._table(torch.tensor([value])).max())
 
     def share(self, data: bytes) -> list[bytes]:
         sizes = self._table(torch.tensor([len(data)]))[:, 0].tolist()
+        for process, size in enumerate(sizes):
+            self._check_size(process, size)
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
         return [bytes(row[:size].numpy()) for row, size in zip(self._table(mine), sizes, strict=True)]
 
     def spread(self, data: bytes) -> bytes:
         size = int(self._table(torch.tensor([len(data)]))[0])
+        self._check_size(0, size)
         if self.rank:
             found = torch.empty(size, dtype=torch.uint8)
-            self._transfer("what process 0 tells", {}, {0: found}, patience=2)
+            self._transfer(_TOLD, {}, {0: found}, patience=2)
             return bytes(found.numpy())
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        self.control_bytes += self._transfer("what process 0 tells", dict.fromkeys(range(1, self.size), mine), {})
+        self.control_bytes += self._transfer(_TOLD, dict.fromkeys(range(1, self.size), mine), {})
         return data
 
     def _table(self, mine: Tensor) -> Tensor:
@@ -154,37 +162,63 @@ class Distributed:
         who is missing is known, as it would not be after an all-reduce, in which everybody waits for a neighbour that waits.
         """
         rows = mine.new_empty(self.size, len(mine))
-        what, others = "agreement", range(1, self.size)
+        others = range(1, self.size)
         if self.rank:
-            self.control_bytes += self._transfer(what, {0: mine}, {0: rows}, patience=2)
+            self.control_bytes += self._transfer(_TABLE, {0: mine}, {0: rows}, patience=2)
         else:
             rows[0] = mine
-            self._transfer(what, {}, {q: rows[q] for q in others})
-            self.control_bytes += self._transfer(what, dict.fromkeys(others, rows), {})
+            self._transfer(_TABLE, {}, {q: rows[q] for q in others})
+            self.control_bytes += self._transfer(_TABLE, dict.fromkeys(others, rows), {})
         return rows
 
     def gather(self, rows: Tensor) -> Tensor | None:
         """Rows (P, D) of every process to process 0, as (N, D) in peer order."""
         mine = rows.to(self.wire).contiguous()
         if self.rank != 0:
-            self.control_bytes += self._transfer("gathering of rows", {0: mine}, {}, patience=2)
+            self.gathered_bytes += self._transfer(_ROWS, {0: mine}, {}, patience=2)
             return None
         parts = [mine] + [mine.new_empty(len(peers), rows.shape[1]) for peers in self.hosts[1:]]
-        self._transfer("gathering of rows", {}, dict(enumerate(parts[1:], 1)))
+        self._transfer(_ROWS, {}, dict(enumerate(parts[1:], 1)))
         return torch.cat(parts).to(rows.device)
 
     def _transfer(self, what: str, sent: dict[int, Tensor], received: dict[int, Tensor], patience: float = 1) -> int:
-        """All sends and receives of a step together, other processes in ascending order at both ends; the bytes sent.
+        """Tensors in frames of their own, those received written in place; the bytes sent. A tensor for several is sealed once."""
+        sealed: dict[int, Tensor] = {}
+        for q, tensor in sent.items():
+            if id(tensor) not in sealed:
+                total = frames.HEADER + tensor.nbytes
+                frame = self._buffer("sent", what, q, total, tensor.device)
+                frame[frames.HEADER:] = tensor.contiguous().view(-1).view(torch.uint8)
+                sealed[id(tensor)] = frames.seal(frame, self._label(what, self.rank))
+        outgoing = {q: sealed[id(tensor)] for q, tensor in sent.items()}
+        expected = {q: frames.HEADER + tensor.nbytes for q, tensor in received.items()}
+        device = next((tensor.device for tensor in (*sent.values(), *received.values())), self.wire)
+        for q, inside in self._move(what, outgoing, expected, patience, device).items():
+            received[q].copy_(inside.view(received[q].dtype).view(received[q].shape))
+        return _total(outgoing)
 
-        ConnectionError names the processes that have gone, or were not there within `patience` times the time-out.
+    def _move(self, what: str, sent: dict[int, Tensor], expected: dict[int, int], patience: float = 1,
+              device: torch.device | None = None) -> dict[int, Tensor]:
+        """All frames of a step together, other processes in ascending order at both ends; the contents of those received.
+
+        expected: the bytes of the frame from each process. ConnectionError names the processes that have gone, or were not there
+        within `patience` times the time-out, or the one that sent something else.
         """
         started, limit = time.monotonic(), patience * self.timeout
-        tensors = [*sent.values(), *received.values()]
-        move = _move_on_gpu if any(tensor.is_cuda for tensor in tensors) else _move_on_cpu
-        missing = move(sent, received, started + limit)
+        device = device or self.wire
+        received = {q: frames.expect(self._buffer("received", what, q, frames.room(size, device), device), size)
+                    for q, size in expected.items()}
+        move = _move_on_gpu if device.type == "cuda" else _move_on_cpu
+        missing = move(sent, received, started + limit) if sent or received else []
         if missing:
             raise self._lost(missing, what, time.monotonic() - started, limit)
-        return sum(tensor.nbytes for tensor in sent.values())
+        found = {}
+        for q, size in expected.items():
+            try:
+                found[q] = frames.contents(received[q], size, self._label(what, q))
+            except frames.FrameError as error:
+                raise ConnectionError(f"{self.describe(q)} sent {error}, {self._when()} ({what})") from None
+        return found
 
     def _lost(self, missing: list[int], what: str, seconds: float, limit: float) -> ConnectionError:
         """What happened, as far as the notes of the other processes explain it."""
@@ -285,13 +319,13 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _places(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Where messages of these sizes lie in a buffer, after the header."""
-    places, start = [], _aligned(_HEADER.size + _ENTRY.size * len(sizes))
+    """Where messages of these sizes lie in a frame, after the header and the entries."""
+    places, start = [], _aligned(frames.HEADER + _ENTRY.size * len(sizes))
     for size in sizes:
         places.append((start, start + size))
         start += _aligned(size)
     return places
 
 
-def _buffer_bytes(sizes: Sequence[int]) -> int:
-    return _places(sizes)[-1][1]
+def _total(tensors: dict[int, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

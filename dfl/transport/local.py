@@ -13,6 +13,8 @@ class InProcess:
     rank, size = 0, 1
     wire_bytes = 0
     control_bytes = 0
+    gathered_bytes = 0
+    most = 0
     run = 0
     round: int | None = None
 

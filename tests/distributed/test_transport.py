@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_processes
 
 import topologies
 from dfl import codecs, rules
 from dfl.factors import empty_rows, make_layout
 from dfl.gossip import gossip
-from dfl.transport import Distributed, InProcess, edges_of, hosting
+from dfl.transport import Distributed, InProcess, edges_of, frames, hosting
 
 pytestmark = pytest.mark.distributed
 NUM_PEERS, ROUNDS = 7, 6
@@ -87,7 +88,7 @@ def test_bytes_are_what_the_edges_need(codec):
             a, b = ([p for p, peers in enumerate(hosts) if peer in peers][0] for peer in (sender, receiver))
             if a != b:
                 pairs.setdefault((a, b), set()).add(sender)
-        expected += sum(32 + 16 * len(senders) + len(senders) * size for senders in pairs.values())
+        expected += sum(frames.HEADER + 16 * len(senders) + len(senders) * size for senders in pairs.values())
     assert sum(sent for sent, _ in results) == expected
 
 
@@ -172,3 +173,60 @@ def test_hosting_is_even_and_refuses_more_processes_than_peers():
     assert [list(r) for r in hosting(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
     with pytest.raises(ValueError, match="peers = 3 is fewer than the 4 processes"):
         hosting(3, 4)
+
+
+# -- a process that speaks the wire format and lies --------------------------------------------------------------------
+
+LIES = {"cut": lambda frame: frame[:-8].clone(),  # what lies behind it in the receiver's buffer is from the round before
+        "long": lambda frame: torch.cat([frame, frame[:16]]), "twice": lambda frame: torch.cat([frame, frame]),
+        "empty": lambda frame: frame[:0].clone(), "old": lambda frame: frame[:frames.HEADER].clone(),
+        "changed": lambda frame: torch.cat([frame[:-1], frame[-1:] ^ 1]),
+        "header": lambda frame: torch.cat([frame[:12] ^ 1, frame[12:]])}
+SAID = {"cut": "digest is not that of its 152 bytes", "long": "longer than it says (152 bytes)", "twice": "longer than it says",
+        "empty": "with round = 1; expected 2", "old": "digest is not that of its 152 bytes", "changed": "digest is not that of",
+        "header": "magic"}
+
+
+def lying_worker(rank: int) -> dict[str, str]:
+    """What process 0 says to each lie of process 1 in a second round. An honest round comes first."""
+    said = {}
+    for lie, change in LIES.items():
+        transport = cpu_transport(2, run=7)
+        pack, said[lie] = transport._pack, "accepted"
+        for t in (0, 1):
+            if rank == 1 and t == 1:
+                transport._pack = lambda *given, pack=pack, change=change: change(pack(*given))
+            message = torch.arange(88, dtype=torch.uint8) + 100 * t + rank
+            try:
+                inbox = transport.exchange(t, {rank: message}, [(0, 1), (1, 0)], 88)[rank]
+                assert inbox[1 - rank].tolist() == (torch.arange(88, dtype=torch.uint8) + 100 * t + 1 - rank).tolist()
+            except ConnectionError as error:
+                said[lie] = str(error)
+    return said
+
+
+def test_what_is_not_the_message_it_says_it_is_ends_in_an_error_that_names_the_sender():
+    said, honest = run_processes(lying_worker, 2)
+    for lie, part in SAID.items():
+        assert said[lie].startswith("process 1 (peer 1, ") and part in said[lie] and "in round 2" in said[lie], (lie, said[lie])
+    assert set(honest.values()) == {"accepted"}
+
+
+def lying_size_worker(rank: int, size: int) -> str:
+    transport = cpu_transport(2, timeout=2.0)
+    transport.most = 1000
+    transfer = transport._transfer
+    if rank == 1:
+        transport._transfer = lambda what, sent, *rest: transfer(what, {q: t.fill_(size) for q, t in sent.items()}, *rest)
+    try:
+        transport.exchange(0, {rank: torch.zeros(12, dtype=torch.uint8)}, [(0, 1), (1, 0)], None)
+    except ConnectionError as error:
+        dist.destroy_process_group()
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("size", [2**40, 1001, -1])
+def test_no_memory_is_asked_for_what_cannot_be_a_message(size):
+    said = run_processes(lying_size_worker, 2, size)[0]
+    assert said.startswith(f"process 1 (peer 1, host not told) announced {size} bytes in round 1; allowed: up to 1000")
