@@ -190,7 +190,7 @@ class HostedPeers:
             for row in rows:
                 self.generators[row].manual_seed(derive(self.seed, "local", self.ids[row], t))
             # what draws from the global generator (stochastic depth) must not depend on the hosting either
-            torch.manual_seed(derive(self.seed, "global", self.ids[rows[0]], t))
+            _seed_global(derive(self.seed, "global", self.ids[rows[0]], t), self.device)
             with executor.bound(self.adapted, self.rows(), self.factor_gradients, rows, _groups(trains)) as forward:
                 for k in range(max(map(self.steps, rows))):
                     active = [row for row in rows if k < self.steps(row)]
@@ -300,6 +300,14 @@ class HostedPeers:
                 on = value if key == "step" and self.device.type == "cpu" else value.to(self.device)
                 self.optimizer.state.setdefault(parameter, {})[key] = on.clone()
         self._active = last_trained
+
+
+def _seed_global(seed: int, device: torch.device) -> None:
+    """torch.manual_seed; on the CPU without the seeds of all other kinds of device, each of which keeps a trace of its caller."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _groups(trains: frozenset[str]) -> frozenset[str]:
