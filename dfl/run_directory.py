@@ -30,9 +30,9 @@ _CHECKPOINT = re.compile(r"round-\d+|\.round-\d+\.(draft|aside)")
 
 
 def mark(folder: Path, kind: str = "run") -> None:
-    """Put a marker into a real directory of ours; one that is there gets a new number."""
-    (folder / STATE).mkdir(exist_ok=True)
-    draft = folder / STATE / "marker.draft"
+    """Put a marker into a directory of ours; one that is there gets a new number."""
+    (folder / STATE).mkdir(parents=True, exist_ok=True)
+    draft = folder / STATE / f"marker-{secrets.token_hex(8)}.draft"  # the tasks of a sweep may do this at once
     try:
         draft.write_text(json.dumps({"made_by": "dfl", "kind": kind, "format": FORMAT, "id": secrets.token_hex(16)}))
         draft.replace(folder / STATE / "marker.json")
@@ -59,7 +59,7 @@ def is_plain_name(name) -> bool:
 
 def inside(folder: Path, path: Path) -> bool:
     """Whether `path` is a file, or a link itself, reached from `folder` through real directories only."""
-    parts = path.relative_to(folder).parts
+    parts = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
     if not parts or ".." in parts:
         return False
     parents = [folder.joinpath(*parts[:k]) for k in range(1, len(parts))]
@@ -71,7 +71,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     manifest = folder / "manifest.json"
     names = _named(manifest)
     if names is None:
-        names = [name for name in _below(folder) if _LAYOUT.fullmatch(name)]
+        names = [name for name in below(folder) if _LAYOUT.fullmatch(name)]
     return [path for path in (manifest, *(folder / name for name in names)) if not path.is_symlink() and inside(folder, path)]
 
 
@@ -84,12 +84,12 @@ def _named(manifest: Path) -> list[str] | None:
     return [name for name in names if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and name]
 
 
-def _below(folder: Path) -> list[str]:
+def below(folder: Path) -> list[str]:
     """Everything below a folder that is no directory, links not followed, as relative names."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
         if path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{name}" for name in _below(path)]
+            found += [f"{path.name}/{name}" for name in below(path)]
         else:
             found.append(path.name)
     return found
@@ -125,7 +125,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def keep_others(old: Path, new: Path) -> None:
     """Move what is left in a checkpoint that was replaced to the one in its place, and remove its directory."""
-    for name in _below(old):
+    for name in below(old):
         target = new / name
         if not target.exists() and not target.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def written(run: Path) -> list[Path]:
         if marked(folder):
             found += [*written(folder), folder / STATE / "marker.json"]
     for name, pattern in TRACKERS.items():
-        found += [run / name / below for below in _below(run / name) if re.fullmatch(pattern, below)]
+        found += [run / name / below for below in below(run / name) if re.fullmatch(pattern, below)]
     found += [run / name for name in REPORTS if made_by_report(run / name)]
     found += [run / f".{name}.draft" for name in FILES] + [run / name for name in FILES]
     return [path for path in found if inside(run, path) and (not path.is_symlink() or path.relative_to(run).parts[0] == "wandb")]
@@ -182,7 +182,7 @@ def others(run: Path, ours: Iterable[Path]) -> list[str]:
 def _is_empty_own(run: Path, path: Path) -> bool:
     """A directory that a killed run has left without a file in it."""
     own = path == run / "checkpoints" or path.parent == run / "checkpoints" and _CHECKPOINT.fullmatch(path.name)
-    return bool(own) and path.is_dir() and not path.is_symlink() and not _below(path)
+    return bool(own) and path.is_dir() and not path.is_symlink() and not below(path)
 
 
 def clear(run: Path) -> list[str]:

@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import secrets
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dfl import targets, tasks
@@ -12,6 +13,7 @@ from dfl.config import Config
 from dfl.export import card, merging, push, ranks
 from dfl.folder import read_config
 from dfl.report import align
+from dfl.run_directory import below, inside, keep_others, others, remove
 from dfl.targets import ABOUT, ADAPTER_CONFIG
 from dfl.tasks import embedded
 
@@ -54,15 +56,16 @@ def export(run: Path, wish: Wish, overrides=()) -> Exported:
     checkpoint = targets.choose_checkpoint(run, wish.rounds)
     adapter = targets.adapter_of(checkpoint, wish.peer)
     output = wish.output or run / "exports" / _name(checkpoint, wish)
-    _check_output(output, wish.overwrite)
+    earlier = _check_output(output, wish.overwrite)
+    if wish.push and output.exists() and others(output, earlier):
+        raise ValueError(f"--output {str(output)!r} also holds {others(output, earlier)[0]!r}, which would be uploaded; give another "
+                         "--output, or move it away")
     base = base_name(record["facts"]["base"], config.model.name, wish)
-    draft = output.absolute().with_name(f".{output.absolute().name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    # a name that nobody else has: this folder is removed as it is
+    draft = output.absolute().with_name(f".{output.absolute().name}.{secrets.token_hex(8)}.draft")
     try:
         facts = _write(draft, wish, config, record, run, checkpoint, adapter, base)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(draft, output)
+        _replace(output, draft, earlier)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return Exported(output, facts, push.upload(output, wish.push, wish.private) if wish.push else None)
@@ -86,14 +89,45 @@ def _name(checkpoint: Path, wish: Wish) -> str:
     return "-".join(parts + ([f"rank{wish.rank}"] if wish.rank else []) + (["merged"] if wish.merge else []))
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Only an earlier export is ever replaced, and only on request."""
+def _check_output(output: Path, overwrite: bool) -> list[Path]:
+    """The files of the export that will be replaced. Only an earlier export is ever replaced, and only on request."""
+    if output.is_symlink():
+        raise ValueError(f"--output {str(output)!r} is a symbolic link, and nothing is replaced through one; give the folder itself")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
+        return []
     if not (output / ABOUT).is_file():
         raise ValueError(f"--output {str(output)!r} exists and is no export; give another folder")
     if not overwrite:
         raise ValueError(f"--output {str(output)!r} holds an export already; pass --overwrite to replace it, or another --output")
+    try:
+        about = targets.read_json(output / ABOUT)
+        names = about["files"] if about["made_by"] == "dfl" else None
+        return [path for path in (output / name for name in names) if inside(output, path) and not path.is_symlink()]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--output {str(output)!r}: its {ABOUT} does not say which files the export has written, so none is removed; "
+                         "give another --output") from None
+
+
+def _replace(output: Path, draft: Path, earlier: list[Path]) -> None:
+    """Give the new folder its name. What else lay in the old one moves into it. ValueError where both have a file of that name."""
+    if not output.exists():
+        os.replace(draft, output)
+        return
+    new, ours = set(below(draft)), {path.relative_to(output).as_posix() for path in earlier}
+    taken = new.union(*map(_parents, new))
+    both = [name for name in below(output) if name not in ours and (name in taken or not new.isdisjoint(_parents(name)))]
+    if both:
+        raise ValueError(f"--output {str(output)!r}: {both[0]!r} is there, and the earlier export has not written it, so it is not "
+                         "replaced; give another --output, or move it away")
+    aside = draft.with_suffix(".aside")
+    os.replace(output, aside)
+    os.replace(draft, output)
+    remove(aside, [aside / path.relative_to(output) for path in earlier])
+    keep_others(aside, output)
+
+
+def _parents(name: str) -> set[str]:
+    return {parent.as_posix() for parent in PurePosixPath(name).parents}
 
 
 def base_name(used: str, written: str, wish: Wish) -> str:
@@ -130,8 +164,9 @@ def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run:
         merging.save_processor(processor, draft)
     rounds = int(checkpoint.name.removeprefix("round-"))
     facts = card.Facts(config, record, run, rounds, wish.peer, _origin(adapter), base, settings, losses, merged, wish.push)
-    (draft / ABOUT).write_text(json.dumps(_about(config, names, facts), indent=1))
     (draft / "README.md").write_text(card.render(facts), encoding="utf-8")
+    written = sorted({ABOUT, *(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())})
+    (draft / ABOUT).write_text(json.dumps(_about(config, names, facts) | {"files": written}, indent=1))
     return facts
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from dfl.config.aliases import ALIASES
 from dfl.config.compare import described, differences
 from dfl.config.recipes import number
 from dfl.config.schema import plain
+from dfl.run_directory import is_plain_name, mark
+from dfl.sweep import clearing
 from dfl.sweep.grid import Sweep, with_output
 from dfl.sweep.names import names
 
@@ -62,7 +64,7 @@ def _manifest(folder: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-        if all({"index", "name", "fields"} <= set(run) and Path(run["name"]).name == run["name"] for run in manifest["runs"]):
+        if all({"index", "name", "fields"} <= set(run) and is_plain_name(run["name"]) for run in manifest["runs"]):
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
@@ -123,7 +125,10 @@ def plan(sweep: Sweep, *, overwrite: bool = False) -> list[SweepRun]:
     """
     folder = sweep.output
     fresh = names([{key: cell.given[key] for key in sweep.axes if key in cell.given} for cell in sweep.cells], sweep.axes)
-    earlier = None if overwrite else _manifest(folder)
+    earlier = _manifest(folder)
+    if earlier is not None and overwrite:
+        clearing.check(folder, [run["name"] for run in earlier["runs"]])
+        earlier = None
     if (folder / "recipe.yaml").exists():
         raise ValueError(f"output = {str(folder)!r} already holds a run; give the sweep a folder of its own")
     kept: dict[str, str] = {}
@@ -202,13 +207,13 @@ def _filled(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(sweep: Sweep, runs: list[SweepRun], *, overwrite: bool = False) -> None:
     """Put the manifest into the sweep's folder. `overwrite` removes the runs of an earlier one."""
-    folder = sweep.output
-    earlier = _manifest(folder) if overwrite else None
-    for run in earlier["runs"] if earlier else []:
-        shutil.rmtree(folder / run["name"], ignore_errors=True)
-    if earlier:
-        shutil.rmtree(folder / "logs", ignore_errors=True)
-        shutil.rmtree(folder / "recipes", ignore_errors=True)
+    folder, earlier = sweep.output, _manifest(sweep.output)
+    if earlier is None:
+        mark(folder, "sweep")
+    elif overwrite:
+        left = clearing.begin_again(folder, [run["name"] for run in earlier["runs"]])
+        if left:
+            print(f"dfl: left in {str(folder)!r}, as no run is known to have written it: {', '.join(left)}", file=sys.stderr)
     listed = [{"index": run.index, "name": run.name, "fields": run.fields, "output": str(run.output)} for run in runs]
     _write(folder / MANIFEST, json.dumps({"axes": sweep.axes, "runs": listed, "recipe": plain(sweep.base)}, indent=1, default=str))
 

@@ -1,8 +1,10 @@
 """What is exported is what was evaluated: by stock transformers and PEFT, with the code of the card, and through `dfl eval`."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import made_up_runs
 import numpy as np
@@ -284,6 +286,62 @@ def test_an_export_is_replaced_on_request_only(run, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err and "consensus model of the 4" in card(tmp_path / "out").text
     dfl("export", run, "--peer", 0, "--output", tmp_path / "out", "--overwrite")
     assert "own model of peer 0" in card(tmp_path / "out").text
+
+
+def everything(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_replaced_export_keeps_what_somebody_else_has_put_there(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    dfl("export", run, "--merge", "--output", out)
+    merged = everything(out).keys()
+    for name in ("notes.txt", "base_config/mine.json", "plots/loss.pdf"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    dfl("export", run, "--output", out, "--overwrite")
+    fresh = tmp_path / "fresh"
+    dfl("export", run, "--output", fresh)
+    assert "model.safetensors" in merged - everything(out).keys()
+    assert everything(out) == everything(fresh) | dict.fromkeys(("notes.txt", "base_config/mine.json", "plots/loss.pdf"), b"mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+
+
+def test_no_file_of_a_user_is_replaced_or_uploaded_with_an_export(run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    dfl("export", run, "--output", out)
+    (out / "config.json").write_text("mine")  # which a merged model has, too
+    before = everything(out)
+    dfl("export", run, "--merge", "--output", out, "--overwrite", status=2)
+    assert "'config.json' is there" in capsys.readouterr().err and everything(out) == before
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    dfl("export", run, "--output", out, "--overwrite", "--push", "me/it", "--base", "someone/tiny-bert", status=2)
+    assert "'config.json', which would be uploaded" in capsys.readouterr().err and everything(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("about", ['{"made_by": "dfl"}', '{"made_by": "another", "files": ["README.md"]}', "[]", "no JSON"])
+def test_a_folder_that_does_not_say_what_an_export_wrote_is_left(run, tmp_path, capsys, about):
+    (tmp_path / "dfl.json").write_text(about)
+    (tmp_path / "README.md").write_text("mine")
+    before = everything(tmp_path)
+    dfl("export", run, "--output", tmp_path, "--overwrite", status=2)
+    assert "does not say which files" in capsys.readouterr().err and everything(tmp_path) == before
+
+
+def test_an_export_replaces_nothing_through_a_link_or_outside(run, tmp_path, capsys):
+    dfl("export", run, "--output", tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    before = everything(tmp_path / "out")
+    dfl("export", run, "--output", tmp_path / "link", "--overwrite", status=2)
+    assert "symbolic link" in capsys.readouterr().err and everything(tmp_path / "out") == before
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".out.draft").mkdir()
+    (tmp_path / ".out.draft" / "mine").write_text("mine")
+    about = json.loads((tmp_path / "out" / "dfl.json").read_text())
+    (tmp_path / "out" / "dfl.json").write_text(json.dumps(about | {"files": [*about["files"], "../mine", str(tmp_path / "mine")]}))
+    dfl("export", run, "--output", tmp_path / "out", "--overwrite")
+    assert (tmp_path / "mine").read_text() == (tmp_path / ".out.draft" / "mine").read_text() == "mine"
 
 
 class Hub:

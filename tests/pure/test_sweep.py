@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import pytest
 import tiny_runs
 import yaml
 
+from dfl import lease
 from dfl import sweep as sweeps
 from dfl.cli import main
 from dfl.config.recipes import parse_overrides, set_field
 from dfl.sweep import local
 from dfl.sweep.names import names
+from dfl.transport import InProcess
 
 
 @pytest.fixture(scope="module")
@@ -357,3 +360,71 @@ def test_an_array_job_is_submitted_with_what_was_given(root, tmp_path, monkeypat
     assert [run.state for run in sweeps.read(tmp_path / "out")] == ["waiting"] * 3
     (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\necho "invalid partition" >&2\nexit 1\n')
     assert sweep(*words) == 1 and "invalid partition" in capsys.readouterr().err
+
+
+# -- what --overwrite takes away -------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../x", "/etc", "{absolute}"])
+def test_a_sweep_json_cannot_name_what_lies_elsewhere(root, tmp_path, capsys, name):
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
+    assert sweep(path, "--index", 0) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    listed = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    listed["runs"][1]["name"] = name.replace("{absolute}", str(tmp_path / "mine"))
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(listed))
+    before = everything(tmp_path)
+    for more in ([], ["--overwrite"], ["--index", 1]):
+        assert sweep(path, *more) == 2
+        assert "is not the manifest of a sweep" in capsys.readouterr().err and everything(tmp_path) == before
+
+
+def test_a_sweep_begins_again_beside_a_users_files(root, tmp_path, capsys):
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
+    out = tmp_path / "out"
+    assert sweep(path, "--index", 0) == 0 and sweep(path, "--index", 1) == 0
+    mine = {"notes.md": "mine", "logs/thoughts.txt": "mine", "seed=1/plots/loss.pdf": "mine", "third/recipe.yaml": "mine"}
+    for name, text in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    planned = sweeps.load(path)
+    sweeps.write(planned, sweeps.plan(planned, overwrite=True), overwrite=True)
+    assert everything(out).keys() == {*mine, "sweep.json", ".dfl/marker.json", "seed=1/.dfl/marker.json"}
+    assert "left in" in (said := capsys.readouterr().err) and "seed=1/plots/" in said
+    assert sweep(path, "--index", 1) == 0 and (out / "seed=1/plots/loss.pdf").exists()
+
+
+def test_nothing_is_removed_where_no_sweep_has_put_its_marker(root, tmp_path, capsys):
+    """A folder with a sweep.json of somebody, a link, and a run that is no run."""
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
+    assert sweep(path, "--index", 0) == 0
+    out = tmp_path / "out"
+    shutil.rmtree(out / "seed=0" / ".dfl")
+    planned = sweeps.load(path)
+    kept = everything(out / "seed=0")
+    sweeps.write(planned, sweeps.plan(planned, overwrite=True), overwrite=True)
+    assert everything(out / "seed=0") == kept  # the run refuses it then
+    shutil.rmtree(out / ".dfl")
+    before = everything(out)
+    assert sweep(path, "--overwrite") == 2
+    assert "carries no marker" in capsys.readouterr().err and everything(out) == before
+    out.rename(tmp_path / "real")
+    out.symlink_to(tmp_path / "real")
+    assert sweep(path, "--overwrite") == 2
+    assert "symbolic link" in capsys.readouterr().err and everything(tmp_path / "real") == before
+
+
+def test_a_sweep_whose_run_is_at_work_is_not_begun_again(root, tmp_path, capsys):
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
+    assert sweep(path, "--index", 0) == 0 and sweep(path, "--index", 1) == 0
+    held = lease.hold(tmp_path / "out" / "seed=1", InProcess())
+    before = everything(tmp_path / "out")
+    assert sweep(path, "--overwrite") == 2
+    assert f"in use by another run: process {os.getpid()}" in capsys.readouterr().err
+    assert everything(tmp_path / "out") == before
+    held.release()
