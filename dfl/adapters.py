@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -20,6 +20,7 @@ from dfl.ranks import Ranks
 from dfl.rules.cores import fold
 
 ADAPTER = "default"
+CORES = ("sb", "ravan")  # adapters that train cores between frozen bases
 _PEFT_TASKS = {"sequence_classification": peft.TaskType.SEQ_CLS, "causal_lm": peft.TaskType.CAUSAL_LM}
 
 
@@ -98,13 +99,25 @@ class Rows(NamedTuple):
                     None if self.scale is None else self.scale[index:index + 1])
 
 
-def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], seed: int,
-           ranks_for: Callable[[int | None], Ranks | None]) -> Adapted:
-    """Put an adapter on `model` and freeze the rest. A ~ U(-1/sqrt(I), 1/sqrt(I)) from `seed`, B = 0, or as lora.start says.
+class Fitted(NamedTuple):
+    """An adapter on a model before any of its numbers is chosen: its layers, the ranks of the peers and the layout of their rows.
 
-    ranks_for(sum of I + O over the adapted layers): the ranks of the peers. The head modules become part of the saved adapter,
-    trained or not: a head that was drawn at random has to travel with it. ValueError when a name in `lora.targets` matches
-    nothing, or something that is not linear.
+    head: (name, module, parameter name, parameter) of what is trained of the head; shapes: of its tensors.
+    """
+
+    model: peft.PeftModel
+    layers: list[tuple[str, nn.Module]]
+    ranks: Ranks
+    layout: Layout
+    head: list
+    shapes: list
+
+
+def fit(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str],
+        ranks_for: Callable[[int | None], Ranks | None]) -> Fitted:
+    """Put an adapter on `model`, which may lie on the meta device and have no numbers, and freeze the rest; arguments as of `attach`.
+
+    ValueError when a name in `lora.targets` matches nothing, or something that is not linear.
     """
     linear = _linear_names(model)
     known = ranks_for(None)
@@ -121,7 +134,17 @@ def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence
     head = _head_parameters(wrapped, head_modules) if lora.head != "frozen" else []
     shapes = [(name, p.shape) for name, _, _, p in head]
     magnitudes = [(name, (o,)) for name, _, _, o, _ in specs] if lora.adapter == "dora" else []
-    layout = make_layout(specs, shapes, magnitudes)
+    return Fitted(wrapped, layers, ranks, make_layout(specs, shapes, magnitudes), head, shapes)
+
+
+def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], seed: int,
+           ranks_for: Callable[[int | None], Ranks | None]) -> Adapted:
+    """Put an adapter on `model` and freeze the rest. A ~ U(-1/sqrt(I), 1/sqrt(I)) from `seed`, B = 0, or as lora.start says.
+
+    ranks_for(sum of I + O over the adapted layers): the ranks of the peers. The head modules become part of the saved adapter,
+    trained or not: a head that was drawn at random has to travel with it. ValueError as of `fit`.
+    """
+    wrapped, layers, ranks, layout, head, shapes = fit(model, lora, task, head_modules, ranks_for)
     sites = tuple(_site(module, layout, index) for index, (_, module) in enumerate(layers))
     for site in sites:
         if lora.adapter != "hira":
@@ -215,14 +238,18 @@ def _start(layout: Layout, sites: Sequence[Site], head: list, seed: int) -> Tens
 
 def _with_cores(adapted: Adapted, lora: LoraConfig, shapes, head: list, seed: int) -> Adapted:
     """Cores between frozen bases in place of the factors, for the adapters that train those."""
-    if lora.adapter not in ("sb", "ravan"):
+    if lora.adapter not in CORES:
         return adapted
-    heads = lora.heads if lora.adapter == "ravan" else 1
-    made = cores.make_cores(adapted.layout, shapes, heads=heads, scaled=lora.adapter == "ravan", seed=seed)
+    made = cores.make_cores(adapted.layout, shapes, **core_options(lora), seed=seed)
     row = cores.start(made)
     for (_, _, _, parameter), tensor in zip(head, made.layout.head, strict=True):
         head_view(row, tensor).copy_(parameter.detach())
     return adapted._replace(layout=made.layout, start=row, cores=made)
+
+
+def core_options(lora: LoraConfig) -> dict[str, Any]:
+    """How many cores a layer has, and whether each has a trained scale."""
+    return {"heads": lora.heads if lora.adapter == "ravan" else 1, "scaled": lora.adapter == "ravan"}
 
 
 def start_of(adapted: Adapted, peer: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dfl import codecs, executors, partition, ranks, rules, tasks
+from dfl import codecs, executors, memory, partition, ranks, rules, tasks
 from dfl.adapters import Adapted, attach
 from dfl.beside import with_residual, with_start
 from dfl.checkpoint import UnreadableError, read_state
@@ -49,6 +49,9 @@ class Loaded(NamedTuple):
 
 def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
+    memory.check_peers(config)
+    lookup("model.task", tasks.TASKS, config.model.task)
+    lookup("data.source", tasks.SOURCES, config.data.source)
     rules.check(config.rule.name, config.rule.params)
     for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank"), ("weights", "model.name"),
                          ("peers", "peers"), ("rank", "lora.rank")):
@@ -98,11 +101,30 @@ def data_seed(config: Config) -> int:
     return config.seed if config.data_seed is None else config.data_seed
 
 
-def load(config: Config, device: torch.device) -> Loaded:
-    """Read data and model, split the data, attach LoRA."""
-    bundle = tasks.load(config.model, config.data, seed=derive(config.seed, "head"), data_seed=data_seed(config))
-    parts = partition.build(config.partition.name, bundle.train.labels, config.peers, seed=derive(data_seed(config), "partition"),
-                            columns=bundle.train.columns, label_names=bundle.train.label_names, **config.partition.params)
+class Examples(NamedTuple):
+    """The data of a run, encoded, and which of its training examples each peer has."""
+
+    prepared: tasks.Prepared
+    parts: list
+
+
+def read_examples(config: Config) -> Examples:
+    """Read and divide the data; no weights."""
+    prepared = tasks.prepare(config.model, config.data, data_seed=data_seed(config))
+    train = prepared.train
+    return Examples(prepared, divide(config, train.labels, train.columns, train.label_names))
+
+
+def divide(config: Config, labels: np.ndarray, columns, label_names) -> list:
+    """The training examples of each peer."""
+    return partition.build(config.partition.name, labels, config.peers, seed=derive(data_seed(config), "partition"),
+                           columns=columns, label_names=label_names, **config.partition.params)
+
+
+def load(config: Config, device: torch.device, examples: Examples | None = None) -> Loaded:
+    """Read data (unless they are given) and model, split the data, attach LoRA."""
+    prepared, parts = examples or read_examples(config)
+    bundle = tasks.with_weights(prepared, config.model, seed=derive(config.seed, "head"))
     by = config.partition.params.get("column") if config.partition.name == "column" else None
     return adapt(config, bundle, parts, device)._replace(own=own_distributions(bundle.train, bundle.valid, parts, by))
 

@@ -1,5 +1,6 @@
 """Users' own hooks in a run, in the manner of transformers' TrainerCallback: they see every round, and may end the run."""
 
+import ast
 import copy
 import os
 import sys
@@ -7,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from dfl.plugins import did_you_mean
@@ -161,13 +163,59 @@ def load_callbacks(references: Sequence[str], given: Sequence = ()) -> list[Call
     return loaded
 
 
-def find(reference: str) -> type:
-    """The class that `package.module:Class` names. ValueError where there is none."""
+def _split(reference: str) -> tuple[str, str]:
+    """Module and class of `package.module:Class`, which may lie in the working directory."""
     module_name, _, class_name = reference.partition(":")
     if not module_name or not class_name.isidentifier():
         raise ValueError(f"callbacks = {reference!r} names no class; allowed: package.module:Class")
     if os.getcwd() not in sys.path:  # as `python -m dfl` has it, the command `dfl` has not
         sys.path.insert(0, os.getcwd())
+    return module_name, class_name
+
+
+def locate(reference: str) -> Path | None:
+    """The file that `package.module:Class` names, which is looked into but not executed; None where it is no Python source.
+
+    ValueError, in the words of `find`, for a module that is not there or does not define the class.
+    """
+    module_name, class_name = _split(reference)
+    spec, where = None, None
+    for depth in range(len(parts := module_name.split("."))):
+        spec = PathFinder.find_spec(name := ".".join(parts[:depth + 1]), where)
+        if spec is None:
+            if name in sys.builtin_module_names:
+                return None
+            raise ValueError(f"callbacks = {reference!r}: the module cannot be imported: ModuleNotFoundError: No module named "
+                             f"{name!r}")
+        where = spec.submodule_search_locations
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    try:
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, OSError, ValueError) as error:
+        raise ValueError(f"callbacks = {reference!r}: the module cannot be imported: {_where(error)}") from error
+    names = _defined(tree)
+    if names is not None and class_name not in names:
+        raise ValueError(f"callbacks = {reference!r}: the module has no {class_name!r}{did_you_mean(class_name, names)}")
+    return Path(spec.origin)
+
+
+def _defined(tree: ast.Module) -> set[str] | None:
+    """The names that a module may have; None where they cannot be told without running it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return None if names & {"*", "__getattr__", "globals"} else names
+
+
+def find(reference: str) -> type:
+    """The class that `package.module:Class` names. ValueError where there is none."""
+    module_name, class_name = _split(reference)
     try:
         module = import_module(module_name)
     except Exception as error:  # whatever somebody's module does when it is read

@@ -31,8 +31,8 @@ class Cores(NamedTuple):
         return found[0], (found[1] if self.scaled else None)
 
 
-def make_cores(lora: Layout, head, *, heads: int, scaled: bool, seed: int) -> Cores:
-    """Cores for the layers of `lora`, with bases drawn from `seed`. ValueError for a rank that the heads do not divide."""
+def core_layout(lora: Layout, head, *, heads: int, scaled: bool) -> Layout:
+    """The layout of cores for the layers of `lora`. ValueError for a rank that the heads do not divide, or a layer cannot hold."""
     shapes = []
     for pair in lora.pairs:
         if pair.rank % heads:
@@ -44,11 +44,17 @@ def make_cores(lora: Layout, head, *, heads: int, scaled: bool, seed: int) -> Co
         shapes.append((pair.name, (heads, size, size)))
         if scaled:
             shapes.append((_SCALES + pair.name, (heads,)))
+    return make_layout((), head, cores=shapes)
+
+
+def make_cores(lora: Layout, head, *, heads: int, scaled: bool, seed: int) -> Cores:
+    """Cores for the layers of `lora`, with bases drawn from `seed`. ValueError as of `core_layout`."""
+    layout = core_layout(lora, head, heads=heads, scaled=scaled)
     bases, generator = torch.zeros(lora.size), torch.Generator().manual_seed(seed)
     for pair in lora.pairs:
         a_view(bases, pair).copy_(_orthonormal(pair.d_in, pair.rank, generator).mT)
         b_view(bases, pair).copy_(_orthonormal(pair.d_out, pair.rank, generator))
-    return Cores(lora, make_layout((), head, cores=shapes), bases, heads, scaled)
+    return Cores(lora, layout, bases, heads, scaled)
 
 
 def _orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:

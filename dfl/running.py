@@ -16,6 +16,7 @@ from dfl.folder import Recording, begin, check_shared, enter, make_room
 from dfl.lease import Lease
 from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
+from dfl.preflight import ready
 from dfl.report import closing_table
 from dfl.rounds import Hooks, Run, gather_models, run_rounds
 from dfl.runtime import Runtime, StopSignal, Worker, start
@@ -65,7 +66,7 @@ def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resume
                 callbacks: Sequence[Callback]) -> bool:
     """The folder is ours."""
     transport, output = runtime.transport, Path(config.output)
-    loaded = together(transport, lambda: load(config, runtime.device))
+    loaded = together(transport, lambda: load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0]))
     loaded = together(transport, lambda: _with_contents(loaded, topology))
     check_company(transport, loaded.contents)
     # as late as can be: a start that is refused for its data or its model leaves the run that was there

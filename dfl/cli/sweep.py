@@ -30,7 +30,7 @@ def run(args, overrides: list[str]) -> int:
         raise ValueError(f"--index {args.index} is not allowed; the sweep has runs 0 to {len(sweep.cells) - 1}")
     resources = sweeps.Resources(1 if args.jobs is None else args.jobs, args.processes, args.retries)
     resources.check()
-    sweeps.check(sweep, indices, args.processes or 1)
+    sweeps.check(sweep, indices, args.processes or 1, execute=not args.dry_run)
     runs = sweeps.plan(sweep, overwrite=args.overwrite)
     command = sweeps.array_command(len(runs), args.sweep, overrides, args.sbatch, args.jobs) if args.slurm else []
     if args.dry_run:

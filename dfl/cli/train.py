@@ -8,22 +8,19 @@ OVERRIDES = True
 
 def add(parser) -> None:
     parser.add_argument("recipe", type=path, nargs="?", help="a YAML file; without one, the defaults")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check all that needs no weights, print the resolved recipe and its memory, and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output, if any")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
 
 
 def run(args, overrides: list[str]) -> int:
-    from dfl import config
+    from dfl import config, memory
     resolved = config.load(args.recipe, overrides)
+    memory.check_peers(resolved)  # before seconds of imports
     if args.dry_run:
-        import yaml
-
-        from dfl.assemble import check
-        from dfl.callbacks import load_callbacks
-        check(resolved)
-        load_callbacks(resolved.callbacks)
-        print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
+        from dfl.dryrun import dry_run
+        print(dry_run(resolved), end="")
         return 0
     from dfl.running import train
     return train(resolved, resume=args.resume, overwrite=args.overwrite, spread=True)

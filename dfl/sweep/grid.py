@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfl import assemble
-from dfl.callbacks import load_callbacks
+from dfl.callbacks import load_callbacks, locate
 from dfl.config import Config, resolve
 from dfl.config.aliases import ALIASES, apply, own_names
 from dfl.config.recipes import number, parse_overrides, read_yaml
@@ -194,17 +194,20 @@ def describe(given: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value!r}" for key, value in given.items()) or "as the recipe says"
 
 
-def check(sweep: Sweep, indices: Iterable[int] | None = None, processes: int = 1) -> None:
+def check(sweep: Sweep, indices: Iterable[int] | None = None, processes: int = 1, *, execute: bool = True) -> None:
     """Refuse the first cell that cannot run, in so many processes: everything that can be told before a model is loaded.
 
-    ValueError names its fields.
+    execute: also import the callbacks that recipes name, which is to run their code. ValueError names the cell's fields.
     """
     located: set[str] = set()
     for index in range(len(sweep.cells)) if indices is None else indices:
         cell = sweep.cells[index]
         try:
             assemble.check(cell.config)
-            load_callbacks(cell.config.callbacks)
+            for reference in cell.config.callbacks:
+                locate(reference)
+            if execute:
+                load_callbacks(cell.config.callbacks)
             hosting(cell.config.peers, processes)
             _check_files(cell.config, located)
         except ValueError as error:

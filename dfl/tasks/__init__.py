@@ -1,7 +1,7 @@
 """Models and data: what is fine-tuned on what. `load` is all that the loop needs."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from dfl.tasks.images import ImageClassification
 from dfl.tasks.language import CausalLM
 from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
 
-__all__ = ["SOURCES", "TASKS", "Bundle", "Split", "Task", "describe", "load", "load_file", "load_model", "load_processor"]
+__all__ = ["SOURCES", "TASKS", "Bundle", "Prepared", "Split", "Task", "describe", "load", "load_file", "load_model",
+           "load_processor", "prepare", "read_tables", "with_weights"]
 
 TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM, ImageClassification)}
 SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load, "hub": hub.load}
@@ -25,6 +26,18 @@ def describe(table: Mapping[str, Callable] = TASKS) -> dict[str, str]:
     return {name: first_line(entry) for name, entry in table.items()}
 
 
+class Prepared(NamedTuple):
+    """All of a bundle that needs no weights: the examples, encoded; the model's configuration and its tokenizer or image processor."""
+
+    kind: type
+    source: models.Source
+    config: Any
+    processor: Any
+    train: Split
+    valid: Split
+    facts: dict[str, Any]
+
+
 def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0) -> Bundle:
     """The frozen model with tokenised examples.
 
@@ -32,11 +45,23 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
     different seeds share their examples. ValueError names the field, the value and what is allowed; data problems come
     first, then the model's configuration, and the weights are read last.
     """
-    kind = lookup("model.task", TASKS, model.task)
+    return with_weights(prepare(model, data, data_seed=data_seed), model, seed=seed)
+
+
+def prepare(model: ModelConfig, data: DataConfig, *, data_seed: int = 0) -> Prepared:
+    """What `load` does before it reads weights, and every ValueError that comes from there."""
     source = models.locate(model)
+    kind, names, tables, facts = read_tables(model, data, data_seed=data_seed)
+    return _encoded(kind, source, model, data, names, tables, facts)
+
+
+def read_tables(model: ModelConfig, data: DataConfig, *,
+                data_seed: int = 0) -> tuple[type, list[str], tuple[Table, Table], dict[str, Any]]:
+    """The task, the labels, the raw examples to train on and to evaluate on, and facts; the model is not looked at."""
+    kind = lookup("model.task", TASKS, model.task)
     train, valid, facts = read_data(kind, data, data_seed)
     names = label_names(train, data.label) if kind.labelled else []
-    return _bundle(kind, source, model, data, names, divide(train, valid, data, data_seed), seed, facts)
+    return kind, names, divide(train, valid, data, data_seed), facts
 
 
 def load_file(model: ModelConfig, data: DataConfig, names: list[str], file: str, *, seed: int) -> Bundle:
@@ -48,7 +73,7 @@ def load_file(model: ModelConfig, data: DataConfig, names: list[str], file: str,
     source = models.locate(model)
     table = files.read(file, "file")
     kind.check(table, data)
-    return _bundle(kind, source, model, data, names, (table,), seed, {})
+    return with_weights(_encoded(kind, source, model, data, names, (table,), {}), model, seed=seed)
 
 
 def load_processor(model: ModelConfig, data: DataConfig, names: list[str]) -> tuple[Any, Any]:
@@ -72,20 +97,25 @@ def _processor(kind: type, source: models.Source, model: ModelConfig, data: Data
     return config, models.read_image_processor(model, source)
 
 
-def _bundle(kind: type, source: models.Source, model: ModelConfig, data: DataConfig, names: list[str],
-            tables: tuple[Table, ...], seed: int, facts: dict[str, Any]) -> Bundle:
+def _encoded(kind: type, source: models.Source, model: ModelConfig, data: DataConfig, names: list[str],
+             tables: tuple[Table, ...], facts: dict[str, Any]) -> Prepared:
     """The tables, encoded, as the train and the validation split; a single table stands as both."""
     labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64) for t in tables]
     config, processor = _processor(kind, source, model, data, names)
     splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns, t.lines)
               for t, y in zip(tables, labels, strict=True)]
-    train, valid = splits[0], splits[-1]
     if kind.modality == "text":
         models.check_ids(model, config, processor.pad_token_id, [f for split in splits for f in split.features])
-    net, head, model_facts = models.read_weights(model, source, config, kind.auto_class, seed)
-    facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": names,
-             "num_train": len(train), "num_valid": len(valid), **facts}
-    return Bundle(net, processor, train, valid, kind.build(processor), head, source.name, facts)
+    return Prepared(kind, source, config, processor, splits[0], splits[-1], facts)
+
+
+def with_weights(ready: Prepared, model: ModelConfig, *, seed: int) -> Bundle:
+    """The bundle, with the weights that are read now. `seed` draws those of a new head."""
+    kind, source, train, valid = ready.kind, ready.source, ready.train, ready.valid
+    net, head, model_facts = models.read_weights(model, source, ready.config, kind.auto_class, seed)
+    facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": train.label_names,
+             "num_train": len(train), "num_valid": len(valid), **ready.facts}
+    return Bundle(net, ready.processor, train, valid, kind.build(ready.processor), head, source.name, facts)
 
 
 def read_data(kind: type, data: DataConfig, data_seed: int) -> tuple[Table, Table | None, dict[str, Any]]:

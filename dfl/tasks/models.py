@@ -41,18 +41,20 @@ def locate(model: ModelConfig) -> Source:
     return Source(model.name, False)
 
 
+def folder_of(source: Source) -> Path | None:
+    """The model's folder, here or in the hub's cache; None where it was not downloaded yet."""
+    if source.local:
+        return Path(source.name)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def weight_bytes(model: ModelConfig) -> int | None:
     """Bytes of the model's weight files, here or in the hub's cache; None where they were not downloaded yet."""
-    source = locate(model)
-    folder = Path(source.name)
-    if not source.local:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(source.name, "config.json")
-        if not isinstance(found, str):
-            return None
-        folder = Path(found).parent
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None
+    folder = folder_of(locate(model))
+    return folder and (sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None)
 
 
 def _check_folder(model: ModelConfig, path: Path) -> None:

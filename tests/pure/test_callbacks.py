@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+import yaml
 
 import dfl
 from dfl import sweep as sweeps
@@ -178,19 +179,43 @@ def test_a_recipe_names_callbacks_of_the_working_directory(root, tmp_path, hooks
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["round"] == 4
 
 
-@pytest.mark.parametrize("reference, parts", [
+BAD = [
     ("hooks", ["'hooks' names no class", "package.module:Class"]), (":Half", ["names no class"]), ("{hooks}:", ["names no class"]),
     ("no_such_module:Half", ["'no_such_module:Half'", "cannot be imported", "No module named 'no_such_module'"]),
-    ("{hooks}_torn:Half", ["cannot be imported", "No module named 'nothing_of_that_name'", "_torn.py, line 1"]),
-    ("{hooks}:Hlaf", ["has no 'Hlaf' (did you mean 'Half'?)"]), ("{hooks}:Other", ["is no subclass of dfl.Callback"]),
-    ("{hooks}:NeedsMore", ["cannot be made without arguments", "path"])])
-@pytest.mark.parametrize("words", [(), ("--dry-run",)])
-def test_a_bad_reference_is_refused_when_the_run_is_configured(root, tmp_path, hooks, capsys, words, reference, parts):
-    assert main(["train", *arguments(root, tmp_path / "run", f"'{reference.replace('{hooks}', hooks)}'"), *words]) == 2
+    ("dfl.nothing:Half", ["cannot be imported", "No module named 'dfl.nothing'"]),
+    ("{hooks}:Hlaf", ["has no 'Hlaf' (did you mean 'Half'?)"])]
+# what only somebody knows who has run the code
+EXECUTED = [("{hooks}_torn:nothing_of_that_name", ["cannot be imported", "No module named 'nothing_of_that_name'",
+                                                   "_torn.py, line 1"]),
+            ("{hooks}:Other", ["is no subclass of dfl.Callback"]), ("{hooks}:NeedsMore", ["cannot be made without arguments", "path"])]
+
+
+@pytest.mark.parametrize("reference, parts", BAD + EXECUTED)
+def test_a_bad_reference_is_refused_when_the_run_is_configured(root, tmp_path, hooks, capsys, reference, parts):
+    words = ["train", *arguments(root, tmp_path / "run", f"'{reference.replace('{hooks}', hooks)}'")]
+    assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dfl: callbacks = ") and err.count("\n") == 1 and not (tmp_path / "run").exists()
     for part in parts:
         assert part in err
+    assert main([*words, "--dry-run"]) == (2 if (reference, parts) in BAD else 0)
+    if (reference, parts) in BAD:
+        assert capsys.readouterr() == ("", err)
+
+
+def test_a_dry_run_executes_no_code_of_the_recipe_and_says_that_there_is_some(root, tmp_path, hooks, capsys):
+    (tmp_path / "evil").mkdir()
+    for name in ("evil/__init__.py", "evil/inner.py"):
+        (tmp_path / name).write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'done')!r}).write_text('x')\nclass Evil: pass\n")
+    assert main(["train", *arguments(root, tmp_path / "run", "evil.inner:Evil", f"{hooks}:Half"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"# callbacks = evil.inner:Evil, {hooks}:Half: this recipe names code, which a run imports and executes")
+    assert yaml.safe_load(out)["callbacks"] == ["evil.inner:Evil", f"{hooks}:Half"]
+    recipe = tmp_path / "sweep.yaml"
+    recipe.write_text(json.dumps({"recipe": {"callbacks": "evil:Evil"}, "grid": {"seed": [0, 1]}, "output": str(tmp_path / "out")}))
+    assert main(["sweep", str(recipe), "--dry-run"]) == 0
+    assert not (tmp_path / "done").exists() and "evil" not in sys.modules and not (tmp_path / "run").exists()
+    assert main(["train", *arguments(root, tmp_path / "run", "evil.inner:Evil")]) == 2 and (tmp_path / "done").exists()
 
 
 def test_what_is_no_callback_is_refused(root, tmp_path):

@@ -1,0 +1,82 @@
+"""`dfl train --dry-run`: everything that a start would refuse and that needs no weights, the resolved recipe, and its memory.
+
+Nothing is written, no code of the recipe is executed, and no hub is asked.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from dfl import callbacks, memory, tasks, workers
+from dfl.assemble import check, data_seed, divide
+from dfl.config import Config
+from dfl.preflight import ready, room
+from dfl.runtime import Place, choose_backend, choose_device, launched, place_from_environment
+from dfl.tasks.models import folder_of, locate
+from dfl.tasks.tables import encode_labels
+from dfl.transport import hosting
+
+
+def dry_run(config: Config) -> str:
+    """The resolved recipe as YAML, with what there is to say about it as comments. ValueError as the start gives it."""
+    topology = check(config)
+    for reference in config.callbacks:
+        callbacks.locate(reference)
+    place = planned_place(config)
+    hosting(config.peers, place.size)
+    device = choose_device(config, place)
+    if place.size > 1:
+        choose_backend(config, device, place)
+    missing, parts = _elsewhere(config), None
+    if missing:
+        missing.append("what depends on it is not checked here")
+        _check_tables(config)
+    else:
+        parts = ready(config, topology, device, place)[1]
+    return "".join([*_comments([*_code(config), *missing]), yaml.safe_dump(config.to_dict(), sort_keys=False),
+                    *_comments(_table(parts, device, place) if parts else [])])
+
+
+def _comments(lines: list[str]) -> list[str]:
+    return [f"# {line}\n" for line in lines]
+
+
+def _table(parts: list[memory.Part], device: torch.device, place: Place) -> list[str]:
+    available, where, sharing = room(device, place)
+    return [f"memory of {'the' if place.size == 1 else 'each'} process, without the activations of a step:",
+            *memory.lines(parts, available, where, sharing)]
+
+
+def planned_place(config: Config) -> Place:
+    """As which of how many processes a run would start."""
+    if launched():
+        return place_from_environment()
+    number = workers.count(config, automatic=True)
+    return Place(0, number, 0, number)
+
+
+def _code(config: Config) -> list[str]:
+    if not config.callbacks:
+        return []
+    return [f"callbacks = {', '.join(config.callbacks)}: this recipe names code, which a run imports and executes with your rights; "
+            "this dry run has looked for it and executed nothing"]
+
+
+def _elsewhere(config: Config) -> list[str]:
+    """What a run would have to ask a hub for."""
+    found = []
+    if config.data.source == "hub" and config.data.name and not Path(config.data.name).expanduser().exists():
+        found.append(f"data.name = {config.data.name!r} is no folder here: a run takes it from the hub's cache or the network")
+    if folder_of(locate(config.model)) is None:
+        found.append(f"model.name = {config.model.name!r} is not here: a run asks the hub for it, which needs the network")
+    return found
+
+
+def _check_tables(config: Config) -> None:
+    """Of data that are here: the columns, the labels and the partition, without the model's tokenizer."""
+    if config.data.source == "hub" and config.data.name and not Path(config.data.name).expanduser().exists():
+        return
+    kind, names, (train, _), _ = tasks.read_tables(config.model, config.data, data_seed=data_seed(config))
+    labels = encode_labels(train, config.data.label, names) if kind.labelled else [0] * len(train)
+    divide(config, labels, train.columns, names)
