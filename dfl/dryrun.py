@@ -11,6 +11,7 @@ import yaml
 from dfl import callbacks, memory, tasks, workers
 from dfl.assemble import check, data_seed, divide
 from dfl.config import Config
+from dfl.folder import look
 from dfl.preflight import ready, room
 from dfl.runtime import Place, choose_backend, choose_device, launched, place_from_environment
 from dfl.tasks.models import folder_of, locate
@@ -18,7 +19,7 @@ from dfl.tasks.tables import encode_labels
 from dfl.transport import hosting
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> str:
     """The resolved recipe as YAML, with what there is to say about it as comments. ValueError as the start gives it."""
     topology = check(config)
     for reference in config.callbacks:
@@ -28,6 +29,7 @@ def dry_run(config: Config) -> str:
     device = choose_device(config, place)
     if place.size > 1:
         choose_backend(config, device, place)
+    look(config, resume, overwrite)
     missing, parts = _elsewhere(config), None
     if missing:
         missing.append("what depends on it is not checked here")

@@ -56,6 +56,14 @@ def enter(config: Config, output: Path, runtime: Runtime, resume: bool, overwrit
     return lease, found
 
 
+def look(config: Config, resume: bool, overwrite: bool) -> None:
+    """ValueError as of `enter`, but for a folder that is in use. Only looks."""
+    output = Path(config.output)
+    _refuse(config, output, resume, overwrite)
+    if resume and complete(output):
+        _check_continuation(config, output)
+
+
 def _refuse(config: Config, output: Path, resume: bool, overwrite: bool) -> None:
     """ValueError unless a run may be put here. Only looks."""
     ours, going = marked(output), ()

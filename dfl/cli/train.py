@@ -20,7 +20,7 @@ def run(args, overrides: list[str]) -> int:
     memory.check_peers(resolved)  # before seconds of imports
     if args.dry_run:
         from dfl.dryrun import dry_run
-        print(dry_run(resolved), end="")
+        print(dry_run(resolved, resume=args.resume, overwrite=args.overwrite), end="")
         return 0
     from dfl.running import train
     return train(resolved, resume=args.resume, overwrite=args.overwrite, spread=True)

@@ -188,6 +188,8 @@ def test_a_folder_that_holds_a_run_is_left_alone(root, tmp_path, capsys):
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     line = refused(words(root, output, train__rounds=1), capsys)
     assert "already holds a run" in line and "--resume" in line and "--overwrite" in line
+    assert refused([*words(root, output, train__rounds=1), "--dry-run"], capsys) == line
+    assert main([*words(root, output, train__rounds=1), "--dry-run", "--overwrite"]) == 0
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
     assert main([*words(root, output, train__rounds=1, seed=5), "--overwrite"]) == 0
     assert {p for p in output.rglob("*") if p.is_file()} == before.keys()
@@ -205,7 +207,9 @@ def test_a_run_goes_on_as_it_began(root, tmp_path, capsys, fields, part):
     output = tmp_path / "run"
     assert main(words(root, output, train__rounds=1)) == 0
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    line = refused([*words(root, output, **({"train__rounds": 1} | fields)), "--resume"], capsys)
+    argv = [*words(root, output, **({"train__rounds": 1} | fields)), "--resume"]
+    line = refused(argv, capsys)
+    assert refused([*argv, "--dry-run"], capsys) == line
     assert line == f"dfl: {part}, with which {str(output)!r} was begun; a run goes on as it began\n"
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
