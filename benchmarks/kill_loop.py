@@ -40,10 +40,10 @@ TIMEOUT, PATIENCE = 20, 60  # seconds: of the transport, and until survivors cou
 SAME = ("round", "train_loss_peers", "edges", "message_bytes", "measures", "eval")  # the rest of a record is clock and traffic
 
 
-def words(folder: Path, output: Path) -> list[str]:
-    """The run: four peers, moments carried, a checkpoint every round."""
-    fields = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": ROUNDS, "checkpoint__every": 1,
-              "eval__every": 3, "model__layers": 1, "timeout": TIMEOUT}
+def words(folder: Path, output: Path, phases=()) -> list[str]:
+    """The run: four peers, moments carried. A checkpoint every round where kills wait for one, else when it comes by itself."""
+    fields = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": ROUNDS, "eval__every": 3, "model__layers": 1,
+              "timeout": TIMEOUT} | ({"checkpoint__every": 1} if set(phases) & set(PATTERNS) else {})
     return ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", output, **fields), "--resume"]
 
 
@@ -199,7 +199,7 @@ def _seen(checkpoints: Path, pattern: str) -> set[str]:
 def one_run(launcher, folder: Path, output: Path, num: int, kills: int, chance: random.Random, phases=PHASES) -> list[dict]:
     """A run with up to `kills` kills: a line for each."""
     found = []
-    argv, log = words(folder, output), output.with_suffix(".log")
+    argv, log = words(folder, output, phases), output.with_suffix(".log")
     job = launcher(num, argv, log)
     try:
         while len(found) < kills:
@@ -288,7 +288,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         found = loop(launcher, args.kills, args.processes, random.Random(args.seed), Path(folder), Path(folder))
-        recipe = [word.replace(folder, "FOLDER") for word in words(Path(folder), Path(folder) / "run")]
+        recipe = [word.replace(folder, "FOLDER") for word in words(Path(folder), Path(folder) / "run", PHASES)]
     print(table(found))
     import stamp
     stamp.write(f"kill_loop_{args.launcher}", {"arguments": vars(args), "recipe": recipe}, {"kills": found})

@@ -220,7 +220,7 @@ def tidy(run: Path) -> None:
 def complete(run: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
     found = (p for p in (run / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d+", p.name))
-    return sorted((p for p in found if (p / NAME).is_file()), key=_rounds)
+    return sorted((p for p in found if p.name == folder_name(_rounds(p)) and (p / NAME).is_file()), key=_rounds)
 
 
 def _rounds(folder: Path) -> int:

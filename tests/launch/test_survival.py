@@ -81,7 +81,7 @@ def launch(launcher: list[str], *words: str) -> subprocess.Popen:
 def test_a_signal_saves_the_state_of_all_processes(folder, tmp_path, to, launcher, number, status):
     """The launcher forwards it to the workers; or one of them hears it alone."""
     output = tmp_path / "run"
-    job = launch(launcher, *kill_loop.words(folder, output), "--checkpoint.every=0")
+    job = launch(launcher, *kill_loop.words(folder, output))
     try:
         wait_until(lambda: kill_loop.rounds_of(output) >= 2)
         os.kill(job.pid if to == "launcher" else kill_loop.children(job.pid)[1], number)
