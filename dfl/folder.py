@@ -22,6 +22,7 @@ from dfl.config.recipes import read_yaml
 from dfl.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
 from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
+from dfl.report.runs import read_description
 from dfl.rounds import Run
 from dfl.run_directory import FILES, TRACKERS, clear, in_the_way, mark, marked, written
 from dfl.runtime import Runtime
@@ -156,7 +157,7 @@ def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runti
     """A start that fails (a full disk, a tracker without an account) leaves nothing that looks like a run."""
     try:
         with naming(output):
-            return Recording(config, run, loaded, output, runtime, lease)
+            return Recording(config, run, loaded, output, runtime, lease, new)
     except LeaseLostError:  # what is there now is another run's
         raise
     except (OSError, ValueError):
@@ -208,7 +209,7 @@ def write_whole(path: Path, text: str, lease: Lease) -> None:
 class Recording:
     """What process 0 writes and prints."""
 
-    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, lease: Lease):
+    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, lease: Lease, new: bool = True):
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False), lease)
         shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
@@ -219,7 +220,8 @@ class Recording:
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
                                        "contents": dict(loaded.contents)}
-        write_whole(output / "run.json", json.dumps(describe_run(config.to_dict(), facts), indent=1, default=str), lease)
+        about = describe_run(config.to_dict(), facts, None if new else read_description(output))
+        write_whole(output / "run.json", json.dumps(about, indent=1, default=str), lease)
         self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0, guard=lease.check)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
         self.console = Console(config.train.rounds, run.completed)

@@ -65,10 +65,14 @@ def read_lines(path: Path) -> list[dict]:
     return found.records
 
 
-def describe_run(config: dict, facts: dict) -> dict:
-    """Configuration, versions, hardware and git commit: what somebody needs to run it again."""
+def describe_run(config: dict, facts: dict, before: dict | None = None) -> dict:
+    """Configuration, versions, hardware and git commit: what somebody needs to run it again.
+
+    before: the description of the run that goes on, whose start is the start; `resumed` lists when it went on.
+    """
     import torch  # seconds: those who only read records need not wait for it
     packages = ("torch", "transformers", "peft", "numpy", "networkx", "safetensors")
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
         "config": config,
         "facts": facts,
@@ -76,7 +80,8 @@ def describe_run(config: dict, facts: dict) -> dict:
         "hardware": {"machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads(),
                      "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]},
         "git_commit": _git_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": (before or {}).get("started", now),
+        **({} if before is None else {"resumed": [*before.get("resumed", []), now]}),
     }
 
 

@@ -65,10 +65,19 @@ def export(run: Path, wish: Wish, overrides=()) -> Exported:
     draft = output.absolute().with_name(f".{output.absolute().name}.{secrets.token_hex(8)}.draft")
     try:
         facts = _write(draft, wish, config, record, run, checkpoint, adapter, base)
+        _open_to_others(draft)
         _replace(output, draft, earlier)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return Exported(output, facts, push.upload(output, wish.push, wish.private) if wish.push else None)
+
+
+def _open_to_others(folder: Path) -> None:
+    """The modes that the user's umask gives: files of weights are made readable for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _check(wish: Wish) -> None:

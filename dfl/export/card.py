@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, how it was trained, what was measured, and how to load it."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import topologies
 from dfl import rules
 from dfl.config import Config
 from dfl.export.ranks import total
+from dfl.markdown import inline, row
 from dfl.record import read_lines
 from dfl.tasks import TASKS, embedded
 
@@ -42,7 +44,7 @@ class Facts(NamedTuple):
 
 def render(facts: Facts) -> str:
     """The whole README.md."""
-    parts = [f"# {_title(facts)}", _what(facts), "## Training", _table(_training(facts)), _data(facts),
+    parts = [f"# {inline(_title(facts))}", _what(facts), "## Training", _table(_training(facts)), _data(facts),
              "## Evaluation", _evaluation(facts), "## Use", _use(facts), "## Made with", _versions(facts)]
     card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     return str(card)
@@ -88,18 +90,18 @@ def _results(facts: Facts) -> list[EvalResult]:
     found = evaluation(facts)
     if not found or not facts.evaluated:
         return []
-    kind, name = _data_set(facts.config)
+    kind, name = (" ".join(text.split()) for text in _data_set(facts.config, facts.config.data.valid or facts.config.data.train))
     task = PIPELINES[facts.config.model.task]
     return [EvalResult(task_type=task, dataset_type=kind, dataset_name=name, dataset_split="validation", metric_type=metric,
                        metric_value=values["this"]) for metric, values in found.items() if values["this"] is not None]
 
 
-def _data_set(config: Config) -> tuple[str, str]:
-    """Its identifier and its name for people; of a file no path."""
+def _data_set(config: Config, file: str) -> tuple[str, str]:
+    """Its identifier and its name for people; of `file`, where the data are files, no path."""
     if config.data.source == "hub":
         return config.data.name.partition(":")[0], config.data.name
     if config.data.source == "file":
-        return "file", Path(config.data.valid or config.data.train).name
+        return "file", Path(file).name
     return config.data.source, config.data.source
 
 
@@ -128,7 +130,7 @@ def _what(facts: Facts) -> str:
         parts.append(f"The base model is cut to its first {config.model.layers} layers.")
     alpha = f", alpha {facts.settings['lora_alpha']:g}" if "lora_alpha" in facts.settings else ""
     rank = f"Rank {rank_text(facts.settings)}{alpha}, head {config.lora.head}, after round {facts.rounds}."
-    parts.append(f"{rank} Labels: {', '.join(labels[:50])}{', ...' if len(labels) > 50 else ''}." if labels else rank)
+    parts.append(f"{rank} Labels: {inline(', '.join(labels[:50]))}{', ...' if len(labels) > 50 else ''}." if labels else rank)
     if facts.losses:
         parts.append(_lost(facts))
     if facts.merged:
@@ -163,7 +165,7 @@ def _whose(facts: Facts) -> str:
 
 def _linked(facts: Facts) -> str:
     name = hub_name(facts)
-    return f"`{name}`" if name else f"the model {Path(facts.base).name}"
+    return f"`{name}`" if name else f"the model {inline(Path(facts.base).name)}"
 
 
 def _lost(facts: Facts) -> str:
@@ -205,8 +207,11 @@ def _data(facts: Facts) -> str:
                    config.model.task, [config.data.text, *([config.data.pair] if config.data.pair else []), config.data.label])
     held = found.get("shards", {}).get("examples")
     spread = f" ({min(held)} to {max(held)} examples a peer)" if held else ""
-    return (f"Data: {_data_set(config)[1]} (columns {', '.join(columns)}), {found['num_train']:,} training and {found['num_valid']:,} "
-            f"evaluation examples. Partition among the peers: {_plugin(config.partition)}{spread}. What travelled were factors, never "
+    trained, tested = (_data_set(config, file)[1] for file in (config.data.train, config.data.valid or config.data.train))
+    held_out = (f"{found['num_valid']:,} evaluation examples " + (f"from {inline(tested)}" if config.data.valid else "held out of it")
+                if config.data.source == "file" else f"{found['num_valid']:,} evaluation examples")
+    return (f"Trained on {inline(trained)} (columns {inline(', '.join(columns))}), {found['num_train']:,} training examples; "
+            f"{held_out}. Partition among the peers: {inline(_plugin(config.partition))}{spread}. What travelled were factors, never "
             "examples; factors may still tell something about the examples they were trained on.")
 
 
@@ -230,8 +235,7 @@ def _cell(value: float | None) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+    return "\n".join([row(rows[0]), row(["---"] * len(rows[0])), *map(row, rows[1:])])
 
 
 def _use(facts: Facts) -> str:
@@ -241,7 +245,8 @@ def _use(facts: Facts) -> str:
     lines = [*([] if kind.modality == "text" else ["from PIL import Image"]),
              "import torch", *([] if facts.merged else ["from peft import PeftModel"]),
              f"from transformers import {', '.join(names)}", "",
-             f'folder = "{facts.name or "."}"' + ("" if facts.name else "  # where this file lies"), *_loading(facts, kind.auto_class),
+             f"folder = {json.dumps(facts.name or '.')}" + ("" if facts.name else "  # where this file lies"),
+             *_loading(facts, kind.auto_class),
              f"processor = {processor}.from_pretrained(folder)", *_example(facts)]
     return "```python\n" + "\n".join(lines) + "\n```"
 
@@ -252,7 +257,8 @@ def _loading(facts: Facts, auto: str) -> list[str]:
     # the base may have a head for other labels
     fits = ", ignore_mismatched_sizes=True" if TASKS[facts.config.model.task].labelled else ""
     return ['config = AutoConfig.from_pretrained(folder, subfolder="base_config")',
-            f'base = {auto}.from_pretrained("{facts.base}", config=config, dtype="{facts.config.model.dtype}"{fits})',
+            f"base = {auto}.from_pretrained({json.dumps(facts.base, ensure_ascii=False)}, config=config, "
+            f'dtype="{facts.config.model.dtype}"{fits})',
             "model = PeftModel.from_pretrained(base, folder).eval()"]
 
 
@@ -269,4 +275,6 @@ def _example(facts: Facts) -> list[str]:
 def _versions(facts: Facts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.record.get("versions", {}).items())
     commit = facts.record.get("git_commit")
-    return f"dfl{f' at commit {commit}' if commit else ''}; {versions}; begun {facts.record.get('started')}."
+    resumed = facts.record.get("resumed") or []
+    later = f", resumed {len(resumed)} time{'s' if len(resumed) > 1 else ''}, last {resumed[-1]}" if resumed else ""
+    return f"dfl{f' at commit {commit}' if commit else ''}; {versions}; begun {facts.record.get('started')}{later}."

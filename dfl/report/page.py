@@ -12,6 +12,8 @@ from importlib import resources
 
 import yaml
 
+from dfl.markdown import inline, line, row
+
 
 @dataclass(frozen=True)
 class Table:
@@ -54,7 +56,7 @@ def _file(name: str) -> str:
 
 
 def _list(lines: Sequence[str], kind: str) -> str:
-    return f'<ul class="{kind}">' + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+    return f'<ul class="{kind}">' + "".join(f"<li>{html.escape(text)}</li>" for text in lines) + "</ul>" if lines else ""
 
 
 def _section(index: int, section: Section, numbered: dict[int, int]) -> str:
@@ -82,8 +84,8 @@ def _table(table: Table) -> str:
     if not table.rows:
         return ""
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.head)
-    body = "".join(f'<tr><th scope="row">{html.escape(row[0])}</th>' + "".join(f"<td>{html.escape(v)}</td>" for v in row[1:]) + "</tr>"
-                   for row in table.rows)
+    body = "".join(f'<tr><th scope="row">{html.escape(first)}</th>' + "".join(f"<td>{html.escape(v)}</td>" for v in cells) + "</tr>"
+                   for first, *cells in table.rows)
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
     kind, title = "table words" if table.words else "table", html.escape(table.title)
     return (f'<h3>{title}</h3><div class="{kind}" tabindex="0" role="region" aria-label="{title}">'
@@ -91,15 +93,15 @@ def _table(table: Table) -> str:
 
 
 def markdown(title: str, lead: str, warnings: Sequence[str], sections: Sequence[Section]) -> str:
-    """The notes and tables of a page."""
-    blocks = [f"# {title}", lead, "\n".join(f"- {line}" for line in warnings)]
+    """The notes and tables of a page. Every text is escaped here and nowhere else."""
+    blocks = [f"# {inline(title)}", line(lead), "\n".join(f"- {line(warning)}" for warning in warnings)]
     for section in sections:
         if section.tables or section.notes:
-            blocks += [f"## {section.heading}", *section.notes, *(_markdown_table(table) for table in section.tables if table.rows)]
+            blocks += [f"## {inline(section.heading)}", *map(line, section.notes),
+                       *(_markdown_table(table) for table in section.tables if table.rows)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.head, ["---"] * len(table.head), *table.rows]
-    text = "\n".join("| " + " | ".join(" ".join(value.replace("|", "\\|").split()) for value in line) + " |" for line in lines)
-    return f"{table.title}\n\n{text}" + (f"\n\n{table.note}" if table.note else "")
+    text = "\n".join([row(table.head), row(["---"] * len(table.head)), *map(row, table.rows)])
+    return f"{line(table.title)}\n\n{text}" + (f"\n\n{line(table.note)}" if table.note else "")

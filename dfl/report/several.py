@@ -84,7 +84,7 @@ def _differences(ended: list[Member], results: dict, base: str | None, metric: s
         return Section("Differences", notes=["There is no second rule on the same topology, setting and seed to compare with."])
     rows = [[rule, where, f"{found.mean:+.4f}", _interval(found), str(found.num)] for rule, where, found in table]
     note = (f"{'Above' if higher else 'Below'} zero is better than {base}. Intervals are Student's t over the pairs; fewer than "
-            f"{LEAST_VALUES} pairs, or equal differences, have none. In the rows `all`, a pair is a seed: its mean difference "
+            f"{LEAST_VALUES} pairs, or equal differences, have none. In the rows of all places, a pair is a seed: its mean difference "
             "over those places, of the seeds that have them all.")
     return Section("Differences", tables=[Table(f"{metric.capitalize()} minus that of {base}, on the same topology, setting and seed",
                                                 ["rule", "topology", "difference", "95 % interval", "pairs"], rows, note)])
@@ -201,7 +201,7 @@ def _runs(runs: list[RunData], absent: list[str], metric: str) -> Section:
              ", ".join(metrics_of(run)) or "–", str(run.folder)] for run in runs]
     rows += [[name, said.strip(), "–", "–", "–"] for name, _, said in (line.partition(":") for line in absent)]
     table = Table("Every run as it was found", ["run", "state", f"last {metric}", "evaluated", "folder"], rows)
-    return Section("The runs", tables=[table], notes=["`dfl report FOLDER` shows one alone: every peer, its graph and its data."])
+    return Section("The runs", tables=[table], notes=["dfl report FOLDER shows one alone: every peer, its graph and its data."])
 
 
 def _last(run: RunData, metric: str) -> float | None:

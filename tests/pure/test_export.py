@@ -1,5 +1,6 @@
 """What is exported is what was evaluated: by stock transformers and PEFT, with the code of the card, and through `dfl eval`."""
 
+import html
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, cli, running
+from dfl import checkpoint, cli, markdown, running
 from dfl.executors import Sequential
 from dfl.export import merging, push
 from dfl.record import read_lines
@@ -132,6 +133,84 @@ def test_the_code_of_the_card_computes_what_the_run_evaluated(root, tmp_path, mo
 
 def card(folder):
     return ModelCard.load(folder / "README.md")
+
+
+HOSTILE = ["<script>alert(1)</script>", "a | b", "`code`", "two\nlines", "\n---\n", "{{ secret }}", "**bold** _it_ ~~no~~ $x$",
+           "[link](javascript:alert)", "![image](x)", "# heading", "1. one", "\u202ereversed"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_of_a_user_is_never_markup(text):
+    """What must not stand there; and what a renderer of Markdown makes of it, one paragraph of that text."""
+    for shown in (markdown.inline(text), markdown.line(text)):
+        assert "\n" not in shown and "<" not in shown and not re.search(r"(?<!\\)[`|*{}\[\]~$]", shown) and "\u202e" not in shown
+    assert not re.match(r"#|-|\+|=|\d+[.)]", markdown.line(text))
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    renderer = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    assert renderer.render(markdown.line(text)) == f"<p>{html.escape(flat, quote=False)}</p>\n"
+    table = renderer.render("\n".join(map(markdown.row, (["a", "b"], ["---", "---"], [text, "x"]))))
+    assert f"<td>{html.escape(flat, quote=False)}</td>\n<td>x</td>" in table and table.count("<td>") == 2
+
+
+def test_names_keep_their_underscores():
+    assert markdown.row(["edge_activation p=0.1", "_x_", "-0.5"]) == r"| edge_activation p=0.1 | \_x\_ | -0.5 |"
+
+
+def test_a_card_with_hostile_labels_and_names(root, tmp_path):
+    """Labels, columns, file and folder names reach the card as text: same paragraphs, same front matter, code that compiles."""
+    names = dict(zip(["yes", "no"], ["</h1><script>alert(1)</script> | {{ x }} `", "\n---\nlicense: evil\n---\n# evil"], strict=True))
+    rows = [line.split(",") for line in (root / "data.csv").read_text().splitlines()[1:]]
+    column, path = "te|xt<b>", tmp_path / "da`ta|<i>.jsonl"
+    path.write_text("\n".join(json.dumps({column: text, "label": names[label]}) for text, label in rows))
+    (tmp_path / "va`lid.jsonl").write_text(path.read_text())
+    words = arguments(root, tmp_path / "run", "bert")
+    model = tmp_path / 'ba"se ```'
+    shutil.copytree(root / "bert", model)
+    words = [word for word in words if not word.startswith(("--data.train", "--data.valid_fraction", "--model.name"))]
+    words += ["--data.train", str(path), "--data.valid", str(tmp_path / "va`lid.jsonl"), "--data.text", column,
+              "--model.name", json.dumps(str(model))]
+    dfl("train", *words)
+    dfl("export", tmp_path / "run", "--output", tmp_path / "out")
+    found, text = card(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
+    assert found.data.to_dict().keys() == {"library_name", "metrics", "pipeline_tag", "tags", "model-index"}
+    assert found.data.eval_results[0].dataset_name == "va`lid.jsonl"
+    assert "<script>" not in text and "<b>" not in text and "<i>" not in text and "{{" not in text.split("```python")[0]
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        '# ba"se \\`\\`\\`: consensus model of a decentralised run', "## Training", "## Evaluation", "## Use", "## Made with"]
+    assert text.splitlines().count("---") == 2
+    assert "Trained on da\\`ta\\|&lt;i&gt;.jsonl (columns te\\|xt&lt;b&gt;, label)" in text  # and not on the validation file
+    assert "48 evaluation examples from va\\`lid.jsonl" in text
+    code = re.search(r"^```python\n(.*?)^```$", text, re.S | re.M)[1]
+    compile(code, "card", "exec")
+    assert json.dumps(str(model)) in code
+
+
+def test_the_card_tells_the_first_start_and_when_the_run_was_resumed(root, tmp_path, monkeypatch):
+    times = iter(f"2026-01-0{k}T00:00:00Z" for k in range(1, 9))
+    words = arguments(root, tmp_path / "run", "bert", train__rounds=1)
+    for rounds in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            now = next(times)
+            patch.setattr("dfl.record.time.strftime", lambda *args, now=now: now)
+            dfl("train", *words, f"--train.rounds={rounds}", "--resume")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["started"] == "2026-01-01T00:00:00Z" and about["resumed"] == ["2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"]
+    dfl("export", tmp_path / "run", "--output", tmp_path / "out")
+    assert "begun 2026-01-01T00:00:00Z, resumed 2 times, last 2026-01-03T00:00:00Z." in card(tmp_path / "out").text
+
+
+@pytest.mark.parametrize("mask, file, folder", [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)])
+@pytest.mark.parametrize("merge", [[], ["--merge"]])
+def test_an_export_has_the_modes_of_the_users_umask(run, tmp_path, mask, file, folder, merge):
+    before = os.umask(mask)
+    try:
+        dfl("export", run, "--output", tmp_path / "out", *merge)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(found.values()) == {file} and any(name.endswith(".safetensors") for name in found)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")) if path.is_dir()} == {folder}
 
 
 def test_the_card_tells_what_the_hub_and_people_want_to_know(run, tmp_path):

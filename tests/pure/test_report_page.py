@@ -206,7 +206,8 @@ def test_names_are_text_and_not_markup(tmp_path):
     assert "<img src=x" not in page and page.count("</script>") == 2 and "<i>" not in page
     text, found, markdown = report(run)
     assert chart(found, "Examples of each class at each peer")["variants"][0]["columns"] == ["</script><b>&", "{{DATA}}"]
-    assert "<img src=x onerror=alert(1)> | pipe" in text and r"\| pipe" in markdown
+    assert "<img src=x onerror=alert(1)> | pipe" in text and r"&lt;img src=x onerror=alert(1)&gt; \| pipe" in markdown
+    assert "# Run a&lt;i&gt;&amp;\"b\n" in markdown and "| labels | &lt;/script&gt;&lt;b&gt;&amp;, \\{\\{DATA\\}\\} |" in markdown
 
 
 def test_the_primary_metric_is_what_the_run_says(tmp_path):
