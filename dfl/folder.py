@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from dfl import partition
+from dfl import partition, tasks
 from dfl.assemble import Loaded
 from dfl.checkpoint import choose, complete
 from dfl.company import together
@@ -204,6 +204,14 @@ def write_whole(path: Path, text: str, lease: Lease) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def describe_data(config: Config, loaded: Loaded, say: bool) -> None:
+    """Add a summary of the data to the facts of the run, and print it."""
+    found = tasks.summarise(loaded.bundle, config.data)
+    loaded.bundle.facts["data"] = found
+    if say:
+        print("\n".join(tasks.summary_lines(found)), file=sys.stderr, flush=True)
 
 
 class Recording:

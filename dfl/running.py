@@ -12,7 +12,7 @@ from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, n
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_contents, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
-from dfl.folder import Recording, begin, check_shared, enter, make_room
+from dfl.folder import Recording, begin, check_shared, describe_data, enter, make_room
 from dfl.lease import Lease
 from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
@@ -71,6 +71,8 @@ def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resume
     check_company(transport, loaded.contents)
     # as late as can be: a start that is refused for its data or its model leaves the run that was there
     together(transport, lambda: make_room(output, resumed_from is None, overwrite, lease) if transport.rank == 0 else None)
+    if runtime.place.rank == 0:
+        describe_data(config, loaded, say=resumed_from is None)
     finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks, lease)
     if finished and config.baseline:
         alone = _baseline(config)

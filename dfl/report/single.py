@@ -1,6 +1,7 @@
 """The page of one run: accuracy, disagreement, traffic, graph, data, peers, facts."""
 
 import math
+from dataclasses import replace
 
 from dfl.report import charts
 from dfl.report.lines import on_own_data
@@ -236,6 +237,18 @@ def _network(run: RunData) -> Section:
 
 
 def _data(run: RunData) -> Section:
+    section, found = _shards(run), run.facts.get("data")
+    if not isinstance(found, dict):
+        return section
+    rows = [[name, f"{split['rows']:,}", *(str((split["tokens"] or {}).get(key, "–")) for key in ("p50", "p90", "p99", "max")),
+             *(f"{split['cut'].get(kind, 0):,}" for kind in ("text", "prompt", "response")), f"{split['empty']:,}"]
+            for name, split in (("to train on", found["train"]), ("to evaluate on", found["valid"]))]
+    table = Table("The examples", ["", "rows", "tokens: half have at most", "90 %", "99 %", "longest", "texts cut", "prompts cut",
+                                   "responses cut", "empty"], rows)
+    return replace(section, tables=[table, *section.tables], notes=[*found["warnings"], *section.notes])
+
+
+def _shards(run: RunData) -> Section:
     shards = run.facts.get("shards")
     if not isinstance(shards, dict) or not shards.get("examples"):
         return Section("Who holds what", notes=["This run did not record how its data are spread over the peers."])
@@ -292,7 +305,7 @@ def _facts(run: RunData) -> Section:
 
 def facts(run: RunData) -> list[list[str]]:
     """Model, data, rule, machine, versions and commit, as far as the folder tells."""
-    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "rule", "packages", "own")}
+    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "rule", "packages", "own", "data")}
     rows = [["folder", str(run.folder)], ["state", run.state], ["rule", plugin(run.config.get("rule"))],
             *([f"rule: {key}", _short(value)] for key, value in (run.facts.get("rule") or {}).items()),
             ["topology", plugin(run.config.get("topology"))], ["codec", plugin(run.config.get("codec"))],

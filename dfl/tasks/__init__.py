@@ -12,10 +12,11 @@ from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.images import ImageClassification
 from dfl.tasks.language import CausalLM
+from dfl.tasks.summary import summarise, summary_lines
 from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
 
 __all__ = ["SOURCES", "TASKS", "Bundle", "Prepared", "Split", "Task", "describe", "load", "load_file", "load_model",
-           "load_processor", "prepare", "read_tables", "with_weights"]
+           "load_processor", "prepare", "read_tables", "summarise", "summary_lines", "with_weights"]
 
 TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM, ImageClassification)}
 SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load, "hub": hub.load}
@@ -102,8 +103,9 @@ def _encoded(kind: type, source: models.Source, model: ModelConfig, data: DataCo
     """The tables, encoded, as the train and the validation split; a single table stands as both."""
     labels = [encode_labels(t, data.label, names) if kind.labelled else np.zeros(len(t), dtype=np.int64) for t in tables]
     config, processor = _processor(kind, source, model, data, names)
-    splits = [Split(kind.encode(t, y, data, processor), y, names, t.columns, t.lines)
-              for t, y in zip(tables, labels, strict=True)]
+    encoded = [kind.encode(t, y, data, processor) for t, y in zip(tables, labels, strict=True)]
+    splits = [Split(e.features, y, names, t.columns, t.lines, e.cut)
+              for e, t, y in zip(encoded, tables, labels, strict=True)]
     if kind.modality == "text":
         models.check_ids(model, config, processor.pad_token_id, [f for split in splits for f in split.features])
     return Prepared(kind, source, config, processor, splits[0], splits[-1], facts)

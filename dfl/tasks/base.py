@@ -3,9 +3,9 @@
 Shapes: B rows, L tokens, C labels, G groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,16 +17,25 @@ IGNORED = -100  # a label that no loss counts: padding and prompt tokens
 @dataclass(frozen=True)
 class Split:
     """Examples ready for `Task.collate`: `features[i]` is one, not padded; `labels` (n,) int64; `columns` as in the file,
-    and the `lines` they come from."""
+    and the `lines` they come from. `cut`: as of `Encoded`."""
 
     features: Sequence[dict[str, Any]]
     labels: np.ndarray
     label_names: list[str]
     columns: dict[str, list]
     lines: Sequence[int] = ()
+    cut: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Encoded(NamedTuple):
+    """A feature per row, and how many rows lost what to data.max_length: the end of a `text` or `response`, the beginning
+    of a `prompt`, or everything that there was to predict (`nothing`, also of an empty text)."""
+
+    features: Sequence[dict[str, Any]]
+    cut: Mapping[str, int] = {}
 
 
 class Task(Protocol):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dfl.config import DataConfig
-from dfl.tasks.base import LabelLoss, pad
+from dfl.tasks.base import Encoded, LabelLoss, pad
 from dfl.tasks.tables import Table, texts
 
 
@@ -35,17 +35,22 @@ class SequenceClassification(LabelLoss):
             texts(table, "pair", data.pair)
 
     @staticmethod
-    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> list[dict[str, Any]]:
-        """A feature per row: input_ids, token_type_ids where the tokenizer has them, labels; cut to data.max_length."""
+    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> Encoded:
+        """A feature per row: input_ids, token_type_ids where the tokenizer has them, labels; cut to data.max_length.
+
+        ValueError where no row has a token.
+        """
         pairs = None if data.pair is None else texts(table, "pair", data.pair)
         encoded = processor(texts(table, "text", data.text), pairs, truncation=True, max_length=data.max_length,
                             return_attention_mask=False)
-        for line, ids in zip(table.lines, encoded["input_ids"], strict=True):
-            if not ids:  # an encoder puts its own tokens around nothing, a decoder does not
-                raise ValueError(f"data.text = {data.text!r}: line {line} of {table.where} has no token (an empty text?)")
-        keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
-        return [{**{key: np.array(encoded[key][i], dtype=np.int32) for key in keys}, "labels": int(label)}
-                for i, label in enumerate(labels)]
+        if not any(encoded["input_ids"]):
+            raise ValueError(f"data.text = {data.text!r}: no row of {table.where} has a token (only empty texts?)")
+        # an encoder puts its own tokens around nothing, a decoder does not: a model needs one
+        instead = {"input_ids": [processor.pad_token_id], "token_type_ids": [0]}
+        keys = [key for key in instead if key in encoded]
+        features = [{key: np.array(encoded[key][i] or instead[key], dtype=np.int32) for key in keys} | {"labels": int(label)}
+                    for i, label in enumerate(labels)]
+        return Encoded(features, {"text": _num_cut(encoded, data.max_length)})
 
     def collate(self, features: Sequence[dict], pad_to_multiple: int | None = None) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and token_type_ids (B, L), labels (B,), padded to the longest of the list."""
@@ -55,3 +60,10 @@ class SequenceClassification(LabelLoss):
             batch["token_type_ids"] = pad([f["token_type_ids"] for f in features], 0, pad_to_multiple)[0]
         batch["labels"] = torch.tensor([f["labels"] for f in features])
         return batch
+
+
+def _num_cut(encoded: Any, limit: int) -> int:
+    """Rows that were longer than data.max_length; of a tokenizer that does not say, those that are as long."""
+    if encoded.encodings is None:
+        return sum(len(ids) >= limit for ids in encoded["input_ids"])
+    return sum(bool(one.overflowing) for one in encoded.encodings)

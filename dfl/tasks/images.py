@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dfl.config import DataConfig
-from dfl.tasks.base import LabelLoss
+from dfl.tasks.base import Encoded, LabelLoss
 from dfl.tasks.tables import Table, column
 
 KEPT_BYTES = 1 << 30  # prepared images kept in memory; beyond that they are prepared anew each time
@@ -46,11 +46,11 @@ class ImageClassification(LabelLoss):
                                  f"{type(value).__name__}, not the path of an image")
 
     @staticmethod
-    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> "ImageFeatures":
+    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> Encoded:
         """A feature per row: pixel_values (channels, height, width) float32 and labels, made when asked for."""
         features = ImageFeatures(column(table, "image", data.image), labels, table, processor)
         features[0]  # a processor that does not fit shows here, not in the first round
-        return features
+        return Encoded(features)
 
     def collate(self, features: Sequence[dict], pad_to_multiple: int | None = None) -> dict[str, torch.Tensor]:
         """pixel_values (B, channels, height, width), labels (B,)."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dfl.config import DataConfig
-from dfl.tasks.base import IGNORED, blocks, pad, without_labels
+from dfl.tasks.base import IGNORED, Encoded, blocks, pad, without_labels
 from dfl.tasks.tables import Table, texts
 
 
@@ -42,18 +42,25 @@ class CausalLM:
             texts(table, key, getattr(data, key))
 
     @staticmethod
-    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> list[dict[str, Any]]:
-        """A feature per row: input_ids and labels, at most data.max_length tokens, those of a prompt masked."""
-        end = [] if processor.eos_token_id is None else [processor.eos_token_id]
+    def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> Encoded:
+        """A feature per row: input_ids and labels, at most data.max_length tokens, those of a prompt masked.
+
+        ValueError where no row has a token to predict.
+        """
+        end, limit = [] if processor.eos_token_id is None else [processor.eos_token_id], data.max_length
         if data.prompt is None:
-            rows = [plain(ids, end, data.max_length) for ids in _ids(processor, texts(table, "text", data.text))]
+            given = _ids(processor, texts(table, "text", data.text))
+            rows = [plain(ids, end, limit) for ids in given]
+            cut = {"text": sum(len(ids) > limit for ids in given)}
         else:
             prompts = _ids(processor, texts(table, "prompt", data.prompt))
             responses = _ids(processor, texts(table, "response", data.response), add_special_tokens=False)
-            rows = [answer(p, r, end, data.max_length) for p, r in zip(prompts, responses, strict=True)]
-        _check_targets(rows, table)
-        return [{"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(targets, dtype=np.int32)}
-                for ids, targets in rows]
+            rows = [answer(p, r, end, limit) for p, r in zip(prompts, responses, strict=True)]
+            cut = _lost(rows, prompts, responses, end)
+        cut["nothing"] = _num_without_target(rows, table)
+        # a model needs a token to read, also where it has none to predict
+        return Encoded([{"input_ids": np.array(ids or [processor.pad_token_id], dtype=np.int32),
+                         "labels": np.array(targets or [IGNORED], dtype=np.int32)} for ids, targets in rows], cut)
 
     def collate(self, features: Sequence[dict], pad_to_multiple: int | None = None) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels (B, L), padded to the longest of the list; labels with -100."""
@@ -80,8 +87,9 @@ class CausalLM:
     def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]:
         """How well the model foresees each row: its mean loss, over how many tokens, and how many of them it names."""
         sums = self.score(output, batch, len(batch["labels"]))
-        return [{"loss": loss / count, "tokens": int(count), "correct": int(correct)} for loss, correct, count in
-                zip(*(sums[name].tolist() for name in ("loss_sum", "correct", "count")), strict=True)]
+        rows = zip(*(sums[name].tolist() for name in ("loss_sum", "correct", "count")), strict=True)
+        return [{"loss": loss / count if count else math.nan, "tokens": int(count), "correct": int(correct)}
+                for loss, correct, count in rows]
 
     @staticmethod
     def _tokens(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,7 +120,18 @@ def _ids(processor: Any, rows: list[str], **options: Any) -> list[list[int]]:
     return processor(rows, return_attention_mask=False, verbose=False, **options)["input_ids"]
 
 
-def _check_targets(rows: list[tuple[list[int], list[int]]], table: Table) -> None:
-    for line, (_, targets) in zip(table.lines, rows, strict=True):
-        if all(target == IGNORED for target in targets[1:]):
-            raise ValueError(f"line {line} of {table.where} leaves no token to predict (an empty text?)")
+def _lost(rows: Sequence, prompts: list[list[int]], responses: list[list[int]], end: list[int]) -> dict[str, int]:
+    """Rows of `answer` whose prompt, and whose response, is not all there."""
+    kept = [sum(target == IGNORED for target in targets) for _, targets in rows]
+    whole = [len(prompt) - bool(end and prompt[-1:] == end) for prompt in prompts]
+    answered = [len(ids) - k for (ids, _), k in zip(rows, kept, strict=True)]
+    return {"prompt": sum(k < n for k, n in zip(kept, whole, strict=True)),
+            "response": sum(n < len(response) for n, response in zip(answered, responses, strict=True))}
+
+
+def _num_without_target(rows: Sequence, table: Table) -> int:
+    """Rows that leave no token to predict. ValueError where all of them do, which names the first."""
+    without = [i for i, (_, targets) in enumerate(rows) if all(target == IGNORED for target in targets[1:])]
+    if len(without) == len(rows):
+        raise ValueError(f"no row of {table.where} leaves a token to predict (line {table.lines[0]}: an empty text?)")
+    return len(without)

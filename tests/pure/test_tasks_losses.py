@@ -108,7 +108,8 @@ def test_prompts_and_responses_from_a_table():
     data = DataConfig(prompt="ask", response="say", max_length=8)
     CausalLM.check(table, data)
     tokenizer = tiny_models.tokenizer(encoder=False)
-    first, second = CausalLM.encode(table, np.zeros(2), data, tokenizer)
+    (first, second), cut = CausalLM.encode(table, np.zeros(2), data, tokenizer)
+    assert cut == {"prompt": 0, "response": 0, "nothing": 0}
     assert tokenizer.decode(first["input_ids"]) == "how what the graph </s>"
     assert first["labels"].tolist()[:2] == [IGNORED] * 2 and (first["labels"][2:] == first["input_ids"][2:]).all()
     assert len(second["input_ids"]) == 4
@@ -125,9 +126,23 @@ def test_columns_of_a_language_task(fields, message):
 
 
 def test_an_empty_text_has_nothing_to_predict():
-    table = Table({"text": ["the graph", ""]}, "it.csv", [2, 3])
-    with pytest.raises(ValueError, match="line 3 of it.csv leaves no token to predict"):
-        CausalLM.encode(table, np.zeros(2), DataConfig(), tiny_models.tokenizer(encoder=False))
+    """One among others trains nothing, and is counted; where there is nothing else, nothing would be trained at all."""
+    table, tokenizer = Table({"text": ["the graph", ""]}, "it.csv", [2, 3]), tiny_models.tokenizer(encoder=False)
+    features, cut = CausalLM.encode(table, np.zeros(2), DataConfig(), tokenizer)
+    assert len(features[1]["input_ids"]) == 1 and cut == {"text": 0, "nothing": 1}
+    with pytest.raises(ValueError, match="no row of it.csv leaves a token to predict .line 3"):
+        CausalLM.encode(table.rows(np.array([1])), np.zeros(1), DataConfig(), tokenizer)
+
+
+def test_what_max_length_takes_away_is_counted():
+    asked = {"ask": ["how what who", "how what who", "how"], "say": ["the graph is a peer", "a", "b"]}
+    table, tokenizer = Table(asked, "it.csv", [2, 3, 4]), tiny_models.tokenizer(encoder=False)
+    data = {limit: DataConfig(prompt="ask", response="say", max_length=limit) for limit in (16, 6, 4)}
+    rows = {limit: CausalLM.encode(table, np.zeros(3), given, tokenizer) for limit, given in data.items()}
+    assert [(r.cut["prompt"], r.cut["response"], r.cut["nothing"]) for r in rows.values()] == [(0, 0, 0), (0, 1, 0), (2, 1, 0)]
+    table = Table({"text": ["how what who", "how"]}, "it.csv", [2, 3])
+    plain_text = CausalLM.encode(table, np.zeros(2), DataConfig(max_length=2), tokenizer)
+    assert plain_text.cut == {"text": 1, "nothing": 0}
 
 
 def test_every_task_and_source_has_a_line():
