@@ -13,6 +13,7 @@ import argparse
 import multiprocessing as mp
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -193,7 +194,7 @@ def wait_for(phase: str, job, output: Path, chance: random.Random) -> str:
 
 def _seen(checkpoints: Path, pattern: str) -> set[str]:
     """The checkpoints that are there as `pattern`, by the name they have, or will have, when they are published."""
-    return {path.relative_to(checkpoints).parts[0].removeprefix(".").removesuffix(".draft") for path in checkpoints.glob(pattern)}
+    return {re.match(r"\.?(round-\d+)", path.relative_to(checkpoints).parts[0])[1] for path in checkpoints.glob(pattern)}
 
 
 def one_run(launcher, folder: Path, output: Path, num: int, kills: int, chance: random.Random, phases=PHASES) -> list[dict]:

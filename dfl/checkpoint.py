@@ -25,6 +25,7 @@ from torch import Tensor
 from dfl.adapters import ADAPTER, Adapted, Rows, bind
 from dfl.company import together
 from dfl.factors import a_view, b_view, join, join_rows
+from dfl.lease import Lease
 from dfl.manifest import NAME, Manifest, UnreadableError, digest_of_file, folder_name, missing_adapter, read, verify
 from dfl.run_directory import keep_others, remove_checkpoint
 
@@ -86,11 +87,12 @@ class Checkpointer:
     """Writes checkpoints of a run together with the other processes, and reads them for any number of processes."""
 
     def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2, contents: Mapping[str, Any] | None = None,
-                 guard: Callable[[], None] = lambda: None):
-        """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint. guard: called before
-        every write and removal, on every process; OSError where the run's folder is another run's."""
-        self.run, self.transport, self.process, self.base_name, self.keep, self.guard = run, transport, process, base_name, keep, guard
+                 lease: Lease | None = None):
+        """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint. lease: is checked before
+        every write and removal, on every process; without one the caller knows that nobody else writes there."""
+        self.run, self.transport, self.process, self.base_name, self.keep = run, transport, process, base_name, keep
         self.contents = dict(contents or {})
+        self.guard, self._fence = (lease.check, f".{lease.token[:8]}") if lease else (lambda: None, "")
 
     def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, rows: Rows, tensors: dict[str, Tensor],
              consensus: tuple[Rows, str] | None) -> Path:
@@ -100,7 +102,8 @@ class Checkpointer:
         OSError (a full disk) leaves no half checkpoint and keeps the earlier ones. All processes raise.
         """
         target = folder_of(self.run, rounds)
-        draft = target.with_name(f".{target.name}.draft")
+        # a name of this run's own: a run that has lost the folder, and does not know it yet, writes into another draft
+        draft = target.with_name(f".{target.name}{self._fence}.draft")
         self._together(draft, target, lambda: self._discard(draft) if self.process == 0 else None)
         num_peers = self.transport.agree(max(peers)) + 1
         self._together(draft, target, lambda: self._write(draft, adapted, peers, x, rows, tensors, consensus))
@@ -113,23 +116,18 @@ class Checkpointer:
             try:
                 step()
             except (OSError, SafetensorError) as failure:  # safetensors has its own word for a full disk
+                self.guard()  # the successor in the folder has taken the draft away
                 raise OSError(f"checkpoint {target} could not be written: {failure}") from failure
 
         try:
             together(self.transport, act)
         except OSError:
             if self.process == 0:
-                self._discard(draft, failed=True)
+                remove_checkpoint(draft)
             raise
 
-    def _discard(self, draft: Path, failed: bool = False) -> None:
-        """failed: the folder may be another run's by now, and then the draft is as well."""
-        try:
-            self.guard()
-        except OSError:
-            if failed:
-                return
-            raise
+    def _discard(self, draft: Path) -> None:
+        self.guard()
         remove_checkpoint(draft)
 
     def _write(self, draft: Path, adapted, peers, x, rows, tensors, consensus) -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +36,8 @@ EXPIRY_SECONDS = 60.0
 DOUBT_SECONDS = 3 * HEARTBEAT_SECONDS
 # a process that was killed a moment ago needs so long to go: a successor that starts at once waits for it
 DYING_SECONDS = 2.0
+# and this long where the kernel says that it is on its way out: what holds a lot of a GPU's memory takes its time
+ENDING_SECONDS = 30.0
 # a file system on a network may show within this time only what another machine has written
 SHARED_SECONDS = 30.0
 _POLL_SECONDS = 0.1
@@ -91,6 +94,17 @@ def started(pid: int) -> int | None:
     except OSError:
         return None
     return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def ending(pid: int) -> bool:
+    """Whether a process is on its way out: it has begun to exit, or SIGKILL waits for it."""
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    pending = [int(bits, 16) for bits in re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)", status, re.M)]
+    return bool(flags & 0x4) or any(bits >> (signal.SIGKILL - 1) & 1 for bits in pending)
 
 
 def lives(owner: Owner) -> bool | None:
@@ -252,9 +266,9 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 def _outlast(folder: Path, owner: Owner) -> Iterator[None]:
     """Until a dead owner is known to be dead. ValueError when it lives, or lived until it gave its lease back."""
-    alive, until = lives(owner), time.monotonic() + DYING_SECONDS
+    alive, started_at = lives(owner), time.monotonic()
     lived = alive
-    while alive and time.monotonic() < until:
+    while alive and time.monotonic() - started_at < (ENDING_SECONDS if ending(owner.pid) else DYING_SECONDS):
         time.sleep(_POLL_SECONDS)
         yield None
         alive = lives(owner)

@@ -26,7 +26,7 @@ TRACKERS = {"tensorboard": r"events\.out\.tfevents\.[^/]*",
 # a checkpoint whose manifest cannot be read, or is not there yet
 _LAYOUT = re.compile(r"state-\d+\.safetensors|consensus/consensus\.json|"
                      r"(peer-\d+|consensus)/(adapter_model\.safetensors|adapter_config\.json)")
-_CHECKPOINT = re.compile(r"round-\d+|\.round-\d+\.(draft|aside)")
+_CHECKPOINT = re.compile(r"round-\d+|\.round-\d+(\.[0-9a-f]{8})?\.(draft|aside)")
 
 
 def mark(folder: Path, kind: str = "run") -> None:

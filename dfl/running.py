@@ -108,7 +108,7 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new, lease) if first else None)
     check_shared(output, runtime.transport, new, lease)
     saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep,
-                         loaded.contents, lease.check)
+                         loaded.contents, lease)
     if first:
         lease.check()
         (output / ENDED).unlink(missing_ok=True)

@@ -11,7 +11,8 @@ def add(parser) -> None:
     parser.add_argument("--dry-run", action="store_true",
                         help="check all that needs no weights, print the resolved recipe and its memory, and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output, if any")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace the run that the output folder holds; files that no run wrote stay")
 
 
 def run(args, overrides: list[str]) -> int:

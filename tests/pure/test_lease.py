@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -102,6 +103,17 @@ def test_a_process_that_is_just_ending_is_waited_for(folder):
     threading.Timer(0.4, worker.kill).start()
     held = hold(folder)
     held.release()
+    worker.wait()
+
+
+def test_what_is_on_its_way_out_is_told_from_what_is_stopped():
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    worker.send_signal(signal.SIGSTOP)
+    assert not lease.ending(worker.pid) and not lease.ending(2 ** 22 + 1)
+    worker.kill()
+    while lease.started(worker.pid):
+        time.sleep(0.01)
+    assert lease.ending(worker.pid)  # a zombie, until it is waited for
     worker.wait()
 
 
