@@ -1,6 +1,7 @@
 """One pass for all hosted peers against one peer after the other, dropout per peer, and the order of the examples."""
 
 import json
+import traceback
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tiny_runs
 import torch
 from torch import nn
 
+from dfl import peers
 from dfl.dropout import PeerDropout
 from dfl.executors import Sequential, Stacked, choose
 from dfl.peers import DataStream, HostedPeers
@@ -279,3 +281,12 @@ def test_a_batch_is_a_function_of_its_number():
 def test_seeds_by_name_do_not_collide():
     seeds = {derive(seed, name, peer, t) for seed in range(3) for name in ("local", "data") for peer in range(12) for t in range(12)}
     assert len(seeds) == 3 * 2 * 12 * 12 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_the_global_generator_is_seeded_as_torch_does_and_cheaper(monkeypatch):
+    """torch.manual_seed also leaves a seed, and a trace of its caller, for every kind of device that is not there."""
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    monkeypatch.setattr(traceback, "format_stack", lambda *given: pytest.fail("a stack was formatted"))
+    peers._seed_global(7, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), wanted)
