@@ -35,8 +35,8 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
 def test_quickstart_script(tmp_path):
     done = run("bash", "launch/quickstart.sh", *SHORT, "--rule", "{name: tad, T: auto}", "--output", str(tmp_path / "run"))
     table = done.stdout
-    assert re.search(r"peer +before +after tad +local alone", table)
-    assert len(re.findall(r"^[0-7] +0\.\d{4} +0\.\d{4} +0\.\d{4}$", table, re.M)) == 8
+    assert re.search(r"peer +before +after tad +local alone +on own data", table)
+    assert len(re.findall(r"^[0-7](?: +[01]\.\d{4}){4}$", table, re.M)) == 8
     assert "consensus" in table and "PeftModel.from_pretrained" in table
     assert len(adapter_digests(tmp_path / "run")) == 9
     about = json.loads((tmp_path / "run" / "run.json").read_text())
