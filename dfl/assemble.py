@@ -26,7 +26,7 @@ from dfl.rounds import Run
 from dfl.rules.base import Rule
 from dfl.runtime import Runtime
 from dfl.seeds import derive
-from dfl.simulation import with_contraction
+from dfl.simulation import with_mixing
 from dfl.starts import at_first_gradient
 from dfl.topology import build_topology
 
@@ -53,8 +53,8 @@ def check(config: Config):
     lookup("model.task", tasks.TASKS, config.model.task)
     lookup("data.source", tasks.SOURCES, config.data.source)
     rules.check(config.rule.name, config.rule.params)
-    for key, instead in (("head", "lora.head"), ("contraction", "topology"), ("ranks", "lora.rank"), ("weights", "model.name"),
-                         ("peers", "peers"), ("rank", "lora.rank")):
+    for key, instead in (("head", "lora.head"), ("mixing", "topology"), ("rounds", "train.rounds"), ("ranks", "lora.rank"),
+                         ("weights", "model.name"), ("peers", "peers"), ("rank", "lora.rank")):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
     codecs.build(config.codec.name, **config.codec.params)
@@ -139,7 +139,7 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
 
 
 def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None = None, adapted: Adapted | None = None) -> Rule:
-    params = with_contraction(config.rule.name, config.rule.params, topology)
+    params = with_mixing(config.rule.name, config.rule.params, topology, config.train.rounds)
     if rules.accepts(config.rule.name, "weights") and adapted is not None:
         params["weights"] = {site.pair.name: site.weight for site in adapted.sites}
     return rules.build(config.rule.name, layout, head=config.lora.head, ranks=known and known.unequal, rank=known and known.largest,

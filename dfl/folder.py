@@ -24,6 +24,7 @@ from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
 from dfl.report.runs import read_description
 from dfl.rounds import Run
+from dfl.rules.alternating import automatic_phases
 from dfl.run_directory import FILES, TRACKERS, clear, in_the_way, mark, marked, written
 from dfl.runtime import Runtime
 
@@ -125,9 +126,18 @@ def _check_continuation(config: Config, output: Path) -> None:
     before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
     longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)
-             if one.field.partition(".")[0] not in _FREE and not (longer and one.field == "train.rounds")]
+             if one.field.partition(".")[0] not in _FREE and not (longer and one.field in ("train.rounds", "rule.ends"))]
     if found:
         raise ValueError(f"{described(found)}, with which {str(output)!r} was begun; a run goes on as it began")
+
+
+def continued(config: Config, output: Path) -> Config:
+    """The configuration of a run that goes on: made longer, it keeps the phases that it had, which depend on where it was to end."""
+    if not automatic_phases(config.rule.name, config.rule.params):
+        return config
+    before, tree = _begun_with(output / "recipe.yaml"), config.to_dict()
+    ends = [end for end in (*before["rule"].get("ends", ()), before["train"]["rounds"]) if end < config.train.rounds]
+    return from_dict(tree | {"rule": tree["rule"] | {"ends": ends}}) if ends else config
 
 
 def _begun_with(recipe: Path) -> dict:

@@ -12,7 +12,7 @@ from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, n
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_contents, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
-from dfl.folder import Recording, begin, check_shared, describe_data, enter, make_room
+from dfl.folder import Recording, begin, check_shared, continued, describe_data, enter, make_room
 from dfl.lease import Lease
 from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
@@ -66,6 +66,8 @@ def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resume
                 callbacks: Sequence[Callback]) -> bool:
     """The folder is ours."""
     transport, output = runtime.transport, Path(config.output)
+    if resumed_from is not None:
+        config = together(transport, lambda: continued(config, output))
     loaded = together(transport, lambda: load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0]))
     loaded = together(transport, lambda: _with_contents(loaded, topology))
     check_company(transport, loaded.contents)

@@ -13,7 +13,9 @@ from dfl.factors import Layout, pack, unpack
 from dfl.gossip import digest_of_common, gossip
 from dfl.masks import Held
 from dfl.measures import measure
+from dfl.rules.alternating import automatic_phases
 from dfl.rules.base import Rule
+from dfl.topology import check_averages
 from dfl.transport import InProcess
 from topologies import spectrum
 
@@ -55,7 +57,8 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
     layout, x = pack(factors)
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
-    plan = rules.build(rule, layout, ranks=ranks, peers=len(x), **with_contraction(rule, params, topology))
+    check_averages(topology)
+    plan = rules.build(rule, layout, ranks=ranks, peers=len(x), **with_mixing(rule, params, topology, rounds))
     rules.check_topology(rule, plan, topology)
     tag = digest_of_common(plan, layout, x)
     wire = codecs.build(codec)
@@ -63,7 +66,7 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
     history = []
     for t in range(rounds):
         _train(x, layout, local_step, t, plan)
-        w = topology.matrix(t)
+        w = rows_that_average(topology, t)
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
         traffic = gossip(plan, wire, InProcess(), x, range(len(x)), states, w, t, tag=tag)
@@ -73,11 +76,29 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
     return Simulation(unpack(x, layout), history)
 
 
-def with_contraction(rule: str, params: Mapping[str, object], topology: MixingSequence) -> dict[str, object]:
-    """The rule's parameters, with the topology's measured contraction for a rule that chooses its interval by it."""
-    if rule == "tad" and params.get("T", "auto") == "auto" and "contraction" not in params:
-        return {**params, "contraction": _contraction(topology)}
-    return dict(params)
+def rows_that_average(topology: MixingSequence, t: int) -> np.ndarray:
+    """W(t). ValueError where its rows do not sum to one: a sequence from outside may say nothing of itself."""
+    w = topology.matrix(t)
+    sums = w.sum(1)
+    if not np.allclose(sums, 1, rtol=0, atol=1e-6):
+        peer = int(np.abs(sums - 1).argmax())
+        raise ValueError(f"row {peer} of W in round {t} sums to {sums[peer]:.6g}: receivers would not average; "
+                         "allowed: rows that sum to one")
+    return w
+
+
+def with_mixing(rule: str, params: Mapping[str, object], topology: MixingSequence, rounds: int) -> dict[str, object]:
+    """The rule's parameters, with the topology and the number of rounds for a rule that chooses its phases by them.
+
+    ValueError for a topology that never brings peers together.
+    """
+    if not automatic_phases(rule, params):
+        return dict(params)
+    gap = 1.0 - _contraction(topology)
+    if gap < 1e-9:
+        raise ValueError(f"rule.T = 'auto' needs a topology that mixes, but its spectral gap is {gap:.1e}; "
+                         "give a whole number from 1, or another topology")
+    return {**params, "mixing": topology, "rounds": rounds}
 
 
 @lru_cache(maxsize=8)

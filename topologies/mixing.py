@@ -39,6 +39,12 @@ class Entries:
         np.add.at(mixed, self.links.receiver, self.weight.reshape((-1,) + (1,) * (x.ndim - 1)) * x[self.links.sender])
         return mixed
 
+    def apply_transposed(self, x: np.ndarray) -> np.ndarray:
+        """W^T x for x of shape (n,) or (n, d), without forming W."""
+        mixed = self.diagonal.reshape((-1,) + (1,) * (x.ndim - 1)) * x
+        np.add.at(mixed, self.links.sender, self.weight.reshape((-1,) + (1,) * (x.ndim - 1)) * x[self.links.receiver])
+        return mixed
+
     def row(self, i: int) -> dict[int, float]:
         span = slice(self.links.start[i], self.links.start[i + 1])
         return as_row(i, self.links.sender[span], self.weight[span], self.diagonal[i])

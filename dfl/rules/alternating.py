@@ -4,14 +4,15 @@ The phase is a function of the global round, the same at every peer, and B comes
 is exactly zero.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from dfl.factors import Layout
-from dfl.rules.base import BOTH, Rule, factor_gossip
+from dfl.rules.base import BOTH, Rule, check_count, factor_gossip
+from dfl.rules.phases import Phases
 
-# ADF-LoRA's best interval is 5 on 10 peers that meet with probability 0.1, where 1 / sqrt(gap) = 1.65
-CALIBRATION = 3.0
+# a frozen factor's disagreement falls to a tenth; chosen on the toy, `benchmarks/intervals.py`
+THETA = 0.01
 
 
 Interval = int | Sequence[int]
@@ -50,39 +51,45 @@ def adf(layout: Layout, *, T: Interval = 5, pattern: str | None = None, head: st
     return factor_gossip(layout, lambda t: frozenset(phase(t, T, pattern)), lambda t: BOTH, head=head, facts=facts)
 
 
-def tad(layout: Layout, *, T: int | str | Sequence[int] = "auto", pattern: str | None = None, calibration: float = CALIBRATION,
-        contraction: float | None = None, head: str = "frozen") -> Rule:
-    """ADF with an interval T chosen from the topology: sparser graphs get longer phases (TAD-LoRA).
+def tad(layout: Layout, *, T: int | str | Sequence[int] = "auto", pattern: str | None = None, theta: float = THETA,
+        cap: int | None = None, ends: Sequence[int] = (), mixing=None, rounds: int | None = None, head: str = "frozen") -> Rule:
+    """ADF with phases that the topology decides: sparser graphs get longer ones (TAD-LoRA).
 
-    T = round(calibration / sqrt(1 - rho)), rho = ||E[W^T W] - J||_2 (`contraction`, measured on the configured topology),
-    after the optimum Theta(1 / sqrt(1 - rho)); a T or a pattern as `adf` takes them is taken as it is.
-    Wang, Li, Zhou, Li, Liu 2026, arXiv 2602.00451.
+    T = auto: a phase ends as soon as the factor that it freezes has come together, by what the run's own W(t) do to a disagreement,
+    ||(I - J) W(t) ... W(s)||_F^2 / (n - 1) <= theta, at the latest after `cap` rounds (a quarter of the run if not given); the run
+    ends in a phase of A (`dfl.rules.phases`). The paper has one interval instead, Theta(1 / sqrt(1 - rho)) with a constant that it
+    leaves open. A T or a pattern as `adf` takes them is taken as it is.
+    theta: above 0 and below 1. ends: after how many rounds shorter runs had ended that this one goes on from; `--resume` writes it.
+    Wang, Li, Zhou, Li, Liu 2026, arXiv 2602.00451; the criterion is ours.
     """
-    reason = "given in the recipe"
-    if pattern is not None:
-        facts = schedule(T, pattern, default="auto")
-    elif T == "auto":
-        T, reason = automatic_interval(calibration, contraction)
-        facts = {"T": T}
-    else:
-        facts = schedule(T, None, also="'auto', ")
+    if T == "auto" and pattern is None:
+        phases, facts = automatic(mixing, rounds, theta, cap, ends)
+        rule = factor_gossip(layout, lambda t: frozenset(phases(t)), lambda t: BOTH, head=head)
+        return rule._replace(facts=facts)
+    facts = schedule(T, None, also="'auto', ") if pattern is None else schedule(T, pattern, default="auto")
     rule = adf(layout, head=head, **({"T": T} if pattern is None else {"pattern": pattern}))
-    return rule._replace(facts={**facts, "reason": reason})
+    return rule._replace(facts={**facts, "reason": "given in the recipe"})
 
 
-def automatic_interval(calibration: float, contraction: float | None) -> tuple[int, str]:
-    """T and the sentence that says why. ValueError where no contraction was measured."""
-    if not isinstance(calibration, (int, float)) or not calibration > 0:
-        raise ValueError(f"rule.calibration = {calibration!r} is not allowed; allowed: a positive number")
-    if contraction is None:
-        raise ValueError("rule.T = 'auto' needs the topology's contraction; give a whole number from 1 instead")
-    gap = 1.0 - contraction
-    if gap < 1e-9:
-        raise ValueError(f"rule.T = 'auto' needs a topology that mixes, but its spectral gap is {gap:.1e}; "
-                         "give a whole number from 1, or another topology")
-    interval = max(1, round(calibration / math.sqrt(gap)))
-    return interval, (f"spectral gap {gap:.4g} of the configured topology: "
-                      f"round({calibration:g} / sqrt({gap:.4g})) = {interval}")
+def automatic_phases(rule: str, params: Mapping[str, object]) -> bool:
+    """Whether the rule of this name and parameters decides by the topology when to switch."""
+    return rule == "tad" and params.get("T", "auto") == "auto" and params.get("pattern") is None
+
+
+def automatic(mixing, rounds: int | None, theta: float, cap: int | None, ends: Sequence[int]) -> tuple[Phases, dict[str, object]]:
+    """The phases, and what the log says of them. ValueError where a parameter is none, or the topology is not known."""
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1:
+        raise ValueError(f"rule.theta = {theta!r} is not allowed; allowed: a number above 0 and below 1")
+    if cap is not None:
+        check_count("rule.cap", cap)
+    if mixing is None or rounds is None:
+        raise ValueError("rule.T = 'auto' needs the topology and the number of rounds; give a whole number from 1 instead")
+    bounds = [0, *ends, rounds] if isinstance(ends, list | tuple) else None
+    if bounds is None or any(not isinstance(e, int) or e <= before for before, e in pairwise(bounds)):
+        raise ValueError(f"rule.ends = {ends!r} is not allowed; allowed: rising whole numbers from 1, below the run's {rounds} rounds")
+    facts = {"T": "auto", "theta": theta, "cap": "a quarter of the run" if cap is None else cap,
+             "reason": f"phases end when the frozen factor keeps {theta:g} of its squared disagreement on the run's own graphs"}
+    return Phases(mixing, bounds[1:], theta, cap), facts
 
 
 def schedule(T: object, pattern: object, *, default: object = None, also: str = "") -> dict[str, object]:

@@ -28,12 +28,12 @@ def test_defaults_are_a_valid_recipe():
 
 
 def test_a_configuration_survives_yaml_bit_for_bit(tmp_path):
-    config = load(None, ["--rule", "{name: tad, T: 5, calibration: 1e-3}", "--lora.targets", "[query, value]", "--train.lr", "3e-4",
+    config = load(None, ["--rule", "{name: tad, T: 5, theta: 1e-3}", "--lora.targets", "[query, value]", "--train.lr", "3e-4",
                          "--train.betas", "[0.8, 0.95]", "--report_to", "[tensorboard, mlflow]", "--train.eps", "1e-12",
                          "--topology.name", "ring", "--partition", "{name: proportions, proportions: [[0.9, 0.1], [0.1, 0.9]]}"])
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     assert load(recipe(tmp_path, text)) == config == from_dict(yaml.safe_load(text))
-    assert config.rule == Plugin("tad", {"T": 5, "calibration": 1e-3})
+    assert config.rule == Plugin("tad", {"T": 5, "theta": 1e-3})
 
 
 def test_configurations_are_frozen():
