@@ -30,13 +30,17 @@ def train(config: Source = None, *, resume: bool = False, overwrite: bool = Fals
     they were before; in a thread beside the main one, no handler is set. Under torchrun, all processes call it, and all
     return the result.
 
-    ValueError for what cannot run, dfl.callbacks.CallbackError for a callback that raised, FloatingPointError for a peer
-    that diverged (the state before it is saved), OSError for a disk or a process that is lost.
+    KeyboardInterrupt where a signal came before there was anything to save, ValueError for what cannot run,
+    dfl.callbacks.CallbackError for a callback that raised, FloatingPointError for a peer that diverged (the state
+    before it is saved), OSError for a disk or a process that is lost.
     """
     resolved = resolve(_tree(config), [(key.replace("__", "."), _plain(value)) for key, value in overrides.items()])
+    output = Path(resolved.output)
     with _process_unchanged():
-        run_to_the_end(resolved, resume=resume, overwrite=overwrite, callbacks=callbacks)
-    return Result(Path(resolved.output))
+        status = run_to_the_end(resolved, resume=resume, overwrite=overwrite, callbacks=callbacks)
+    if status and not (output / "recipe.yaml").is_file():
+        raise KeyboardInterrupt("stopped by a signal before the run began; there is nothing to go on from")
+    return Result(output)
 
 
 def _tree(config: Source) -> dict[str, Any]:

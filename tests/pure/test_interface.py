@@ -16,6 +16,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import dfl
+from dfl import interface
 from dfl.callbacks import CallbackError
 from dfl.cli import main
 from dfl.config import resolve
@@ -130,6 +131,12 @@ def test_errors_are_raised_and_change_nothing_either(tree):
         dfl.train(5)
     with pytest.raises(ValueError, match="holds no run"):
         dfl.Result("nowhere")
+
+
+def test_a_signal_before_there_is_a_run_is_an_interrupt(tree, monkeypatch):
+    monkeypatch.setattr(interface, "run_to_the_end", lambda *given, **more: 75)
+    with pytest.raises(KeyboardInterrupt, match="before the run began"):
+        dfl.train(tree)
 
 
 def test_a_thread_beside_the_main_one_may_train(tree, tmp_path):
