@@ -66,8 +66,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = ""):
 def contents(model: torch.nn.Module, train, valid, parts, topology) -> dict[str, Any]:
     """What a process has read and derived: digests of the base model, the examples, their partition and the first graphs.
 
-    Everything goes into them, but for images beyond MAX_SOURCES bytes: about a second and a half a GB. Who changes how a digest is
-    made raises the version of the checkpoint format, and its upgrade leaves the old ones out.
+    Everything goes into them, but for images beyond MAX_SOURCES bytes: about 0.7 s of a core a GB of weights, 9 us a text. Who changes
+    how a digest is made raises the version of the checkpoint format, and its upgrade leaves the old ones out.
     """
     found = {"base model": model_digest(model), "label names": list(train.label_names)}
     for name, split in (("training", train), ("evaluation", valid)):

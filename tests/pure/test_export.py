@@ -498,7 +498,7 @@ def test_other_files_with_other_columns_and_a_prediction_for_each(run, tmp_path,
         path.write_text(FILES[kind](rows))
     columns = ["--data.text", "sentence", "--data.label", "class"]
     one = evaluated(capsys, run, "--peer", "consensus", "--data", path, *columns, "--predictions", tmp_path / "said.jsonl")
-    said = read_lines(tmp_path / "said.jsonl")
+    said = [json.loads(text) for text in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert [(row["sentence"], row["label"]) for row in said] == rows
     first = {"tsv": 2, "jsonl": 1, "parquet": 1}[kind]
     assert [row["line"] for row in said] == [first, first + 1, first + 2]
@@ -509,7 +509,7 @@ def test_other_files_with_other_columns_and_a_prediction_for_each(run, tmp_path,
 def test_predictions_of_a_language_model_and_of_images(root, tmp_path, capsys):
     dfl("train", *arguments(root, tmp_path / "words", "llama", GENERATE))
     one = evaluated(capsys, tmp_path / "words", "--peer", 0, "--data", root / "data.csv", "--predictions", tmp_path / "said.jsonl")
-    said = read_lines(tmp_path / "said.jsonl")
+    said = [json.loads(text) for text in (tmp_path / "said.jsonl").read_text().splitlines()]
     tokens = sum(row["tokens"] for row in said)
     assert one["examples"] == len(said) == 48 and one["loss"] == pytest.approx(sum(r["loss"] * r["tokens"] for r in said) / tokens)
     for row in (said[1], said[9]):  # each line's own numbers, whatever batches it came through
@@ -518,7 +518,7 @@ def test_predictions_of_a_language_model_and_of_images(root, tmp_path, capsys):
     dfl("train", *arguments(root, tmp_path / "pictures", "vit", IMAGES))
     dfl("export", tmp_path / "pictures", "--output", tmp_path / "out")
     one = evaluated(capsys, tmp_path / "out", "--data", root / "images.jsonl", "--predictions", tmp_path / "said.jsonl")
-    said = read_lines(tmp_path / "said.jsonl")
+    said = [json.loads(text) for text in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert one["examples"] == len(said) == 16 and said[3]["image"] == "3.png" and said[3]["label"] == "light"
     assert one["accuracy"] == sum(row["correct"] for row in said) / 16
 
