@@ -82,9 +82,16 @@ def check(config: Config, found: list[Part], processes: int, available: float, w
     needed = processes * sum(part.size for part in found if part.certain)
     if needed > available:
         largest = max((part for part in found if part.certain), key=lambda part: part.size)
-        raise ValueError(f"peers = {config.peers} with lora.rank = {config.to_dict()['lora']['rank']} need at least {told(needed)} of "
+        raise ValueError(f"peers = {config.peers} with lora.rank = {_rank(config)} need at least {told(needed)} of "
                          f"memory here, most of it for {largest.name}, and {where} has {told(available)}; take fewer peers, a smaller "
                          "rank, or more machines")
+
+
+def _rank(config: Config) -> str:
+    rank = config.lora.rank
+    if isinstance(rank, int):
+        return str(rank)
+    return f"up to {max(rank)}" if isinstance(rank, tuple) else str(config.to_dict()["lora"]["rank"])
 
 
 def lines(found: list[Part], available: float, where: str, processes: int = 1) -> list[str]:
@@ -92,7 +99,7 @@ def lines(found: list[Part], available: float, where: str, processes: int = 1) -
     total, width = sum(part.size for part in found), max(len(part.name) for part in found)
     rows = [f"  {part.name.ljust(width)}  {told(part.size):>9}" for part in found]
     of = f"; {processes} processes share the {told(available)} of {where}" if processes > 1 else f"; {where} has {told(available)}"
-    over = ", WHICH IS LESS" if processes * total > available else ""
+    over = ", which may not suffice" if processes * total > available else ""
     return [*rows, f"  {'together'.ljust(width)}  {told(total):>9}{of}{over}"]
 
 

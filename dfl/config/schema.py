@@ -145,7 +145,8 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     baseline: Literal["local"] | None = None  # also train without mixing, for the closing table
-    callbacks: tuple[str, ...] = ()  # own hooks: package.module:Class of a dfl.Callback; one or a list
+    # own hooks: package.module:Class of a dfl.Callback; one or a list. A run imports and executes them: such a recipe is code
+    callbacks: tuple[str, ...] = ()
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, mlflow; one name or a list
     output: str = "runs/run"
     device: Literal["auto", "cpu", "cuda"] = "auto"
