@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *_RUN, "README.md", "setup.cfg", "launch/quickstart.sh", "launch/environment.sh", "launch/test.sh", "launch/recipes",
         "dfl/cli"),
     "tests/launch/test_survival.py": (
-        *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/checkpoint.py", "dfl/folder.py", "dfl/record.py",
+        *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/checkpoint.py", "dfl/folder.py", "dfl/lease.py", "dfl/record.py",
         "dfl/company.py"),
     "tests/launch/test_own_workers.py": (*_RUN, "benchmarks/kill_loop.py", "dfl/cli/train.py"),
     "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/company.py", "dfl/checkpoint.py"),
