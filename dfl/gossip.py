@@ -1,6 +1,7 @@
 """One exchange of a round: send, encode, move, decode, mix. The loop and the simulator share it."""
 
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfl import guard as guards
 from dfl.codecs import Codec
 from dfl.factors import Layout
 from dfl.rules.base import EXACT, Round, Rule, State
@@ -19,11 +21,12 @@ from dfl.transport.base import Transport, edges_of
 
 class Traffic(NamedTuple):
     """What one exchange cost: directed edges with a message in the whole run; of this process, the bytes of the messages it
-    sent along them, wherever the receiver is hosted, the messages that its peers refused, and the seconds by phase."""
+    sent along them, wherever the receiver is hosted, the messages that its peers rejected as (receiver, sender), and the seconds by
+    phase."""
 
     edges: int
     message_bytes: int
-    refused: int
+    rejected: list[tuple[int, int]]
     encode_s: float
     exchange_s: float
     mix_s: float
@@ -31,12 +34,12 @@ class Traffic(NamedTuple):
 
 def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Sequence[int], states: list[State],
            w: np.ndarray, t: int, *, lr: float = 0.0, rates: Mapping[str, float] = {}, local_steps: int = 0,
-           tag: int = 0, seed: int = 0, fold: Callable[..., Tensor] | None = None) -> Traffic:
+           tag: int = 0, seed: int = 0, guard: float | None = None, fold: Callable[..., Tensor] | None = None) -> Traffic:
     """Exchange and mix round t for the hosted peers: rows x_PD change in place, `states` is updated.
 
     w (N, N): the mixing matrix of the round. Every receiver uses the values from before the mix. What a codec that rounds does to
-    the mean, `Rule.averages` says; `seed` is for its draws. A neighbour's message that is not finite is refused: its weight stays
-    with the receiver.
+    the mean, `Rule.averages` says; `seed` is for its draws. A neighbour's message that is not finite, or larger than
+    `guard` allows (`dfl.guard.rejected`), is rejected: its weight stays with the receiver.
     tag: what the messages belong to (`digest_of_common`); TypeError where a neighbour's is another.
     fold: peers whose adapters are scaled differently: fold(row, k) as if all were scaled alike, fold(row, k, True) back.
     """
@@ -57,19 +60,21 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
     encoded = time.perf_counter()
     inboxes = transport.exchange(t, outbox, edges, size, tag) if speaks else {}
     moved = time.perf_counter()
-    refused = 0
+    rejected: list[tuple[int, int]] = []
     if speaks:
         decoded = _decode(codec, rule.integers, outbox, inboxes, x)
-        finite = _finite({j: message for inbox in decoded.values() for j, message in inbox.items()})
+        norms = guards.norms(rule, {id(message): message for inbox in decoded.values() for message in inbox.values()}, t)
         mixed = []
         for row, round in enumerate(rounds):
-            inbox, round, bad = _refuse(decoded[round.peer], round, finite)
-            refused += bad
+            sizes = {j: norms[id(message)] for j, message in decoded[round.peer].items()}
+            bad = guards.rejected(round.peer, sizes, guard, x[row])
+            rejected += [(round.peer, sender) for sender in bad]
+            inbox, round = guards.without(decoded[round.peer], round, bad)
             if round.peer in exact and len(inbox) > 1:
                 inbox, round = _beside_rounded(exact[round.peer], inbox, round)
             new, state = x[row], states[row]
             # what a peer cannot hear from itself it cannot mix; its next local phase says that it has diverged
-            if finite[round.peer]:
+            if all(map(math.isfinite, sizes[round.peer])):
                 new, state = rule.mix(fold(new, row), inbox, state, round)
                 # alone, it keeps its bits, which folding there and back may not
                 new = fold(new, row, True) if len(inbox) > 1 or fold is same else x[row]
@@ -80,7 +85,7 @@ def gossip(rule: Rule, codec: Codec, transport: Transport, x: Tensor, peers: Seq
     mixed_at = time.perf_counter()
     receivers = Counter(sender for sender, _ in edges)
     message_bytes = sum(receivers[peer] * len(message) for peer, message in outbox.items())
-    return Traffic(len(edges), message_bytes, refused, encoded - start, moved - encoded, mixed_at - moved)
+    return Traffic(len(edges), message_bytes, rejected, encoded - start, moved - encoded, mixed_at - moved)
 
 
 def same(row: Tensor, k: int, back: bool = False) -> Tensor:
@@ -114,37 +119,19 @@ def _beside_rounded(message: Tensor, inbox: dict[int, Tensor], round: Round) -> 
 
 def _decode(codec: Codec, integers: int, outbox, inboxes, x: Tensor) -> dict[int, dict[int, Tensor]]:
     """Every message once, however many hosted peers hear it."""
-    once: dict[int, Tensor] = {}
+    once: dict[int, Tensor] = {}  # by the identity of its bytes
     head = integers * x.dtype.itemsize
 
-    def decode(peer: int, data: Tensor) -> Tensor:
-        if peer not in once:
-            once[peer] = codec.decode(data[head:], x.dtype)
-            if head:
-                once[peer] = torch.cat([data[:head].view(x.dtype), once[peer]])
-        return once[peer]
+    def decode(data: Tensor) -> Tensor:
+        if id(data) not in once:
+            try:
+                message = codec.decode(data[head:], x.dtype)
+                once[id(data)] = torch.cat([data[:head].view(x.dtype), message]) if head else message
+            except RuntimeError:  # its bytes are no whole numbers
+                once[id(data)] = x.new_full((1,), torch.nan)
+        return once[id(data)]
 
-    return {peer: {peer: decode(peer, outbox[peer])}
-            | {j: decode(j, data) for j, data in inboxes[peer].items()} for peer in outbox}
-
-
-def _finite(messages: dict[int, Tensor]) -> dict[int, bool]:
-    """Whether each message holds finite numbers only: one pass and one synchronisation for all."""
-    if not messages:
-        return {}
-    # a sum in float64 is finite exactly when all of its float32 terms are
-    sums = torch.stack([message.sum(dtype=torch.float64) for message in messages.values()])
-    return dict(zip(messages, sums.isfinite().tolist(), strict=True))
-
-
-def _refuse(inbox: dict[int, Tensor], round: Round, finite: dict[int, bool]) -> tuple[dict[int, Tensor], Round, int]:
-    """The inbox without neighbours' messages that are not finite, their weight given to the receiver itself; how many they were."""
-    bad = [j for j in inbox if j != round.peer and not finite[j]]
-    if not bad:
-        return inbox, round, 0
-    weights = {j: weight for j, weight in round.weights.items() if j not in bad}
-    weights[round.peer] = weights.get(round.peer, 0.0) + sum(round.weights[j] for j in bad)
-    return {j: message for j, message in inbox.items() if j not in bad}, round._replace(weights=weights), len(bad)
+    return {peer: {peer: decode(outbox[peer])} | {j: decode(data) for j, data in inboxes[peer].items()} for peer in outbox}
 
 
 def digest_of_common(rule: Rule, layout: Layout, x: Tensor) -> int:

@@ -1,5 +1,6 @@
 """THE loop: local steps, exchange, mix, measure, evaluate, record, save."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from dfl.gossip import Traffic, digest_of_common, gossip
 from dfl.measures import measure, whole
 from dfl.peers import DivergenceError, HostedPeers
 from dfl.rules.base import Rule, State
-from dfl.transport.base import Transport
+from dfl.transport.base import SENT, Transport
 
+logger = logging.getLogger(__name__)
 # what processes agree on after every local phase, the largest of what each says; _SAVE is process 0's alone to say, by its clock;
 # a diverged peer is _DIVERGED + its id, and the number of peers more when it began the round with factors that were bad already
 _GO, _SAVE, _STOP, _DIVERGED = 0, 1, 2, 3
-_COLUMNS = ("train_loss", "local", "encode", "exchange", "mix", "wire_bytes", "message_bytes", "refused")
+_SECONDS = ("local", "encode", "exchange", "mix")
+_COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "rejected", "rejected_sender")
 
 
 @dataclass
@@ -44,9 +47,12 @@ class Run:
     states: list[State] = field(default_factory=list)
     completed: int = 0
     gathered: tuple | None = None  # what `gather_models` found, until the models change
+    distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
 
     def __post_init__(self):
         self.states = self.states or [self.rule.init(row) for row in self.peers.x]
+        # six times the row: the pair, the pair before and the residual that a rule may send; as much again for what is to come
+        self.transport.most = 12 * self.peers.x[0].nbytes + 2**16
         self.tag = digest_of_common(self.rule, self.peers.layout, self.peers.x)
         self.show_residuals()
 
@@ -100,7 +106,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
             hooks.save()
             raise DivergenceError(f"peer {peer} diverged in round {t + 1}: its training loss or its factors are not finite; the state "
                                   f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
-        hooks.record(_finish(run, t, losses, local_seconds))
+        hooks.record(_finish(run, t, losses, local_seconds, flag == _STOP))
         run.completed = t + 1
         if flag == _STOP and run.completed < config.train.rounds:
             hooks.save()
@@ -134,23 +140,25 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     return losses, run.transport.agree(flag)
 
 
-def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> dict | None:
+def _finish(run: Run, t: int, losses: Tensor, local_seconds: float, stop: bool) -> dict | None:
     """Exchange, mix, measure, evaluate round t; the round's record on process 0."""
     w, config = run.topology.matrix(t), run.config
-    evaluated = due(config.eval.every, t) or t + 1 == config.train.rounds
+    last = t + 1 == config.train.rounds
     look = Look(due(config.measure.every, t), due(config.measure.layers, t))
     before = look.before(run)
-    bytes_before = run.transport.wire_bytes
     traffic = _exchange(run, w, t)
-    sent = run.transport.wire_bytes - bytes_before
-    record = _round_record(run, t, losses, local_seconds, traffic, sent)
     started = time.perf_counter()
     found = look.after(run, before, w)
     measured_at = time.perf_counter()
+    evaluated = due(config.eval.every, t) or last
     evaluation = evaluate(run) if evaluated else None
+    evaluated_at = time.perf_counter()
+    if last or stop:
+        gather_models(run)  # for the checkpoint that follows: its bytes belong to this record, the last one
+    record = _round_record(run, t, losses, local_seconds, traffic)
     if record is not None:
         record |= found | ({"eval": evaluation} if evaluated else {})
-        record["seconds"] |= {"measure": measured_at - started, "evaluate": time.perf_counter() - measured_at}
+        record["seconds"] |= {"measure": measured_at - started, "evaluate": evaluated_at - measured_at}
     return record
 
 
@@ -161,7 +169,7 @@ def _exchange(run: Run, w, t: int) -> Traffic:
     now = t / run.config.train.rounds
     traffic = gossip(run.rule, run.codec, run.transport, peers.x, peers.ids, run.states, w, t,
                      lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0), tag=run.tag, fold=peers.fold,
-                     seed=run.config.seed)
+                     seed=run.config.seed, guard=run.config.guard.norm)
     run.show_residuals()
     if run.rule.changes_basis and traffic.edges:
         peers.after_refactor(frames)
@@ -198,28 +206,51 @@ class Look(NamedTuple):
         return found
 
 
-def _round_record(run: Run, t, losses, local_seconds, traffic: Traffic, sent: int) -> dict | None:
-    """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process."""
+def _round_record(run: Run, t, losses, local_seconds, traffic: Traffic) -> dict | None:
+    """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process, bytes those sent by all since
+    the record before."""
     state_names = [name for name, value in run.states[0].items() if value.dim() == 0]
-    table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
-    table[:, 0] = losses.cpu()
-    table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
-    table[0, 5:8] = torch.tensor([sent, traffic.message_bytes, traffic.refused])  # of the process, not of the peer
-    for column, name in enumerate(state_names, len(_COLUMNS)):
-        table[:, column] = torch.stack([state[name] for state in run.states]).cpu()
-    table = run.transport.gather(table)
+    table = run.transport.gather(_table(run, losses, local_seconds, traffic, state_names))
     if table is None:
         return None
-    seconds = dict(zip(_COLUMNS[1:5], table[:, 1:5].amax(0).tolist(), strict=True))
+    column = dict(zip(_COLUMNS, table.T, strict=False))
     now = t / run.config.train.rounds
     lr, rates = run.peers.learning_rate(now), run.peers.rates(now)
     return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
             **({"rates": rates} if set(rates.values()) != {lr} else {}),
-            "train_loss": summary(table[:, 0].tolist()), "train_loss_peers": table[:, 0].tolist(),
-            "edges": traffic.edges, "message_bytes": int(table[:, 6].sum()), "wire_bytes": int(table[:, 5].sum()),
-            "control_bytes": run.transport.control_bytes, "refused": int(table[:, 7].sum()), "seconds": seconds,
+            "train_loss": summary(column["train_loss"].tolist()), "train_loss_peers": column["train_loss"].tolist(),
+            "edges": traffic.edges, **{name: int(column[name].sum()) for name in ("message_bytes", *SENT)},
+            **_rejections(run, t, column), "seconds": {name: float(column[name].max()) for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
+
+
+def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Traffic, state_names: list[str]) -> Tensor:
+    """By hosted peer, the columns _COLUMNS and what its rule measures itself; what is of the process stands at its first peer."""
+    table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
+    of_process = [*run.transport.newly_sent(), traffic.message_bytes]
+    table[:, 0] = losses.cpu()
+    table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
+    table[0, 5:9] = torch.tensor(of_process, dtype=torch.float64)
+    for receiver, sender in reversed(traffic.rejected):
+        row = run.peers.ids.index(receiver)
+        table[row, 9] += 1
+        table[row, 10] = sender + 1  # the first of them; zero: none
+    for column, name in enumerate(state_names, len(_COLUMNS)):
+        table[:, column] = torch.stack([state[name] for state in run.states]).cpu()
+    return table
+
+
+def _rejections(run: Run, t: int, column: dict[str, Tensor]) -> dict[str, object]:
+    """How many messages were rejected, and whose: the first sender at each receiver. A warning names a sender once."""
+    senders = sorted({int(sender) - 1 for sender in column["rejected_sender"].tolist() if sender})
+    for sender in senders:
+        if sender not in run.distrusted:
+            receiver = column["rejected_sender"].tolist().index(sender + 1)
+            logger.warning("dfl: WARNING: peer %d rejected the message of peer %d in round %d: it is not finite, or far larger than "
+                           "its own (guard.norm); later ones are counted in the record", receiver, sender, t + 1)
+    run.distrusted |= set(senders)
+    return {"rejected": int(column["rejected"].sum()), **({"rejected_senders": senders} if senders else {})}
 
 
 def evaluate(run: Run) -> dict | None:

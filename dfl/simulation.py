@@ -39,14 +39,15 @@ class Simulation(NamedTuple):
 
 
 def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
-             codec: str = "none", measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None,
-             **params) -> Simulation:
+             codec: str = "none", guard: float | None = None, measure_every: int = 1, measure_from: int = 0,
+             ranks: Sequence[int] | None = None, **params) -> Simulation:
     """Run `rounds` rounds of `rule` over `topology` with the caller's own local training.
 
     factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
     local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
         whatever it does to a factor outside `trains` (a set of "A", "B") is undone, and so is, when it returns, what it does to
         slots that the rule does not train at a peer (`plora`).
+    guard: as guard.norm in a recipe; none unless given, and then `rejected` counts among the measures.
     params: the rule's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
@@ -69,9 +70,10 @@ def simulate(rule: str, topology: MixingSequence, factors: Factors, local_step: 
         w = rows_that_average(topology, t)
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
-        traffic = gossip(plan, wire, InProcess(), x, range(len(x)), states, w, t, tag=tag)
+        traffic = gossip(plan, wire, InProcess(), x, range(len(x)), states, w, t, tag=tag, guard=guard)
         if measured:
             history.append({"round": t, "edges": traffic.edges, "message_bytes": traffic.message_bytes,
+                            **({} if guard is None else {"rejected": len(traffic.rejected)}),
                             **measure(before, x, w, layout)})
     return Simulation(unpack(x, layout), history)
 

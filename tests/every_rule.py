@@ -50,8 +50,12 @@ def run_trees(trees: dict[str, dict]):
         topology = check(config)
         runtime = runtime or start(config)
         run = assemble(config, runtime, load(config, runtime.device), topology)
-        run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
+        run_rounds(run, Hooks(nobody_is_rejected, lambda: None, lambda: False))
         yield name, run
+
+
+def nobody_is_rejected(record: dict | None) -> None:
+    assert record is None or not record.get("rejected"), record
 
 
 def digests_of(run: Run) -> dict[int, str]:

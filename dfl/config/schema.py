@@ -121,6 +121,13 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    # a neighbour's message whose A, B or other part has more than so many times the norm of the receiver's own (or of the median that
+    # it holds) is rejected, counted and its sender named; null: only what is not finite
+    norm: float | None = 30.0
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # rounds; 0: by time
     minutes: float | None = 5.0  # with every = 0: at most so long between two, the first one early; null: only at the end
@@ -139,6 +146,7 @@ class Config:
     rule: Plugin = field(default_factory=lambda: Plugin("tad"))
     topology: Plugin = field(default_factory=lambda: Plugin("ring"))
     codec: Plugin = field(default_factory=lambda: Plugin("none"))
+    guard: GuardConfig = field(default_factory=GuardConfig)
     partition: Plugin = field(default_factory=lambda: Plugin("iid"))
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

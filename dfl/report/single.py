@@ -20,7 +20,7 @@ MEANINGS = {
     "cross_term": "What averaging A and B apart loses of the averaged product BA: Frobenius norm, mean over receivers.",
     "cross_term_relative": "The cross term over the size of the averaged product, mean over receivers.",
     "aggregation_error": "How far a peer's product after mixing is from the average of the products it received: Frobenius norm.",
-    "refused": "Messages that were refused in the round because they were not finite.",
+    "rejected": "Messages that their receivers rejected in the round: not finite, or far larger than their own.",
     "truncation_error": "What cutting an averaged product back to the rank of the adapter loses.",
 }
 UNKNOWN = "As the rule or the measures report it."
@@ -59,6 +59,8 @@ def tiles(run: RunData, metric: str, higher: bool) -> list[tuple[str, str]]:
     if cost:
         sent, seconds = cost[run.done]
         found += [("messages", megabytes(sent)), ("seconds of work", f"{seconds:,.1f}")]
+        between = sum(number(r, name) or 0 for r in run.records for name in ("wire_bytes", "control_bytes", "gathered_bytes"))
+        found += [("between processes", megabytes(between))] if between else []
     return found
 
 

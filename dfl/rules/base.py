@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout
+from dfl.factors import GROUPS, Layout
 
 BOTH = frozenset({"A", "B"})
 NEEDS = ("any", "static", "complete")
@@ -51,6 +51,8 @@ class Rule(NamedTuple):
         with weight 1, under the id EXACT, and the rounded one with w_ii - 1, so that x_i + sum_j w_ij (Q(x_j) - Q(x_i)) is computed.
         Any other rule gets what everybody gets, rounded at random: the mean is kept in expectation, and no progress is erased.
     integers: how many numbers at the head of a message are counts or marks; no codec touches them.
+    parts(t): the lengths of what a message of round t consists of after those (A, B, ...), to be guarded one by one; None: it is one.
+    readable(message) -> whether `mix` can read it, for messages of many lengths; None: always.
     """
 
     trains: Callable[[int], frozenset[str]]
@@ -70,6 +72,8 @@ class Rule(NamedTuple):
     masks: Callable[[int, int], Tensor] | None = None
     averages: bool = False
     integers: int = 0
+    parts: Callable[[int], Sequence[int]] | None = None
+    readable: Callable[[Tensor], bool] | None = None
 
 
 def weighted_mean(inbox: Inbox, weights: Mapping[int, float]) -> Tensor:
@@ -132,7 +136,12 @@ def factor_gossip(layout: Layout, trains, mixes, *, head: str = "frozen", facts:
         return mixed, state
 
     return Rule(trained, sent, lambda t: layout.length(sent(t)), no_state, send, mix, no_correction, facts=facts,
-                common=common, averages=True)
+                common=common, averages=True, parts=lambda t: part_lengths(layout, sent(t)))
+
+
+def part_lengths(layout: Layout, groups) -> list[int]:
+    """The lengths of A, B, ... in a message of `groups`, in row order."""
+    return [layout.length({group}) for group in GROUPS if group in groups and layout.has(group)]
 
 
 def check_head(head: str) -> None:

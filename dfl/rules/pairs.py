@@ -15,6 +15,7 @@ from dfl.rules.base import (
     State,
     beside_factors,
     no_correction,
+    part_lengths,
     read_groups,
     weighted_mean,
     write_groups,
@@ -101,8 +102,12 @@ def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks
         return {**init(x), **{name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}}
 
     length = layout.length(sends) + (note is not None) if not packed else None
+    parts = part_lengths(layout, sends) + [1] * (note is not None)
+    after = layout.length(also_mixed) + (note is not None)
+    kind = {"integers": len(layout.pairs), "readable": lambda message: slots.readable(message, after)} if packed else {
+        "parts": lambda t: parts}
     return Rule(lambda t: trains | also_trained, lambda t: sends, lambda t: length, start, send, mix, no_correction,
-                **{"linear": False, "product": True, "changes_basis": True, "integers": len(layout.pairs) if packed else 0, **facts})
+                **{"linear": False, "product": True, "changes_basis": True, **kind, **facts})
 
 
 class Slots:
@@ -126,6 +131,14 @@ class Slots:
         """[ranks (L,) | A and B of those slots | whatever follows them in the row]."""
         columns = self.columns(ranks).to(row.device)
         return torch.cat([row.new_tensor(list(ranks)), row[columns], row[self.num_factors:]])
+
+    def readable(self, message: Tensor, after: int) -> bool:
+        """Whether its ranks are ranks of the layout, and the slots that they fill and `after` numbers more are there."""
+        pairs = self.layout.pairs
+        ranks = message[:len(pairs)].tolist()
+        if len(ranks) < len(pairs) or not all(r in range(pair.rank + 1) for r, pair in zip(ranks, pairs, strict=True)):
+            return False
+        return len(message) == len(pairs) + sum(int(r) * (p.d_in + p.d_out) for r, p in zip(ranks, pairs, strict=True)) + after
 
     def unpack(self, message: Tensor) -> Tensor:
         """The whole row, zero in the slots that did not travel. ValueError for ranks that the layout cannot hold."""

@@ -62,6 +62,11 @@ def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "froz
         sent = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, order[:num_kept], True)
         return torch.cat([sent.to(x), x[columns(factor, sent)], read_groups(x, also_cuts)]), state
 
+    def readable(message: Tensor) -> bool:
+        marks, num_slots = message[:len(places["A"])], len(places["A"])
+        lengths = [len(message) - num_slots - layout.length(also_mixed) - len(columns(factor, marks > 0.5)) for factor in "AB"]
+        return len(marks) == num_slots and bool(((marks == 0) | (marks == 1)).all()) and 0 in lengths
+
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         if len(inbox) == 1:  # what it sent has reached nobody, and stays part of the difference
             return x.clone(), state
@@ -84,7 +89,8 @@ def lora_a2(layout: Layout, *, keep: float = 0.25, T: int = 1, head: str = "froz
         return out, {"start": start}
 
     return Rule(lambda t: frozenset(phase(t, T)) | also_trained, lambda t: frozenset(phase(t, T)) | also_mixed, lambda t: None, init,
-                send, mix, no_correction, linear=False, facts={**facts, "keep": keep}, integers=len(places["A"]))
+                send, mix, no_correction, linear=False, facts={**facts, "keep": keep}, integers=len(places["A"]),
+                readable=readable)
 
 
 def scores(layout: Layout, x: Tensor, start: Tensor, factor: str) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 Outbox = Mapping[int, Tensor]  # encoded message (uint8) of each hosted peer that speaks
+SENT = ("wire_bytes", "control_bytes", "gathered_bytes")  # what a transport counts
 Inboxes = dict[int, dict[int, Tensor]]  # for each hosted peer, the messages of its neighbours by peer id
 
 
@@ -27,6 +28,9 @@ class Transport(Protocol):
 
         `tag`: 32 bits for what kind of numbers the messages hold, the same on all processes; TypeError where it is not.
         """
+
+    def newly_sent(self) -> list[int]:
+        """The bytes of each kind of SENT since this was called last, or since the start."""
 
     def agree(self, value: int) -> int:
         """The largest value that any process gave."""

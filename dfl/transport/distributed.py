@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dfl.transport import frames
-from dfl.transport.base import Inboxes, Outbox, hosting
+from dfl.transport.base import SENT, Inboxes, Outbox, hosting
 from dfl.transport.notes import GRACE, Note, Notes
 
 _ENTRY = struct.Struct("<IIQ")  # peer, tag: what kind of numbers the message holds, bytes
@@ -44,6 +44,7 @@ class Distributed:
         self.notes = Notes(store, self.rank, _address(store))
         self._holds_store = self.rank == 0 and self.notes.address is not None
         self.wire_bytes = self.control_bytes = self.gathered_bytes = 0
+        self._told = [0] * len(SENT)
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
@@ -87,13 +88,13 @@ class Distributed:
         self.wire_bytes += self._transfer(_SIZES, sent, received)
         sizes = {peer: size for q, peers in incoming.items() for peer, size in zip(peers, received[q].tolist(), strict=True)}
         for peer, size in sizes.items():
-            self._check_size(self.process_of[peer], size)
+            self._check_size(self.process_of[peer], size, self.most)
         return sizes
 
-    def _check_size(self, process: int, size: int) -> None:
+    def _check_size(self, process: int, size: int, most: int = MOST) -> None:
         """Before memory is asked for."""
-        if not 0 <= size <= self.most:
-            raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self._when()}; allowed: up to {self.most}")
+        if not 0 <= size <= most:
+            raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self._when()}; allowed: up to {most}")
 
     def _lists(self, edges) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By other process: my peers it needs, and its peers I need. Each peer once, ascending: no byte is sent twice."""
@@ -129,6 +130,10 @@ class Distributed:
                                f"{self.rank} expected {tag:#x}: they do not agree on what kind of numbers a message holds")
         body, places = inside.to(self.device), _places(list(sizes.values()))
         return {peer: body[start - frames.HEADER:stop - frames.HEADER] for peer, (start, stop) in zip(sizes, places, strict=True)}
+
+    def newly_sent(self) -> list[int]:
+        before, self._told = self._told, [getattr(self, name) for name in SENT]
+        return [now - then for now, then in zip(self._told, before, strict=True)]
 
     def _label(self, what: str, sender: int) -> frames.Label:
         return frames.Label(what, sender, self.run, self.round)

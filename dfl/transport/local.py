@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dfl.transport.base import Inboxes, Outbox
+from dfl.transport.base import SENT, Inboxes, Outbox
 
 
 class InProcess:
@@ -23,6 +23,9 @@ class InProcess:
         for sender, receiver in edges:
             inboxes[receiver][sender] = outbox[sender]
         return inboxes
+
+    def newly_sent(self) -> list[int]:
+        return [0] * len(SENT)
 
     def agree(self, value: int) -> int:
         return value

@@ -14,9 +14,10 @@ import topologies
 from dfl import config as configuration
 from dfl.assemble import assemble, build_rule, check, load
 from dfl.record import read_lines
-from dfl.rounds import Hooks, run_rounds
+from dfl.rounds import Hooks, gather_models, run_rounds
 from dfl.running import train
 from dfl.runtime import start
+from dfl.transport.base import SENT
 
 pytestmark = pytest.mark.distributed
 
@@ -133,37 +134,44 @@ def test_all_processes_stop_when_one_peer_diverges(recipe, tmp_path):
 BYTES_ROUNDS = 5
 
 
-def ring_worker(rank: int, tree: dict) -> tuple[int, int, int]:
-    """Bytes recorded by this process, and the loopback counter before and after the rounds."""
+def ring_worker(rank: int, tree: dict) -> tuple[int, int, int, int]:
+    """Bytes in the records (on process 0), those that this process gave to torch, and the loopback counter before and after."""
     import torch.distributed as dist
     config = configuration.from_dict(tree)
     topology = check(config)
     runtime = start(config)
     run = assemble(config, runtime, load(config, runtime.device), topology)
+    records, given, send = [], [], dist.isend
+    runtime.transport.newly_sent()
+    dist.isend = lambda tensor, *rest: (given.append(tensor.nbytes), send(tensor, *rest))[1]
     dist.barrier()
     time.sleep(0.3)
     before = loopback_bytes()
     dist.barrier()
-    run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
+    run_rounds(run, Hooks(records.append, lambda: gather_models(run), lambda: False))
     dist.barrier()
     time.sleep(0.3)
-    return runtime.transport.wire_bytes + runtime.transport.control_bytes, before, loopback_bytes()
+    recorded = sum(record[name] for record in records if record and record["round"] for name in SENT)
+    return recorded, sum(given), before, loopback_bytes()
 
 
-def measured_bytes(tree: dict) -> tuple[int, int]:
-    """Recorded and counted, on a ring of eight processes; run in a network namespace of its own."""
+def measured_bytes(tree: dict) -> tuple[int, int, int]:
+    """Recorded, given to torch, and counted by the interface, with a process a peer, in a network namespace of its own."""
     bring_loopback_up()
-    results = run_processes(ring_worker, 8, tree, timeout=120)
-    return sum(sent for sent, _, _ in results), max(after for *_, after in results) - max(before for _, before, _ in results)
+    recorded, given, before, after = zip(*run_processes(ring_worker, tree["peers"], tree, timeout=120), strict=True)
+    return sum(recorded), sum(given), max(after) - max(before)
 
 
-def test_recorded_bytes_are_the_interfaces(recipe):
+@pytest.mark.parametrize("peers, gathers", [(8, False), (4, True)])
+def test_recorded_bytes_are_the_interfaces(recipe, peers, gathers):
+    """Messages, agreements and gathered rows of all processes, to and from process 0 included."""
     import json
     import subprocess
     import sys
-    tree = with_(recipe | {"topology": "ring"}, peers=8, rule="lora", lora={"rank": 256, "targets": "all-linear"},
-                 train={"rounds": BYTES_ROUNDS, "local_steps": 1}, eval={"every": 0, "consensus": False},
-                 measure={"every": 0}).to_dict()
+    tree = with_(recipe | {"topology": "ring"}, peers=peers, rule="lora",
+                 lora={"rank": 64 if gathers else 256, "targets": "all-linear"},
+                 train={"rounds": BYTES_ROUNDS, "local_steps": 1}, eval={"every": 2 * gathers, "consensus": gathers},
+                 measure={"every": int(gathers), "layers": 0}).to_dict()
     probe = subprocess.run(["unshare", "-n", "true"], capture_output=True)
     if probe.returncode:
         pytest.skip("a private network namespace is not permitted here")
@@ -173,8 +181,9 @@ def test_recorded_bytes_are_the_interfaces(recipe):
     done = subprocess.run(["unshare", "-n", sys.executable, "-c", code], input=json.dumps(tree), capture_output=True, text=True,
                           cwd=here, timeout=170)
     assert done.returncode == 0, done.stderr
-    recorded, counted = json.loads(done.stdout.splitlines()[-1])
+    recorded, given, counted = json.loads(done.stdout.splitlines()[-1])
     assert recorded > 1e6
+    assert 0 <= given - recorded < 8 * 500, (recorded, given)  # the table that the last record was made of
     assert abs(counted - recorded) / recorded < 0.02, (recorded, counted)
 
 

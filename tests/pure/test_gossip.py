@@ -51,14 +51,14 @@ def test_a_message_that_is_not_finite_is_refused_and_counted(name, value):
     w = topologies.build("complete", NUM).matrix(0)
     x = rows()
     out, states, traffic = mix(name, Spoiled(2, value), w, x)
-    assert out.isfinite().all() and traffic.refused == NUM - 1
+    assert out.isfinite().all() and len(traffic.rejected) == NUM - 1
     assert all(value.isfinite().all() for state in states for value in state.values() if value.is_floating_point())
     without = w.copy()
     for i in range(NUM):
         if i != 2:
             without[i, i], without[i, 2] = without[i, i] + without[i, 2], 0.0
     expected, _, clean = mix(name, InProcess(), without, x)
-    assert clean.refused == 0
+    assert clean.rejected == []
     receivers = [i for i in range(NUM) if i != 2]
     torch.testing.assert_close(out[receivers], expected[receivers], rtol=0, atol=1e-6)
 
@@ -67,14 +67,14 @@ def test_large_numbers_are_numbers():
     x = rows()
     x[3] *= 1e10
     out, _, traffic = mix("decaf", InProcess(), topologies.build("ring", NUM).matrix(0), x)
-    assert out.isfinite().all() and traffic.refused == 0
+    assert out.isfinite().all() and traffic.rejected == []
 
 
 def test_who_has_diverged_itself_keeps_its_row():
     x = rows()
     x[2, 0] = float("nan")
     out, _, traffic = mix("decaf", InProcess(), topologies.build("ring", NUM).matrix(0), x)
-    assert traffic.refused == 2 and torch.equal(out[2].isnan(), x[2].isnan())
+    assert len(traffic.rejected) == 2 and torch.equal(out[2].isnan(), x[2].isnan())
     assert out[[0, 1, 3, 4]].isfinite().all()
 
 
@@ -117,7 +117,8 @@ def test_half_the_bytes_are_a_hundredth_off_at_most(name):
 
 # numbers of a message for R = 2 and layers of 7 -> 5 and 4 -> 9: sums of R I and R O
 IN, OUT = 2 * (7 + 4), 2 * (5 + 9)
-NUMBERS = {"ffa": OUT, "rolora": OUT, "fed_svd": OUT, "share_a": IN, "plora": (IN + OUT) // 2}
+NUMBERS = {"ffa": OUT, "rolora": OUT, "fed_svd": OUT, "share_a": IN, "plora": (IN + OUT) // 2,
+           "fedhl": IN + OUT + 2}  # with the ranks of both layers
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("fedask", "florist", "hetlora", "lora_a2")])
@@ -139,3 +140,92 @@ def test_weights_by_sample_size_converge_to_the_weighted_mean():
     expected = (torch.tensor(sizes, dtype=torch.float64) / sum(sizes)) @ start[:, b]
     torch.testing.assert_close(x[:, b], expected.expand(NUM, -1), rtol=0, atol=1e-9)
     assert (expected - start[:, b].mean(0)).abs().max() > 0.1
+
+
+class TestGuard:
+    """Five peers in a ring; peer 2 sends its message times a factor."""
+
+    W = topologies.build("ring", NUM).matrix(0)
+
+    def mixed(self, name, factor, guard=30.0, x=None, medium=None):
+        class Times(InProcess):
+            def exchange(self, t, outbox, edges, size, tag=0):
+                inboxes = super().exchange(t, outbox, edges, size, tag)
+                for inbox in inboxes.values():
+                    if 2 in inbox:
+                        inbox[2] = (inbox[2].view(torch.float32) * factor).view(torch.uint8)
+                return inboxes
+
+        rule, out = rules.build(name, LAYOUT, **({"T": 1} if name == "tad" else {})), (rows() if x is None else x).clone()
+        states = [rule.init(row) for row in out]
+        traffic = gossip(rule, codecs.build("none"), (medium or Times)(), out, range(NUM), states, self.W, 0, guard=guard)
+        return out, traffic.rejected
+
+    # fedex_choco's copies need every message; a sketch of a product is as large as the product
+    @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("flora", "fedex_choco", "hetlora", "lora_a2", "florist")])
+    @pytest.mark.parametrize("factor", [1e30, -100.0, 1e5])
+    def test_absurd_values_are_rejected_and_their_sender_is_known(self, name, factor):
+        out, rejected = self.mixed(name, factor)
+        assert rejected == [(1, 2), (3, 2)]
+        without = self.W.copy()
+        for i in (1, 3):
+            without[i, i], without[i, 2] = without[i, i] + without[i, 2], 0.0
+        expected, _, _ = mix(name, InProcess(), without, rows())
+        torch.testing.assert_close(out[[1, 3]], expected[[1, 3]], rtol=0, atol=1e-5)
+
+    # the first numbers of the messages of these are ranks or marks, which no factor leaves what they are
+    @pytest.mark.parametrize("name, factor", [(name, factor) for name in EVERY for factor in (1.0, -1.0, 10.0)
+                                              if factor == 1 or name not in ("hetlora", "lora_a2", "florist", "fedhl")])
+    def test_what_may_be_honest_passes(self, name, factor):
+        assert self.mixed(name, factor)[1] == []
+
+    def test_off_means_only_what_is_not_finite(self):
+        out, rejected = self.mixed("lora", -100.0, guard=None)
+        assert rejected == [] and out[1].abs().max() > 30
+        assert self.mixed("lora", float("nan"), guard=None)[1] == [(1, 2), (3, 2)]
+
+    def test_each_factor_is_judged_by_itself(self):
+        """B is small beside A: a hundred times as much of it would hide in the norm of both."""
+        x = rows()
+        x[:, LAYOUT.groups["B"]] *= 0.05
+
+        class TimesB(InProcess):
+            def exchange(self, t, outbox, edges, size, tag=0):
+                inboxes = super().exchange(t, outbox, edges, size, tag)
+                for inbox in inboxes.values():
+                    if 2 in inbox:
+                        message = inbox[2].view(torch.float32).clone()
+                        message[LAYOUT.groups["B"]] *= -100
+                        inbox[2] = message.view(torch.uint8)
+                return inboxes
+        assert self.mixed("decaf", 1, x=x, medium=TimesB)[1] == [(1, 2), (3, 2)]
+
+    def test_a_peer_that_begins_at_zero_hears_those_that_have_learnt(self):
+        x = rows() * 0.3
+        x[1, LAYOUT.groups["B"]] = 0
+        assert self.mixed("ffa", 1, x=x)[1] == []
+        x[1] = 0  # nothing to compare with
+        assert self.mixed("lora", 1, x=x)[1] == []
+
+    @pytest.mark.parametrize("ranks", [9.0, -1.0, 0.5, float("nan"), 1.0])
+    def test_ranks_that_are_none_are_rejected(self, ranks):
+        rule, x = rules.build("decaf", LAYOUT, ranks=(2,) * NUM), rows()
+
+        class OtherRanks(InProcess):
+            def exchange(self, t, outbox, edges, size, tag=0):
+                inboxes = super().exchange(t, outbox, edges, size, tag)
+                for inbox in inboxes.values():
+                    if 2 in inbox:
+                        message = inbox[2].view(torch.float32).clone()
+                        message[0] = ranks
+                        inbox[2] = message.view(torch.uint8)
+                return inboxes
+        traffic = gossip(rule, codecs.build("none"), OtherRanks(), x, range(NUM), [rule.init(row) for row in x], self.W, 0)
+        assert traffic.rejected == [(1, 2), (3, 2)] and x.isfinite().all()
+
+    def test_bytes_that_are_no_numbers_are_rejected(self):
+        class Cut(InProcess):
+            def exchange(self, t, outbox, edges, size, tag=0):
+                inboxes = super().exchange(t, outbox, edges, size, tag)
+                return {i: {j: data[:-1] if j == 2 else data for j, data in inbox.items()} for i, inbox in inboxes.items()}
+        assert self.mixed("florist", 1, medium=Cut)[1] == [(1, 2), (3, 2)]

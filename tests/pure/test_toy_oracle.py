@@ -165,3 +165,11 @@ def test_a_plain_numpy_loop_agrees(method, params, interval):
     a, b = dense_twin(problem, method, interval, [topology.matrix(t) for t in range(12)])
     np.testing.assert_allclose(result.factors["toy"][0], a, atol=1e-10, rtol=0)
     np.testing.assert_allclose(result.factors["toy"][1], b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "rolora", "tad_15", "decaf"])
+def test_the_guard_rejects_nobody_who_is_honest(method):
+    """Peers that hardly ever meet drift far apart; B begins at zero."""
+    rule, params = METHODS[method]
+    result = simulate(rule, graph(0.02, 0), toy(0).factors(), toy(0).local_step, ROUNDS, guard=30.0, **params)
+    assert sum(m["edges"] for m in result.measures) > 100 and sum(m["rejected"] for m in result.measures) == 0
