@@ -27,6 +27,9 @@ def root(tmp_path_factory):
     lines = (folder / "data.csv").read_text().splitlines()[1:]
     rows = [f"{line},{'abcdef'[k % 6]}" for k, line in enumerate(lines)]
     (folder / "who.csv").write_text("text,label,who\n" + "\n".join(rows) + "\n")
+    # three times as many of one label: where all are equally many, the counts would cancel
+    of_label = {label: [line for line in lines if line.endswith(label)] for label in ("yes", "no")}
+    (folder / "valid.csv").write_text("\n".join(["text,label", *of_label["yes"][:12], *of_label["no"][:4]]) + "\n")
     return folder
 
 
@@ -60,7 +63,7 @@ def test_a_peer_without_a_covered_group_has_no_value():
 @pytest.mark.parametrize("executor", [Sequential(), Stacked()], ids=["sequential", "stacked"])
 def test_the_loop_agrees_with_a_dense_recomputation(root, tmp_path, executor):
     """Every validation example is scored by itself, and drawn as often as the peer's shard holds its label."""
-    run, loaded = tiny_runs.make_run(make_config(root, tmp_path / "run", **SKEWED))
+    run, loaded = tiny_runs.make_run(make_config(root, tmp_path / "run", data__valid=root / "valid.csv", **SKEWED))
     run.executor = executor
     run.peers.x += torch.randn(run.peers.x.shape, generator=torch.Generator().manual_seed(3))
     found, valid, labels = evaluate(run), loaded.bundle.valid, loaded.bundle.train.labels
