@@ -32,7 +32,8 @@ class RunView:
     """A run as its callbacks see it: to be read. `round`: the rounds that are done."""
 
     def __init__(self, run, output: Path, process: int, processes: int):
-        self._run, self._output, self._place, self._round = run, output, (process, processes), run.completed
+        self._run, self._output, self._place = run, output, (process, processes)
+        self._round = run.completed - (run.pending is not None)  # whose record is still to come
 
     @property
     def config(self):
@@ -45,6 +46,11 @@ class RunView:
     @property
     def round(self) -> int:
         return self._round
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self._run.resumed
 
     @property
     def process(self) -> int:
@@ -95,7 +101,7 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback], view: RunView, transport):
         self.callbacks, self.view, self.transport, self.control = callbacks, view, transport, Control()
         self.asked_by: str | None = None  # the callback that ends the run
-        self._new = view.round == 0
+        self._new = not view.resumed
 
     def call(self, event: str, *given) -> None:
         """CallbackError on all processes when one of the callbacks raises on one of them."""

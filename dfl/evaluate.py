@@ -1,6 +1,6 @@
 """Evaluation of every peer's model, and of the consensus model, on the same examples; sums by group tell the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ def in_batches(split, batch_size: int) -> list[list[int]]:
     return [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
 
 
+class GivenUp(Exception):  # noqa: N818  # it is no error
+    """An evaluation was broken off between two batches."""
+
+
 class Evaluator:
     """Examples in batches of similar length, collated once and kept on the device.
 
@@ -39,15 +43,17 @@ class Evaluator:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
-    def sums(self, rows: Rows, executor: Executor) -> Tensor:
+    def sums(self, rows: Rows, executor: Executor, halted: Callable[[], bool] = lambda: False) -> Tensor:
         """Loss sum, correct and count of each of P rows: (P, 3) float64 on the CPU; behind them the same of each of C
-        groups, (P, 3 + 3 C), where there are any."""
+        groups, (P, 3 + 3 C), where there are any. GivenUp when `halted()` between two batches."""
         self.adapted.model.eval()
         num_groups = self.own.num_groups if self.own else 0
         totals = torch.zeros(len(rows.x), 1 + num_groups, len(SUMS), dtype=torch.float64, device=self.device)
         for index in executor.groups(len(rows.x)):
             with executor.bound(self.adapted, rows, None, index) as forward:
                 for batch, groups in zip(self.batches, self.groups, strict=True):
+                    if halted():
+                        raise GivenUp
                     repeated = _for_each(index, batch)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                         output = forward(self.task.inputs(repeated), index)

@@ -240,9 +240,10 @@ class Recording:
                                        "contents": dict(loaded.contents)}
         about = describe_run(config.to_dict(), facts, None if new else read_description(output))
         write_whole(output / "run.json", json.dumps(about, indent=1, default=str), lease)
-        self.lines = JsonLines(output / "metrics.jsonl", keep_before=run.completed + 1 if run.completed else 0, guard=lease.check)
+        recorded = run.completed - (run.pending is not None)  # rounds
+        self.lines = JsonLines(output / "metrics.jsonl", keep_before=recorded + 1 if run.resumed else 0, guard=lease.check)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
-        self.console = Console(config.train.rounds, run.completed)
+        self.console = Console(config.train.rounds, recorded)
         if run.completed == 0:
             self.console.say(shards)
         self.console.say(_opening(config, run, runtime, loaded))

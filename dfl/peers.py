@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,6 +55,22 @@ class DataStream:
         return self._order
 
 
+@dataclass
+class Part:
+    """The local phase of a round while it lasts: all that it needs to go on after a stop between two steps.
+
+    done: steps of each hosted peer. means, first: mean loss so far, and the first (P,). start: rows and moments at the round's start;
+    held: the moments at the start that masks hold. generators: of the peers in the middle of their steps, by name.
+    """
+
+    done: list[int]
+    means: Tensor
+    first: Tensor
+    start: tuple[Tensor, dict[str, Tensor]]
+    held: dict[str, Tensor]
+    generators: list[dict[str, Tensor]]
+
+
 class HostedPeers:
     """The peers of this process: rows x_PD, gradient rows g_PD, optimiser state per peer and factor group."""
 
@@ -79,6 +96,8 @@ class HostedPeers:
         self.generators = [torch.Generator(device) for _ in self.ids]
         self._active: frozenset[str] = frozenset()
         self._held: Held | None = None
+        self.part: Part | None = None  # of a local phase that was stopped before its end
+        self._start: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         # what has equally many steps and the same ratio shares a parameter group, and with it the rate of a step
@@ -176,33 +195,92 @@ class HostedPeers:
         self._active = trains
 
     def local_phase(self, t: int, trains: frozenset[str], task, split, executor: Executor,
-                    corrections: Sequence[Tensor | None], masks: Callable[[int, int], Tensor] | None = None) -> Tensor:
+                    corrections: Sequence[Tensor | None], masks: Callable[[int, int], Tensor] | None = None,
+                    halt: Callable[[int], bool] | None = None) -> Tensor | None:
         """Every hosted peer takes its local steps of round t on the groups in `trains`: the mean loss of each peer (P,).
 
-        masks: those of a Rule; what they leave out keeps its value and its moments. DivergenceError names the first peer whose loss
-        is not finite.
+        masks: those of a Rule; what they leave out keeps its value and its moments. halt: asked before every step, with the number of
+        steps that are left; where it says so the phase stops, gives None and goes on with the next call, or, from what `state_tensors`
+        gave, in another process. Who gives `halt` has to call `end_phase`: until then a phase that is done can be saved as well, as
+        another process may have stopped in its own. DivergenceError names the first peer whose loss is not finite.
         """
-        self.begin_round(trains)
-        self._held = None if masks is None else Held(torch.stack([masks(t, peer) for peer in self.ids]), *self.snapshot())
+        self.part = self.part or self._begin(t, trains, masks)
+        # what is left out has the values of the start still
+        self._held = None if masks is None else Held(torch.stack([masks(t, p) for p in self.ids]), self.x.clone(), self.part.held)
         self.adapted.model.train()
-        means, first = torch.zeros(2, len(self.ids), device=self.device)
         for rows in executor.groups(len(self.ids)):
-            for row in rows:
-                self.generators[row].manual_seed(derive(self.seed, "local", self.ids[row], t))
-            # what draws from the global generator (stochastic depth) must not depend on the hosting either
-            _seed_global(derive(self.seed, "global", self.ids[rows[0]], t), self.device)
-            with executor.bound(self.adapted, self.rows(), self.factor_gradients, rows, _groups(trains)) as forward:
-                for k in range(max(map(self.steps, rows))):
-                    active = [row for row in rows if k < self.steps(row)]
-                    losses = self._step(t, k, active, trains, task, split, forward, corrections)
-                    means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)
-                    if k == 0:
-                        first[active] = losses
+            if not self._train(t, rows, trains, task, split, executor, corrections, halt):
+                self._check_finite(t)
+                return None
         if self._held:
             self._held.put_back_moments(self.moments(), self.ids, self.layout)
         self.adapted.model.eval()
-        self._check_finite(means, first, t)
+        self._check_finite(t)
+        means = self.part.means
+        if halt is None:
+            self.end_phase()
         return means
+
+    def end_phase(self) -> None:
+        """The local phase is done on all processes, and what it began from is no longer needed."""
+        self.part = None
+
+    def _begin(self, t: int, trains: frozenset[str], masks) -> Part:
+        start, self._start = self.round_start(), None
+        self.begin_round(trains)
+        means, first = torch.zeros(2, len(self.ids), device=self.device)
+        held = {} if masks is None else {name: value.clone() for name, value in self.moments().items()}
+        return Part([0] * len(self.ids), means, first, start, held, [{} for _ in self.ids])
+
+    def round_start(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """A snapshot from the start of the round at work, or of the one that begins now."""
+        if self.part:
+            return self.part.start
+        self._start = self._start or self.snapshot()
+        return self._start
+
+    def _train(self, t, rows, trains, task, split, executor, corrections, halt) -> bool:
+        """The steps of the rows that go through the model together; False when halted before the last."""
+        part = self.part
+        unfinished = [row for row in rows if part.done[row] < self.steps(row)]
+        if not unfinished:
+            return True
+        self._seed(t, rows)
+        with executor.bound(self.adapted, self.rows(), self.factor_gradients, rows, _groups(trains)) as forward:
+            # peers that come from several processes may have stopped at different steps: those behind catch up first
+            for k in range(min(part.done[row] for row in unfinished), max(map(self.steps, rows))):
+                active = [row for row in rows if part.done[row] <= k < self.steps(row)]
+                if halt and halt(sum(self.steps(row) - done for row, done in enumerate(part.done))):
+                    self._keep_generators(rows)
+                    return False
+                losses = self._step(t, k, active, trains, task, split, forward, corrections)
+                part.means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)
+                if k == 0:
+                    part.first[active] = losses
+                for row in active:
+                    part.done[row] = k + 1
+        return True
+
+    def _seed(self, t: int, rows: list[int]) -> None:
+        """The generators for the steps of these rows: from the seed, or as they were when the rows stopped."""
+        for row in rows:
+            self.generators[row].manual_seed(derive(self.seed, "local", self.ids[row], t))
+        # what draws from the global generator (stochastic depth) must not depend on the hosting either
+        _seed_global(derive(self.seed, "global", self.ids[rows[0]], t), self.device)
+        for row in rows:
+            kept = self.part.generators[row]
+            if kept:
+                self.generators[row].set_state(kept["own"])
+                torch.set_rng_state(kept["global"])
+                if "device" in kept:
+                    torch.cuda.set_rng_state(kept["device"], self.device)
+            self.part.generators[row] = {}
+
+    def _keep_generators(self, rows: list[int]) -> None:
+        for row in rows:
+            if 0 < self.part.done[row] < self.steps(row):
+                on_device = {"device": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+                self.part.generators[row] = {"own": self.generators[row].get_state(), "global": torch.get_rng_state(), **on_device}
 
     def _step(self, t, k, active, trains, task, split, forward, corrections) -> Tensor:
         self._zero_gradients(active)
@@ -267,19 +345,54 @@ class HostedPeers:
             for group, parameter in params.items():
                 parameter.grad = grads[group] if row in active and group in trains else None
 
-    def _check_finite(self, means: Tensor, first: Tensor, t: int) -> None:
+    def _check_finite(self, t: int) -> None:
+        means, first = self.part.means, self.part.first
         bad = (~(torch.isfinite(means) & torch.isfinite(self.x).all(1))).nonzero().flatten().tolist()
         if bad:
             peer, at_start = self.ids[bad[0]], not bool(torch.isfinite(first).all())
+            self.part = None
             raise DivergenceError(f"peer {peer} diverged in round {t + 1}: mean training loss {float(means[bad[0]])}", peer, at_start)
 
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's state as named tensors, to be saved; empty when moments do not survive a round."""
-        if self.train.state == "fresh":
-            return {}
+        return {} if self.train.state == "fresh" else self._all_moments()
+
+    def _all_moments(self) -> dict[str, Tensor]:
         return {f"{self.ids[row]}.{group}.{key}": value for row, params in enumerate(self.params)
                 for group, p in params.items() for key, value in self.optimizer.state.get(p, {}).items()
                 if isinstance(value, Tensor)}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What goes on after a stop needs beside the rows: moments, and of a local phase that was stopped, its part, by peer."""
+        if self.part is None:
+            return {f"moments.{name}": value for name, value in self.moments().items()}
+        part, found = self.part, {f"moments.{name}": value for name, value in self._all_moments().items()}
+        for row, peer in enumerate(self.ids):
+            found |= {f"part.{peer}.done": torch.tensor([part.done[row]]), f"part.{peer}.losses": torch.stack([part.means[row],
+                      part.first[row]]), f"part.{peer}.start": part.start[0][row]}
+            found |= {f"generator.{peer}.{name}": value for name, value in part.generators[row].items()}
+        found |= {f"start.{name}": value for name, value in part.start[1].items()}
+        return found | {f"held.{name}": value for name, value in part.held.items()}
+
+    def load_state(self, saved: dict[str, Tensor], last_trained: frozenset[str]) -> None:
+        """Put back what `state_tensors` gave, for the peers hosted here; `last_trained` of a part is what its round trains."""
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            kind, _, rest = name.partition(".")
+            kinds.setdefault(kind, {})[rest] = value
+        self.load_moments(kinds.get("moments", {}), last_trained)
+        parts = kinds.get("part", {})
+        if f"{self.ids[0]}.done" not in parts:
+            return
+        losses = torch.stack([parts[f"{peer}.losses"] for peer in self.ids]).to(self.device)
+        start = empty_rows(*self.x.shape, device=self.device)
+        for row, peer in enumerate(self.ids):
+            start[row] = parts[f"{peer}.start"].to(self.device)
+        generators = [{name.partition(".")[2]: value for name, value in kinds.get("generator", {}).items()
+                       if name.partition(".")[0] == str(peer)} for peer in self.ids]
+        begun, held = ({name: value.to(self.device) for name, value in kinds.get(kind, {}).items()} for kind in ("start", "held"))
+        self.part = Part([int(parts[f"{peer}.done"]) for peer in self.ids], losses[:, 0].clone(), losses[:, 1].clone(),
+                         (start, begun), held, generators)
 
     def snapshot(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Copies of rows and moments as they are now, for what may have to be taken back."""
@@ -297,8 +410,7 @@ class HostedPeers:
             peer, group, key = name.split(".")
             if int(peer) in rows:
                 parameter = self.params[rows[int(peer)]][group]
-                on = value if key == "step" and self.device.type == "cpu" else value.to(self.device)
-                self.optimizer.state.setdefault(parameter, {})[key] = on.clone()
+                self.optimizer.state.setdefault(parameter, {})[key] = value.to(self.device).clone()
         self._active = last_trained
 
 

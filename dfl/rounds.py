@@ -13,7 +13,7 @@ from dfl.adapters import Rows
 from dfl.codecs import Codec
 from dfl.config import Config
 from dfl.diagnostics import diagnose
-from dfl.evaluate import Evaluator, consensus_rows, summary
+from dfl.evaluate import Evaluator, GivenUp, consensus_rows, summary
 from dfl.executors import Executor
 from dfl.factors import empty_rows
 from dfl.gossip import Traffic, digest_of_common, gossip
@@ -24,8 +24,9 @@ from dfl.transport.base import SENT, Transport
 
 logger = logging.getLogger(__name__)
 # what processes agree on after every local phase, the largest of what each says; _SAVE is process 0's alone to say, by its clock;
+# _STOP ends with this round, _HALT in its middle, as one of them has stopped between two steps;
 # a diverged peer is _DIVERGED + its id, and the number of peers more when it began the round with factors that were bad already
-_GO, _SAVE, _STOP, _DIVERGED = 0, 1, 2, 3
+_GO, _SAVE, _STOP, _HALT, _DIVERGED = 0, 1, 2, 3, 4
 _SECONDS = ("local", "encode", "exchange", "mix")
 _COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "rejected", "rejected_sender")
 
@@ -46,6 +47,9 @@ class Run:
     evaluator: Evaluator
     states: list[State] = field(default_factory=list)
     completed: int = 0
+    pending: "Pending | None" = None  # of the last completed round, until it is evaluated and recorded
+    resumed: bool = False  # from a checkpoint
+    began: bool = False  # there is more to save than the start
     gathered: tuple | None = None  # what `gather_models` found, until the models change
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
 
@@ -76,44 +80,106 @@ class Run:
         return consensus_rows(self.peers.adapted, x, kept, self.rule.product, self.rule.residual)
 
 
+class Pending(NamedTuple):
+    """A round before its evaluation. table: `_table` of the hosted peers; found: measures, on process 0."""
+
+    table: Tensor
+    edges: int
+    found: dict
+    measure_seconds: float
+
+
 class Hooks(NamedTuple):
     """What happens beside the mathematics: `record` is called on every process, with None where it is not process 0."""
 
     record: Callable[[dict | None], None]
     save: Callable[[], None]
-    stop_requested: Callable[[], bool]
+    stop_requested: Callable[[], bool]  # with the end of a round; asked at its begin
     save_due: Callable[[], bool] = lambda: False  # a checkpoint by time; asked in every round, on process 0 alone
+    halted: Callable[[], bool] = lambda: False  # as soon as possible: evaluations are given up
+    halt: Callable[[int], bool] | None = None  # the same between two steps, of which so many are left
 
 
 def run_rounds(run: Run, hooks: Hooks) -> bool:
-    """Run to the last round, from wherever `run.completed` is. False when stopped early by an agreed signal.
+    """Run to the last round, from wherever the run is. False when stopped early, as all processes agreed; the state is saved then.
 
+    A stop comes at the end of a round, between two steps of its local phase, or between two batches of its evaluation.
     On divergence the peers go back to the last state known to be good, which is saved, and DivergenceError is raised everywhere.
     """
     config, begun = run.config, []
-    if run.completed == 0:
-        hooks.record(_start_record(run))
-    while run.completed < config.train.rounds:
-        t = run.transport.round = run.completed
-        # the start of this round and of the one before it
-        begun = [*begun[-1:], (t, run.peers.snapshot(), list(run.states))]
-        started = time.perf_counter()
-        losses, flag = _local(run, t, hooks)
-        local_seconds = time.perf_counter() - started
-        if flag >= _DIVERGED:
-            at_start, peer = divmod(flag - _DIVERGED, config.peers)
-            _go_back(run, begun[0] if at_start else begun[-1])
+    if not run.resumed:
+        try:
+            hooks.record(_agreed(run, lambda: _start_record(run, hooks.halted)))
+        except GivenUp:
+            return False
+    run.began = True
+    while run.completed < config.train.rounds or run.pending is not None:
+        flag = _GO
+        if run.pending is None:
+            t = run.transport.round = run.completed
+            # the start of this round and of the one before it
+            begun = [*begun[-1:], (t, run.peers.round_start(), list(run.states))]
+            flag = _round(run, t, hooks, begun)
+        if flag == _HALT or not _conclude(run, hooks, flag == _STOP):
             hooks.save()
-            raise DivergenceError(f"peer {peer} diverged in round {t + 1}: its training loss or its factors are not finite; the state "
-                                  f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
-        hooks.record(_finish(run, t, losses, local_seconds, flag == _STOP))
-        run.completed = t + 1
+            return False
         if flag == _STOP and run.completed < config.train.rounds:
             hooks.save()
             return False
-        if flag == _SAVE or due(config.checkpoint.every, t) or run.completed == config.train.rounds:
+        if flag == _SAVE or due(config.checkpoint.every, run.completed - 1) or run.completed == config.train.rounds:
             hooks.save()
     return True
+
+
+def _round(run: Run, t: int, hooks: Hooks, begun: list[tuple]) -> int:
+    """Round t up to its evaluation, or, where it gives _HALT, to a step of its local phase."""
+    started = time.perf_counter()
+    losses, flag = _local(run, t, hooks)
+    local_seconds = time.perf_counter() - started
+    if flag >= _DIVERGED:
+        at_start, peer = divmod(flag - _DIVERGED, run.config.peers)
+        _go_back(run, begun[0] if at_start else begun[-1])
+        hooks.save()
+        raise DivergenceError(f"peer {peer} diverged in round {t + 1}: its training loss or its factors are not finite; the state "
+                              f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
+    if flag != _HALT:
+        run.peers.end_phase()
+        run.pending = _finish(run, t, losses, local_seconds)
+        run.completed = t + 1
+    return flag
+
+
+def _conclude(run: Run, hooks: Hooks, stop: bool) -> bool:
+    """Evaluate the last round where that is due, and record it; False, with nothing done, when the evaluation was given up."""
+    t, pending, started = run.completed - 1, run.pending, time.perf_counter()
+    last = run.completed == run.config.train.rounds
+    evaluated = due(run.config.eval.every, t) or last
+    try:
+        evaluation = evaluate(run, hooks.halted) if evaluated else None
+    except GivenUp:
+        return False
+    evaluated_at = time.perf_counter()
+    if last or stop:
+        gather_models(run)  # for the checkpoint that follows: its bytes belong to this record, the last one
+    record = _round_record(run, t, pending)
+    if record is not None:
+        record |= pending.found | ({"eval": evaluation} if evaluated else {})
+        record["seconds"] |= {"measure": pending.measure_seconds, "evaluate": evaluated_at - started}
+    run.pending = None
+    hooks.record(record)
+    return True
+
+
+def _agreed(run: Run, work: Callable[[], object]):
+    """`work()` of every process; GivenUp on all where it is given up on one."""
+    found, given_up = None, False
+    try:
+        found = work()
+    except GivenUp:
+        given_up = True
+    if run.transport.agree(given_up):
+        raise GivenUp
+    return found
 
 
 def _go_back(run: Run, begun: tuple) -> None:
@@ -133,33 +199,27 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     run.gathered = None
     corrections = [run.rule.correct(state) for state in run.states]
     try:
-        losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections, run.rule.masks)
-        flag = _STOP if stop else _SAVE if run.transport.rank == 0 and hooks.save_due() else _GO
+        halt = {}
+        if hooks.halt:
+            hooks.halt.begin()
+            halt = {"halt": hooks.halt}
+        losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections, run.rule.masks, **halt)
+        save = run.transport.rank == 0 and hooks.save_due()
+        flag = _HALT if losses is None else _STOP if stop or hooks.halted() else _SAVE if save else _GO
     except DivergenceError as error:
         flag = _DIVERGED + error.peer + run.config.peers * error.at_start
     return losses, run.transport.agree(flag)
 
 
-def _finish(run: Run, t: int, losses: Tensor, local_seconds: float, stop: bool) -> dict | None:
-    """Exchange, mix, measure, evaluate round t; the round's record on process 0."""
+def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending":
+    """Exchange, mix and measure round t: all of its record but the evaluation."""
     w, config = run.topology.matrix(t), run.config
-    last = t + 1 == config.train.rounds
     look = Look(due(config.measure.every, t), due(config.measure.layers, t))
     before = look.before(run)
     traffic = _exchange(run, w, t)
     started = time.perf_counter()
     found = look.after(run, before, w)
-    measured_at = time.perf_counter()
-    evaluated = due(config.eval.every, t) or last
-    evaluation = evaluate(run) if evaluated else None
-    evaluated_at = time.perf_counter()
-    if last or stop:
-        gather_models(run)  # for the checkpoint that follows: its bytes belong to this record, the last one
-    record = _round_record(run, t, losses, local_seconds, traffic)
-    if record is not None:
-        record |= found | ({"eval": evaluation} if evaluated else {})
-        record["seconds"] |= {"measure": measured_at - started, "evaluate": evaluated_at - measured_at}
-    return record
+    return Pending(_table(run, losses, local_seconds, traffic), traffic.edges, found, time.perf_counter() - started)
 
 
 def _exchange(run: Run, w, t: int) -> Traffic:
@@ -206,11 +266,12 @@ class Look(NamedTuple):
         return found
 
 
-def _round_record(run: Run, t, losses, local_seconds, traffic: Traffic) -> dict | None:
+def _round_record(run: Run, t: int, pending: Pending) -> dict | None:
     """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process, bytes those sent by all since
     the record before."""
-    state_names = [name for name, value in run.states[0].items() if value.dim() == 0]
-    table = run.transport.gather(_table(run, losses, local_seconds, traffic, state_names))
+    state_names = _state_names(run)
+    pending.table[0, 5:5 + len(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
+    table = run.transport.gather(pending.table)
     if table is None:
         return None
     column = dict(zip(_COLUMNS, table.T, strict=False))
@@ -219,19 +280,24 @@ def _round_record(run: Run, t, losses, local_seconds, traffic: Traffic) -> dict 
     return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
             **({"rates": rates} if set(rates.values()) != {lr} else {}),
             "train_loss": summary(column["train_loss"].tolist()), "train_loss_peers": column["train_loss"].tolist(),
-            "edges": traffic.edges, **{name: int(column[name].sum()) for name in ("message_bytes", *SENT)},
+            "edges": pending.edges, **{name: int(column[name].sum()) for name in ("message_bytes", *SENT)},
             **_rejections(run, t, column), "seconds": {name: float(column[name].max()) for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
 
 
-def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Traffic, state_names: list[str]) -> Tensor:
-    """By hosted peer, the columns _COLUMNS and what its rule measures itself; what is of the process stands at its first peer."""
+def _state_names(run: Run) -> list[str]:
+    return [name for name, value in run.states[0].items() if value.dim() == 0]
+
+
+def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Traffic) -> Tensor:
+    """By hosted peer, the columns _COLUMNS and what its rule measures itself; what is of the process stands at its first peer. The
+    bytes sent are known after the evaluation."""
+    state_names = _state_names(run)
     table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
-    of_process = [*run.transport.newly_sent(), traffic.message_bytes]
     table[:, 0] = losses.cpu()
     table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
-    table[0, 5:9] = torch.tensor(of_process, dtype=torch.float64)
+    table[0, 5 + len(SENT)] = traffic.message_bytes
     for receiver, sender in reversed(traffic.rejected):
         row = run.peers.ids.index(receiver)
         table[row, 9] += 1
@@ -253,14 +319,17 @@ def _rejections(run: Run, t: int, column: dict[str, Tensor]) -> dict[str, object
     return {"rejected": int(column["rejected"].sum()), **({"rejected_senders": senders} if senders else {})}
 
 
-def evaluate(run: Run) -> dict | None:
-    """Every peer's own model where it is hosted, the consensus model on process 0; the results there, None elsewhere."""
-    sums = run.transport.gather(run.evaluator.sums(run.peers.rows(), run.executor))
+def evaluate(run: Run, halted: Callable[[], bool] = lambda: False) -> dict | None:
+    """Every peer's own model where it is hosted, the consensus model on process 0; the results there, None elsewhere.
+
+    GivenUp, on all processes, once `halted()` on one.
+    """
+    sums = run.transport.gather(_agreed(run, lambda: run.evaluator.sums(run.peers.rows(), run.executor, halted)))
     gathered = gather_models(run) if run.config.eval.consensus else None
+    merged = _agreed(run, lambda: gathered and run.evaluator.sums(run.consensus(*gathered), run.executor, halted))
     if sums is None:
         return None
-    consensus = None if gathered is None else run.evaluator.sums(run.consensus(*gathered), run.executor)
-    return run.evaluator.record(sums, consensus)
+    return run.evaluator.record(sums, merged)
 
 
 def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
@@ -276,9 +345,9 @@ def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
     return run.gathered[0]
 
 
-def _start_record(run: Run) -> dict | None:
+def _start_record(run: Run, halted: Callable[[], bool]) -> dict | None:
     """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
     if 0 not in run.peers.ids:
         return None
-    sums = run.evaluator.sums(run.peers.rows().row(0), run.executor)
+    sums = run.evaluator.sums(run.peers.rows().row(0), run.executor, halted)
     return {"round": 0, "eval": run.evaluator.record(sums.expand(run.config.peers, -1), sums)}

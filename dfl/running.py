@@ -1,6 +1,7 @@
 """`dfl train`: from a configuration to a run folder with adapters."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from dfl.lease import Lease
 from dfl.pace import SaveClock
 from dfl.parent import end_with_launcher
 from dfl.preflight import ready
+from dfl.record import finite
 from dfl.report import closing_table
-from dfl.rounds import Hooks, Run, gather_models, run_rounds
-from dfl.runtime import Runtime, StopSignal, Worker, start
+from dfl.rounds import Hooks, Pending, Run, gather_models, run_rounds
+from dfl.runtime import Runtime, Worker, start
+from dfl.stopping import Halt, Stopped, StopSignal
 
 # a stop asked for by a signal: "try again later", as in sysexits.h
 STOPPED = 75
@@ -37,51 +40,72 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, call
     callbacks = load_callbacks(config.callbacks, callbacks)
 
     def work(worker: Worker | None) -> int:
-        runtime = start(config, worker)
+        stop = StopSignal()
         try:
-            finished = _train_all(config, runtime, topology, resume, overwrite, callbacks)
-        except BaseException as error:
-            runtime.transport.leave(error)
-            raise
-        runtime.transport.close()
-        return 0 if finished else STOPPED
+            return _train_here(config, worker, topology, resume, overwrite, callbacks, stop)
+        finally:
+            stop.restore()
 
     return workers.run(workers.count(config, automatic=spread), work)
 
 
-def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback]) -> bool:
+def _train_here(config: Config, worker: Worker | None, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
+                stop: StopSignal) -> int:
+    runtime = start(config, worker)
+    try:
+        finished = _train_all(config, runtime, topology, resume, overwrite, callbacks, stop)
+    except Stopped as asked:
+        runtime.transport.leave(asked)
+        if runtime.place.rank == 0:
+            print(f"{asked} before the first round; --resume begins, or goes on", file=sys.stderr, flush=True)
+        return STOPPED
+    except BaseException as error:
+        runtime.transport.leave(error)
+        raise
+    runtime.transport.close()
+    return 0 if finished else STOPPED
+
+
+def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
+               stop: StopSignal) -> bool:
     """The run and its baseline, which has no callbacks. False when a signal came before the end."""
     transport, output = runtime.transport, Path(config.output)
     check_secret(transport)
+    transport.watch(lambda: stop.received > 0)
     check_company(transport, settings(config, resume=resume, overwrite=overwrite) | {"callbacks": list(map(name_of, callbacks))})
     lease, resumed_from = enter(config, output, runtime, resume, overwrite)
     try:
-        return _train_held(config, runtime, topology, lease, resumed_from, resume, overwrite, callbacks)
+        return _train_held(config, runtime, topology, lease, resumed_from, resume, overwrite, callbacks, stop)
     finally:
         if transport.rank == 0:
             lease.release()
 
 
 def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resumed_from: Path | None, resume: bool, overwrite: bool,
-                callbacks: Sequence[Callback]) -> bool:
+                callbacks: Sequence[Callback], stop: StopSignal) -> bool:
     """The folder is ours."""
     transport, output = runtime.transport, Path(config.output)
     if resumed_from is not None:
         config = together(transport, lambda: continued(config, output))
-    loaded = together(transport, lambda: load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0]))
+
+    def load_here() -> Loaded:
+        with stop.at_once():
+            return load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0])
+
+    loaded = together(transport, load_here)
     loaded = together(transport, lambda: _with_contents(loaded, topology))
     check_company(transport, loaded.contents)
     # as late as can be: a start that is refused for its data or its model leaves the run that was there
     together(transport, lambda: make_room(output, resumed_from is None, overwrite, lease) if transport.rank == 0 else None)
     if runtime.place.rank == 0:
         describe_data(config, loaded, say=resumed_from is None)
-    finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks, lease)
+    finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks, lease, stop)
     if finished and config.baseline:
         alone = _baseline(config)
         folder = Path(alone.output)
         before = choose(folder, transport) if resume else None
         together(transport, lambda: make_room(folder, before is None, False, lease) if transport.rank == 0 else None)
-        finished = _train_one(alone, runtime, loaded, topology, folder, before, (), lease)
+        finished = _train_one(alone, runtime, loaded, topology, folder, before, (), lease, stop)
     if runtime.place.rank == 0 and own:  # also where only the baseline was stopped, which the table says
         print(closing_table(output), flush=True)
     return finished
@@ -100,7 +124,7 @@ def _baseline(config: Config) -> Config:
 
 
 def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None,
-               callbacks: Sequence[Callback], lease: Lease) -> bool:
+               callbacks: Sequence[Callback], lease: Lease, stop: StopSignal) -> bool:
     first, new = runtime.place.rank == 0, resumed_from is None
     if not new:
         together(runtime.transport, lambda: check_contents(manifest.read(resumed_from).contents, loaded.contents, config, output))
@@ -115,21 +139,27 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
         lease.check()
         (output / ENDED).unlink(missing_ok=True)
     watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
-    stop, clock = StopSignal(), _clock(run)
+    clock = _clock(run)
     try:
         watching.call("on_train_begin")
         finished = run_rounds(run, _hooks(run, saver, record, stop, watching, clock))
-        if not finished and watching.asked_by:
+        if not finished and watching.asked_by and run.peers.part is None and run.pending is None:
             finished = True
             together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by, lease) if first else None)
         watching.call("on_train_end")
     finally:
-        stop.restore()
         if first:
             record.close()
     if first and not finished:
-        record.console.say(f"stopped after round {run.completed}; the state is saved, --resume goes on")
+        record.console.say(_stopped(run))
     return finished
+
+
+def _stopped(run: Run) -> str:
+    if not run.began:
+        return "stopped before the first round; --resume begins"
+    inside = " and in the middle of the next" if run.peers.part else ", before its evaluation" if run.pending is not None else ""
+    return f"stopped after round {run.completed}{inside}; the state is saved, --resume goes on"
 
 
 def _clock(run: Run) -> SaveClock:
@@ -149,7 +179,10 @@ def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSi
             folder = save(run, saver)
         watching.saved(run.completed, folder)
 
-    return Hooks(record_round, save_now, lambda: stop.received > 0 or watching.control.should_training_stop, clock.due)
+    def halted() -> bool:
+        return stop.received > 0 or run.transport.told_to_stop
+
+    return Hooks(record_round, save_now, lambda: watching.control.should_training_stop, clock.due, halted, Halt(halted))
 
 
 def _note_end(record: Recording, output: Path, rounds: int, callback: str, lease: Lease) -> None:
@@ -167,7 +200,11 @@ def save(run: Run, saver: Checkpointer) -> Path:
         merged = (run.consensus(*gathered), what)
     tensors = {f"rule.{peer}.{key}": value for peer, state in zip(run.peers.ids, run.states, strict=True)
                for key, value in state.items()}
-    tensors |= {f"moments.{name}": value for name, value in run.peers.moments().items()}
+    tensors |= run.peers.state_tensors()
+    if run.pending is not None:
+        about = _as_tensor({name: value for name, value in run.pending._asdict().items() if name != "table"})
+        for row, peer in enumerate(run.peers.ids):
+            tensors |= {f"pending.{peer}.row": run.pending.table[row], f"pending.{peer}.about": about}
     if run.config.lora.start == "gradient" and 0 in run.peers.ids:
         tensors["bases.0"] = run.peers.adapted.cores.bases
     return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.peers.rows(), tensors, merged)
@@ -185,6 +222,15 @@ def restore(run: Run, folder: Path) -> None:
         run.states[row] = {name.removeprefix(mine): value.to(run.peers.device) for name, value in found.items()
                            if name.startswith(mine)}
     run.show_residuals()
-    moments = {name.removeprefix("moments."): value for name, value in found.items() if name.startswith("moments.")}
-    last = run.rule.trains(run.completed - 1) if run.completed else frozenset()
-    run.peers.load_moments(moments, last)
+    in_part = any(name.startswith("part.") for name in found)
+    last = run.completed if in_part else run.completed - 1
+    run.peers.load_state(found, run.rule.trains(last) if last >= 0 else frozenset())
+    run.resumed = True
+    about = found.get(f"pending.{run.peers.ids[0]}.about")  # of process 0 what peer 0 has
+    if about is not None:
+        table = torch.stack([found[f"pending.{peer}.row"] for peer in run.peers.ids])
+        run.pending = Pending(table, **json.loads(bytes(about.numpy())))
+
+
+def _as_tensor(record: dict) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(finite(record)).encode()), dtype=torch.uint8)

@@ -1,12 +1,9 @@
-"""The process and its company: rank and size from torchrun or Slurm, device, threads, process group, signals."""
+"""The process and its company: rank and size from torchrun or Slurm, device, threads, process group."""
 
 import os
 import re
-import signal
 import socket
 import sys
-import threading
-import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -19,8 +16,6 @@ from dfl.transport.meeting import meet, reach
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
 START_SECONDS = 300.0
-# a signal that comes twice within this time is one wish, forwarded by a launcher
-ECHO_SECONDS = 5.0
 
 class Place(NamedTuple):
     """Which of how many processes this is, and which on its node."""
@@ -181,36 +176,3 @@ def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> N
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
                               f"{str(error).splitlines()[0][:200]}") from error
-
-
-class StopSignal:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop at the round's end, when the state is saved.
-
-    A second SIGINT, or a second SIGTERM after some seconds, ends the process at once; what was done since the last checkpoint
-    is lost then. Sooner it is the same wish twice: Slurm signals every process of a step, and torchrun passes on what it gets.
-    SIGUSR1 and SIGUSR2 are the warnings that a job orders with `--signal=USR1@60`: a SIGTERM after them is no second one.
-    torchrun forwards SIGTERM and SIGINT to its workers and kills them after 30 s; the others it forwards with
-    `--signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2`. It is enough that one process of a run hears a signal. While a
-    process waits for another inside the transport, it hears a signal when that wait ends.
-    """
-
-    def __init__(self):
-        self.received, self._wished = 0, None
-        # only the main thread may set handlers; a run in another one goes on until its end
-        main = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2) if main else ()
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
-
-    def _handle(self, number, frame) -> None:
-        self.received = int(number)
-        if number in (signal.SIGUSR1, signal.SIGUSR2):
-            return
-        if self._wished is None:
-            self._wished = time.monotonic()
-        elif number == signal.SIGINT or time.monotonic() - self._wished > ECHO_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Whole runs on a tiny random model and a few words: recipes and their pieces, for tests of what a run leaves behind."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import tiny_models
@@ -63,18 +64,35 @@ def make_run(config: configuration.Config):
 
 
 class StopAfter:
-    """In the place of the signal handler: asks for a stop in round `rounds` (counted from the call's first)."""
+    """A signal in round `rounds` (counted from the call's first), in place of StopSignal and, by `halt`, of the clock that decides
+    whether the round is finished: it is, unless `steps` says after how many steps of this process it stops."""
 
-    def __init__(self, rounds):
-        self.left = rounds
+    def __init__(self, rounds, steps=None):
+        self.left, self.steps, self.received = rounds, steps, 0
 
-    @property
-    def received(self):
-        self.left -= 1
-        return int(self.left <= 0)
+    def halt(self, asked):
+        return self
+
+    def begin(self):
+        self.left, self.step = self.left - 1, 0
+
+    def __call__(self, steps_left):
+        if self.left <= 0 and (self.steps is None or self.step >= self.steps):
+            self.received = 1
+        self.step += 1
+        return self.received > 0 and self.steps is not None
+
+    def at_once(self):
+        return nullcontext()
 
     def restore(self):
         pass
+
+
+def stop_after(running, rounds, steps=None, patch=setattr) -> None:
+    stop = StopAfter(rounds, steps)
+    patch(running, "StopSignal", lambda: stop)
+    patch(running, "Halt", stop.halt)
 
 
 def adapter_digests(run: Path) -> dict[str, str]:

@@ -162,7 +162,9 @@ class Config:
     # of a plain `dfl train`, on CPU: the hosted peers are spread over so many; None: one for each core and peer that memory allows
     processes: int | None = None
     threads: int | None = None  # of each process; None: OMP_NUM_THREADS, else 1. Another number gives other bits
-    timeout: float = 1800.0  # seconds to wait for a neighbour; the others wait while one evaluates the consensus
+    # seconds to wait for a process that lives but does not answer: longer than the longest local phase and evaluation. Who is dead is
+    # found at once, who is stopped or hangs within about a minute, whatever this is
+    timeout: float = 1800.0
 
     def to_dict(self) -> dict[str, Any]:
         return plain(self)

@@ -1,6 +1,6 @@
 """What moves messages between peers, wherever they are hosted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +40,11 @@ class Transport(Protocol):
 
     def spread(self, data: bytes) -> bytes:
         """What process 0 gave, on all of them; what the others gave is not used."""
+
+    def watch(self, asked: Callable[[], bool]) -> None:
+        """From now on the processes know of each other, without a message of the run: that they live, and that one is told to stop."""
+
+    told_to_stop: bool  # whether `asked` of any process was true, a moment ago
 
     def describe(self, process: int) -> str:
         """A process for people: its number, its peers, its host."""

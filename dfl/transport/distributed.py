@@ -1,23 +1,29 @@
 """Messages between processes over torch.distributed: one packed buffer per pair of processes and round."""
 
 import os
+import queue
 import struct
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dfl.stopping import Stopped
 from dfl.transport import frames
 from dfl.transport.base import SENT, Inboxes, Outbox, hosting
 from dfl.transport.notes import GRACE, Note, Notes
+from dfl.transport.watch import SILENT_SECONDS, Watch
 
 _ENTRY = struct.Struct("<IIQ")  # peer, tag: what kind of numbers the message holds, bytes
 # what a transfer is, for its frames and for errors
 _EXCHANGE, _SIZES, _TABLE, _TOLD, _ROWS = "exchange", "announcement of sizes", "agreement", "what process 0 tells", "gathering of rows"
 MOST = 2**31  # bytes of a message, unless a run knows better
+# between two looks at who is silent, while something is waited for
+_LOOK_SECONDS = 0.5
 
 
 class TagError(TypeError, ConnectionError):
@@ -42,10 +48,23 @@ class Distributed:
         self.names = ["not told"] * self.size
         store = dist.distributed_c10d._get_default_store()
         self.notes = Notes(store, self.rank, _address(store))
-        self._holds_store = self.rank == 0 and self.notes.address is not None
+        # process 0 holds it, unless it is a file or torchrun's
+        ours = self.notes.address is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._store_holder = 0 if ours else None
+        self._store, self._watch, self._waiter = store, None, None
         self.wire_bytes = self.control_bytes = self.gathered_bytes = 0
         self._told = [0] * len(SENT)
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
+
+    def watch(self, asked: Callable[[], bool]) -> None:
+        # clones: a connection to the store is for one thread
+        self._watch = Watch(self._store.clone(), self.rank, f"dfl/watch/{self.run:x}", asked, self._store_holder)
+        self._waiter = Waiter()
+        self._watch.start()
+
+    @property
+    def told_to_stop(self) -> bool:
+        return self._watch is not None and self._watch.told
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
         """Deliver messages along `edges` (sender, receiver). ConnectionError names who has gone, was silent for `timeout` s, or sent
@@ -214,9 +233,11 @@ class Distributed:
         received = {q: frames.expect(self._buffer("received", what, q, frames.room(size, device), device), size)
                     for q, size in expected.items()}
         move = _move_on_gpu if device.type == "cuda" else _move_on_cpu
-        missing = move(sent, received, started + limit) if sent or received else []
+        if self._watch:
+            self._watch.begin({*sent, *received})
+        missing, silent = move(sent, received, started + limit, self._watch, self._waiter) if sent or received else ([], False)
         if missing:
-            raise self._lost(missing, what, time.monotonic() - started, limit)
+            raise self._lost(missing, what, time.monotonic() - started, limit, silent)
         found = {}
         for q, size in expected.items():
             try:
@@ -225,18 +246,21 @@ class Distributed:
                 raise ConnectionError(f"{self.describe(q)} sent {error}, {self._when()} ({what})") from None
         return found
 
-    def _lost(self, missing: list[int], what: str, seconds: float, limit: float) -> ConnectionError:
+    def _lost(self, missing: list[int], what: str, seconds: float, limit: float, silent: bool) -> ConnectionError:
         """What happened, as far as the notes of the other processes explain it."""
         who = " and ".join(map(self.describe, missing))
         gone = f"is gone: its connection closed after {seconds:.1f} s of waiting"
         how = gone if seconds < limit else f"said nothing for {seconds:.1f} s"
+        if silent:
+            how = f"has shown no life for {SILENT_SECONDS:.0f} s: it is stopped, or its machine or network hangs"
         mine = Note(self.rank, f"{who} {how}, {self._when()} ({what})", missing)
         if 0 in missing:
             time.sleep(0.2)  # it may hold the store, and a process that dies closes one socket after the other
         self.notes.write(mine)
         cause = self.notes.cause(mine)
         noticed = "" if cause.error or cause.process == self.rank else f" (noticed by process {cause.process})"
-        return (ValueError if cause.error == "ValueError" else ConnectionError)(cause.text + noticed)
+        kinds = {"ValueError": ValueError, "Stopped": Stopped}
+        return kinds.get(cause.error, ConnectionError)(cause.text + noticed)
 
     def describe(self, process: int) -> str:
         peers = self.hosts[process]
@@ -252,26 +276,57 @@ class Distributed:
 
     def leave(self, error: BaseException) -> None:
         """Write down why, and close the connections, so that the others notice at once. Nobody is waited for."""
-        kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+        kind = next((kind.__name__ for kind in (Stopped, ValueError) if isinstance(error, kind)), "OSError")
         what = " ".join(str(error).split()) or type(error).__name__
         self.notes.write(Note(self.rank, f"{self.describe(self.rank)} stopped {self._when()}: {what}", error=kind))
+        self._end_watch()
         if self.wire.type == "cuda":
             dist.distributed_c10d._abort_process_group()  # what waits on the device would make a mere destruction wait as well
         elif dist.is_initialized():
             dist.destroy_process_group()
-        if self._holds_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.rank == self._store_holder:
             time.sleep(GRACE)  # the store is in this process, and the others have yet to read it
 
     def close(self) -> None:
         """Leave together: without the barrier gloo aborts now and then when one process is gone before another."""
         self.agree(0)
+        self._end_watch()
         dist.barrier()
         dist.destroy_process_group()
 
+    def _end_watch(self) -> None:
+        if self._watch:
+            self._watch.end()
 
-def _move_on_cpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline: float) -> list[int]:
-    """Over gloo; the processes that did not do their part."""
-    missing, works = set(), []
+
+class Waiter:
+    """Waits for gloo in a thread of its own. Its waits cannot be broken off: a timeout breaks all connections, so one cannot wait in
+    slices. The main thread can, and sees meanwhile who shows no life; it keeps all tensors until the wait is over."""
+
+    def __init__(self):
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="dfl-wait", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            works, deadline, done, missing = self.jobs.get()
+            missing += _wait(works, deadline)
+            del works
+            done.set()
+
+    def wait(self, works: list, deadline: float, watch: Watch) -> tuple[list[int], bool]:
+        done, missing = threading.Event(), []
+        self.jobs.put((works, deadline, done, missing))
+        while not done.wait(_LOOK_SECONDS):
+            if silent := watch.silent():
+                return silent, True
+        return missing, False
+
+
+def _move_on_cpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline: float, watch: Watch | None,
+                 waiter: Waiter | None) -> tuple[list[int], bool]:
+    """Over gloo; the processes that did not do their part, and whether they are silent."""
+    works = []
     for q in sorted(sent.keys() | received.keys()):
         try:
             if q in received:
@@ -279,7 +334,12 @@ def _move_on_cpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline:
             if q in sent:
                 works.append((q, dist.isend(sent[q], q)))
         except RuntimeError:  # its connection was closed before
-            return [q]
+            return [q], False
+    return waiter.wait(works, deadline, watch) if waiter else (_wait(works, deadline), False)
+
+
+def _wait(works: list, deadline: float) -> list[int]:
+    missing = set()
     for q, work in works:
         try:
             work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
@@ -290,7 +350,8 @@ def _move_on_cpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline:
     return sorted(missing)
 
 
-def _move_on_gpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline: float) -> list[int]:
+def _move_on_gpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline: float, watch: Watch | None,
+                 waiter: Waiter | None) -> tuple[list[int], bool]:
     """Over NCCL, which does not say who is missing: all that take part. Asking instead of waiting leaves the time-out to us,
     and the watchdog of NCCL, which would end the process, has a longer one."""
     partners = sorted(sent.keys() | received.keys())
@@ -299,16 +360,20 @@ def _move_on_gpu(sent: dict[int, Tensor], received: dict[int, Tensor], deadline:
         ops += [dist.P2POp(dist.irecv, received[q], q)] if q in received else []
         ops += [dist.P2POp(dist.isend, sent[q], q)] if q in sent else []
     try:
-        works = dist.batch_isend_irecv(ops)
+        works, look = dist.batch_isend_irecv(ops), time.monotonic() + _LOOK_SECONDS
         while not all(work.is_completed() for work in works):
             if time.monotonic() > deadline:
-                return partners
+                return partners, False
+            if watch and time.monotonic() > look:
+                look = time.monotonic() + _LOOK_SECONDS
+                if silent := watch.silent():
+                    return silent, True
             time.sleep(0.0005)
         for work in works:
             work.wait()
     except RuntimeError:
-        return partners
-    return []
+        return partners, False
+    return [], False
 
 
 def _address(store) -> tuple[str, int] | None:

@@ -1,6 +1,6 @@
 """All peers in one process: messages never leave memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class InProcess:
     most = 0
     run = 0
     round: int | None = None
+    _asked = staticmethod(lambda: False)
 
     def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
         inboxes: Inboxes = {peer: {} for peer in outbox}
@@ -26,6 +27,13 @@ class InProcess:
 
     def newly_sent(self) -> list[int]:
         return [0] * len(SENT)
+
+    def watch(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    @property
+    def told_to_stop(self) -> bool:
+        return self._asked()
 
     def agree(self, value: int) -> int:
         return value

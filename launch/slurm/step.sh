@@ -13,7 +13,7 @@ prepare() {
 run_step() {
     "$@" &
     local step=$! status=0 signalled='' warned='' ended='' why=''
-    # srun passes SIGUSR1 on to every node; the run ends its round and saves. Slurm's own SIGTERM (scancel, pre-emption) has reached the
+    # srun passes SIGUSR1 on to every node; the run stops after its step and saves. Slurm's own SIGTERM (scancel, pre-emption) has reached the
     # step already, and what becomes of the job then is Slurm's to say.
     trap 'signalled=yes warned=yes; kill -USR1 "$step" 2> /dev/null || true' USR1
     trap 'signalled=yes ended=yes' TERM

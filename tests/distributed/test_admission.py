@@ -11,7 +11,8 @@ import torch
 from processes import run_processes
 from safetensors.torch import load_file, save_file
 from tiny_models import save
-from tiny_runs import StopAfter, adapter_digests, make_config, write_data
+from tiny_runs import adapter_digests, make_config, write_data
+from tiny_runs import stop_after as stop_after_rounds
 
 from dfl import checkpoint, company, folder, lease
 from dfl import config as configuration
@@ -39,7 +40,7 @@ def worker(rank: int, trees: list[dict], resume: bool = False, stop_after: int =
     """`train` with the tree of each process; what it says."""
     folder.SHARED_SECONDS = lease.SHARED_SECONDS = 0.5
     if stop_after:
-        training.StopSignal = lambda: StopAfter(stop_after)
+        stop_after_rounds(training, stop_after)
     try:
         return f"status {training.train(configuration.from_dict(trees[min(rank, len(trees) - 1)]), resume=resume)}"
     except (ValueError, OSError) as error:

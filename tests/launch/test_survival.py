@@ -64,6 +64,28 @@ def test_torchrun_starts_killed_workers_again_and_they_meet(folder, tmp_path):
 # -- signals ----------------------------------------------------------------------------------------------------------------
 
 
+# never stops in the middle of a round, however slow the machine, so that there is time for a second signal
+FINISHES = "import sys; from dfl import cli, stopping; stopping.FINISH_SECONDS = 1e9; sys.exit(cli.main())"
+# a part of the start takes a minute, unless a signal comes
+SLOW = """
+import importlib, sys, time
+from dfl import cli, running
+name, _, inner = "{slow}".rpartition(".")
+try:
+    place = importlib.import_module(name)
+except ImportError:
+    module, _, cls = name.rpartition(".")
+    place = getattr(importlib.import_module(module), cls)
+before = getattr(place, inner)
+def slow(*args, **options):
+    print("slow", flush=True)
+    until = time.monotonic() + (60 if inner == "load" else 2)
+    while time.monotonic() < until:
+        time.sleep(0.05)
+    return before(*args, **options)
+setattr(place, inner, slow)
+sys.exit(cli.main())
+"""
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
 WITH_STATUS = [sys.executable, str(ROOT / "launch/torchrun.py")]
 
@@ -89,8 +111,10 @@ def test_a_signal_saves_the_state_of_all_processes(folder, tmp_path, to, launche
     finally:
         job.kill()
     done = kill_loop.rounds_of(output)
-    assert 2 <= done < kill_loop.ROUNDS and latest(output).name == f"round-{done:05}"
-    assert f"stopped after round {done}; the state is saved, --resume goes on" in said
+    # where the round is to be evaluated, that is left to those who go on
+    saved = done + ("before its evaluation" in said)
+    assert 2 <= done < kill_loop.ROUNDS and latest(output).name == f"round-{saved:05}"
+    assert f"stopped after round {saved}" in said and "; the state is saved, --resume goes on" in said
     assert job.returncode == status and ("Traceback" in said) == (launcher is TORCHRUN)
     if to == "one worker":  # the launcher reports who left first, and ends the other, which has nothing left to do
         assert "exitcode  : 75" in said
@@ -115,18 +139,42 @@ def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_
             "checkpoint__every": 1, "model__layers": 1}
     words = {name: ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / name, **tree), "--resume"]
              for name in ("run", "straight")}
-    job = subprocess.Popen([sys.executable, "-m", "dfl", *words["run"]], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, "-c", FINISHES, *words["run"]], cwd=ROOT, env=ENVIRONMENT, text=True,
+                           stderr=subprocess.PIPE)
     wait_until(lambda: latest(tmp_path / "run") is not None)
+    for _ in range(10):  # within half a second: one wish
+        job.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    time.sleep(0.7)
+    assert job.poll() is None
+    second = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    job.send_signal(signal.SIGINT)
-    assert job.wait(10) == -signal.SIGINT
+    said = job.communicate(timeout=10)[1]
+    assert time.monotonic() - second < 1.0
+    assert job.returncode == 128 + signal.SIGTERM and "dfl: left at once at a second SIGTERM" in said
     saved, recorded = (int(latest(tmp_path / "run").name[-5:]), kill_loop.rounds_of(tmp_path / "run"))
     assert saved >= recorded - 1
     for name in ("run", "straight"):
         kill_loop.Forked(1, words[name], tmp_path / f"{name}.log").finish()
     assert tiny_runs.adapter_digests(tmp_path / "run") == tiny_runs.adapter_digests(tmp_path / "straight")
     assert [line["round"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(4))
+
+
+def test_a_signal_while_the_model_is_loaded_or_the_start_evaluated_leaves_soon(folder, tmp_path):
+    """Nothing was done yet, so nothing is lost: no checkpoint, and --resume begins."""
+    words = ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / "run", train__rounds=2), "--resume"]
+    for slow, said in (("dfl.tasks.load", "stopped by SIGTERM before the first round"),
+                       ("dfl.evaluate.in_batches", "stopped before the first round; --resume begins")):
+        job = subprocess.Popen([sys.executable, "-c", SLOW.format(slow=slow), *words], cwd=ROOT, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert job.stdout.readline() == "slow\n"
+        asked = time.monotonic()
+        job.send_signal(signal.SIGTERM)
+        err = job.communicate(timeout=60)[1]
+        assert job.returncode == 75 and said in err and latest(tmp_path / "run") is None, err
+        assert time.monotonic() - asked < 10
+    kill_loop.Forked(1, words, tmp_path / "log").finish()
+    assert [line["round"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
 # -- silence and strangers, through the command line, without a launcher ------------------------------------------------------

@@ -148,7 +148,7 @@ def test_there_is_nothing_but_safetensors_and_json(root, tmp_path):
 
 def halted_and_resumed(config, monkeypatch, *stops):
     for number, rounds in enumerate(stops):
-        monkeypatch.setattr(running, "StopSignal", lambda rounds=rounds: tiny_runs.StopAfter(rounds))
+        tiny_runs.stop_after(running, rounds, patch=monkeypatch.setattr)
         assert running.train(config, resume=number > 0) == running.STOPPED
     monkeypatch.undo()
     assert running.train(config, resume=True) == 0

@@ -1,0 +1,90 @@
+"""A thread in every process that tells the others, in the store where all have met, that it lives, and whether it has to stop.
+
+Gossip itself cannot tell: a process that trains for an hour sends nothing, nor does one whose machine hangs. What is dead is noticed
+by its closed connection and needs no thread.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+POLL_SECONDS = 0.25  # until a wish to stop is known everywhere
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 60.0  # longer than anything holds up a live process: a thread of it needs only the interpreter, now and then
+# a gap in our own time (the machine slept, Ctrl-Z) is none in which another was silent
+_LARGEST_GAP = 1.0
+
+
+class Watch:
+    """`store`: any with `set`, `get` and `check`, for this alone. `prefix`: of the run. `asked`: whether this process is told to stop.
+
+    `holder`: the process that holds the store, which takes the store along when it falls silent; None where it is none of these.
+    """
+
+    def __init__(self, store, rank: int, prefix: str, asked: Callable[[], bool], holder: int | None, clock=time.monotonic):
+        self.store, self.rank, self.prefix, self.asked, self.holder, self.clock = store, rank, prefix, asked, holder, clock
+        self.told = False  # somebody has been told to stop
+        self.beats: dict[int, bytes] = {}  # the last of those that are waited for
+        self.answers = 0  # of the store
+        self._awaited: tuple[int, ...] = ()
+        self._quiet: dict[int, float] = {}
+        self._marks: dict[int, object] = {}
+        self._at = 0.0
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="dfl-watch", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        beat, next_beat = 0, 0.0
+        try:
+            while not self._ended.is_set():
+                self.look(beats=self.answers % 4 == 0)
+                if self.clock() >= next_beat:
+                    beat, next_beat = beat + 1, self.clock() + BEAT_SECONDS
+                    self.store.set(f"{self.prefix}/beat/{self.rank}", str(beat))
+                self.answers += 1
+                self._ended.wait(POLL_SECONDS)
+        except RuntimeError:  # the store has gone: so has who held it, which the others' connections say
+            pass
+
+    def look(self, beats: bool = True) -> None:
+        """Tell and ask once."""
+        if not self.told:
+            if self.asked():
+                self.store.set(f"{self.prefix}/stop", str(self.rank))
+                self.told = True
+            else:
+                self.told = self.store.check([f"{self.prefix}/stop"])
+        for process in self._awaited if beats else ():
+            key = f"{self.prefix}/beat/{process}"
+            if self.store.check([key]):
+                self.beats[process] = self.store.get(key)
+
+    def begin(self, processes: Iterable[int]) -> None:
+        """The main thread waits for these from now on."""
+        self._awaited = tuple(processes)
+        self._quiet = dict.fromkeys([*self._awaited, -1], 0.0)
+        self._marks, self._at = {}, self.clock()
+
+    def silent(self) -> list[int]:
+        """Those among the awaited that have shown no life for SILENT_SECONDS; asked again and again, about twice a second."""
+        now = self.clock()
+        gap, self._at = min(now - self._at, _LARGEST_GAP), now
+        answered = self._count(-1, self.answers, gap)
+        if not answered:  # then nobody's beats can be seen; -1 stands for the store
+            late = self._quiet[-1] >= SILENT_SECONDS and self.holder is not None and self.holder != self.rank
+            return [self.holder] if late else []
+        for process in self._awaited:
+            self._count(process, self.beats.get(process), gap)
+        return [process for process in self._awaited if self._quiet[process] >= SILENT_SECONDS]
+
+    def _count(self, process: int, mark, gap: float) -> bool:
+        """Whether there is another mark than the last time; for how long there has been none."""
+        changed = process not in self._marks or self._marks[process] != mark
+        self._quiet[process] = 0.0 if changed else self._quiet[process] + gap
+        self._marks[process] = mark
+        return changed or self._quiet[process] < 4 * POLL_SECONDS

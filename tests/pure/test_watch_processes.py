@@ -1,0 +1,81 @@
+"""Who counts as silent, without a clock: processes that beat, that do not, a store that does not answer, a machine that slept."""
+
+import pytest
+
+from dfl.transport.watch import SILENT_SECONDS, Watch
+
+
+class Store(dict):
+    set = dict.__setitem__
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key].encode()
+
+
+class Case:
+    """Process 0 of three, which waits for the others; `pass_seconds` in looks of half a second."""
+
+    def __init__(self, rank=0, holder=0):
+        self.now, self.store = 0.0, Store()
+        self.watch = Watch(self.store, rank, "run", lambda: False, holder, lambda: self.now)
+        self.watch.begin(process for process in range(3) if process != rank)
+
+    def pass_seconds(self, seconds, beating=(), answering=True) -> list[int]:
+        found = []
+        for _ in range(int(2 * seconds)):
+            self.now += 0.5
+            for process in beating:
+                self.store.set(f"run/beat/{process}", str(self.now))
+            if answering:
+                self.watch.look()
+                self.watch.answers += 1
+            found = found or self.watch.silent()
+        return found
+
+
+def test_who_does_not_beat_is_silent_after_a_minute_and_nobody_else():
+    case = Case()
+    assert case.pass_seconds(SILENT_SECONDS - 2, [1]) == []
+    assert case.pass_seconds(3, [1]) == [2]
+    case.watch.begin([1, 2])
+    assert case.pass_seconds(1, [1]) == []  # another wait begins anew
+
+
+def test_a_busy_process_is_not():
+    assert Case().pass_seconds(20 * SILENT_SECONDS, [1, 2]) == []
+
+
+def test_a_store_that_does_not_answer_is_who_holds_it():
+    case = Case(rank=1)
+    assert case.pass_seconds(10, [0, 2]) == []
+    assert case.pass_seconds(SILENT_SECONDS + 3, [], answering=False) == [0]
+    assert Case(rank=1, holder=None).pass_seconds(9 * SILENT_SECONDS, [], answering=False) == []  # torchrun's: nobody of ours
+    case = Case(rank=1)
+    assert case.pass_seconds(SILENT_SECONDS / 2, answering=False) == [] == case.pass_seconds(SILENT_SECONDS, [0, 2])
+
+
+def test_when_this_process_slept_so_did_the_others():
+    case = Case()
+    assert case.pass_seconds(10, [1, 2]) == []
+    case.now += 10 * SILENT_SECONDS
+    assert case.pass_seconds(10) == []
+    assert case.pass_seconds(SILENT_SECONDS) == [1, 2]
+
+
+@pytest.mark.parametrize("who", ["asked", "told"])
+def test_a_stop_is_known_to_all(who):
+    store, asked = Store(), [False]
+    one, two = (Watch(store, rank, "run", lambda rank=rank: asked[0] and rank == 0, None) for rank in (0, 1))
+    for watch in (one, two):
+        watch.look()
+        assert not watch.told
+    asked[0] = True
+    one.look()
+    two.look()
+    assert (one if who == "asked" else two).told
+    other = Watch(store, 2, "another run", lambda: False, None)
+    other.look()
+    assert not other.told
