@@ -82,6 +82,9 @@ def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None
     needed = {"fed_sb": "sb", "ravan": "ravan", "dora": "dora", "hira": "hira"}.get(name)
     if needed and lora.adapter != needed:
         raise ValueError(f"rule.name = {name!r} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
+    if name == "flora_na" and lora.adapter == "hira":
+        raise ValueError("rule.name = 'flora_na' fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
+                         "W0 ⊙ (B A); allowed with it: rule.name = 'hira', which cuts in that metric, or a rule that fits nothing")
     if lora.adapter in ("dora", "hira") and rule.residual is not None:
         raise ValueError(f"rule.name = {name!r} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; "
                          "allowed: lora")

@@ -18,8 +18,9 @@ from dfl.rules.pairs import Heard, pair_gossip
 
 CHOICES = {"form": ("factor", "delta"), "scope": ("layer", "global"), "solver": ("als", "adamw"), "align": ("none", "own"),
            "gauge": ("norms", "sums")}
-STEPS = {"als": 20, "adamw": 200}
-RIDGE, TOLERANCE = 1e-6, 1e-9
+STEPS = {"als": 200, "adamw": 200}
+# a sweep that takes less than this share of the squared error is the last; so many sweeps decide from where to go on
+RIDGE, TOLERANCE, TRIAL = 1e-6, 1e-6, 10
 ADAMW_RATE = 1e-2
 Coefficients = tuple[Tensor, Tensor]  # p (n, J), q (n, J)
 
@@ -57,8 +58,9 @@ def flora_na(layout: Layout, *, form: str = "factor", scope: str = "layer", solv
     one peer: `largest_coefficient` (J max |p_u|) above 3 says so, and align = own, which turns them first, helps.
     Nguyen, Nguyen, Jeong, Le, Pham 2025, arXiv 2509.26399.
     form: factor, as published; delta scales what changed since the peer's last mix instead. scope: coefficients of each layer, or
-    global ones, every layer measured by its own target. solver: als, alternating least squares of at most `steps` (20) sweeps; or
-    adamw, the authors' development code (with form delta and scope global): AdamW from plain averaging, 200 steps, the best kept.
+    global ones, every layer measured by its own target. solver: als, alternating least squares of at most `steps` (200) sweeps, from
+    the best of plain averaging and of each peer alone after ten sweeps of each, as there is more than one minimum; or adamw, the
+    authors' development code (with form delta and scope global): AdamW from plain averaging, 200 steps, the best kept.
     gauge: p c and q / c are as good: norms makes both mean factors equally long (not while B = 0), sums the sums of p and q.
     """
     chosen = {"form": form, "scope": scope, "solver": solver, "align": align, "gauge": gauge}
@@ -128,17 +130,32 @@ def solve(fit: Fit, solver: str, steps: int, gauge: str | None) -> Coefficients:
 
 
 def als(fit: Fit, start: Tensor, steps: int) -> Coefficients:
-    """Alternating least squares: each half step is an F x F system, a ridge toward plain averaging keeps it regular."""
-    p = q = fit.coefficients(start)
+    """Alternating least squares: each half step is an F x F system, a ridge toward plain averaging keeps it regular.
+
+    From plain averaging and from each of the F coefficients alone; after TRIAL sweeps each set goes on from what is best for it.
+    """
+    alone = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
+    p, q, least = _sweeps(fit, start, start, min(steps, TRIAL))
+    for first in alone.expand(len(start), -1, -1).unbind(1):
+        other_p, other_q, error = _sweeps(fit, start, first, min(steps, TRIAL))
+        better = (error < (1 - TOLERANCE) * least)[:, None]
+        p, q, least = torch.where(better, other_p, p), torch.where(better, other_q, q), torch.minimum(error, least)
+    p, q, _ = _sweeps(fit, start, None, steps - TRIAL, (p, q))
+    return p, q
+
+
+def _sweeps(fit: Fit, start: Tensor, first: Tensor | None, steps: int, found: Coefficients | None = None) -> tuple[Tensor, ...]:
+    """p, q and their error after at most `steps` sweeps from free coefficients `first`, or from what was `found` before."""
+    p, q = found or (fit.coefficients(first),) * 2
     before = fit.error(p, q)
     for _ in range(steps):
         p = _half_step(fit, start, q, "b")
         q = _half_step(fit, start, p, "a")
         error = fit.error(p, q)
         if (before - error <= TOLERANCE * before).all():
-            break
+            return p, q, error
         before = error
-    return p, q
+    return p, q, before
 
 
 def _half_step(fit: Fit, start: Tensor, other: Tensor, mine: str) -> Tensor:

@@ -217,6 +217,7 @@ class TestRanks:
     ({"lora__adapter": "sb", "rule": "fed_sb", "lora__alpha": "[1, 2, 1, 1]"}, "needs one lora.rank and one lora.alpha"),
     ({"lora__adapter": "lora", "rule": "fed_sb"}, "rule.name = 'fed_sb' needs lora.adapter = 'sb'"),
     ({"lora__adapter": "dora", "rule": "fedhl"}, "keeps a residual beside B A"),
+    ({"lora__adapter": "hira", "rule": "flora_na"}, "fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by"),
     ({"lora__adapter": "dora", "lora__start": "pissa"}, "lora.start = 'pissa' is for"),
     ({"lora__adapter": "ravan", "rule": "ravan", "lora__heads": 3, "lora__rank": 4}, "is not a multiple of lora.heads = 3"),
     ({"lora__adapter": "sb", "rule": "fed_sb", "lora__rank": 40}, "orthonormal"),

@@ -60,6 +60,29 @@ def test_is_alternating_least_squares_on_dense_products(seed):
                 <= 1.0001 * np.square(dense_als(one_a, one_b, WEIGHTS.numpy()) - target).sum())
 
 
+def test_reaches_the_best_of_many_starts_on_independent_factors():
+    """There is more than one minimum: averaging and every peer alone are tried, against twenty random starts on dense products."""
+    stopped_short = 0
+    for seed, (num, rank, out, inp) in enumerate([(3, 2, 7, 5), (4, 3, 11, 9)] * 4):
+        generator, weights = np.random.default_rng(seed), np.full(num, 1 / num)
+        a, b = generator.standard_normal((num, rank, inp)), generator.standard_normal((num, out, rank))
+        target = np.einsum("u,uor,uri->oi", weights, b, a)
+        p, q = solved(torch.from_numpy(a)[:, None], torch.from_numpy(b)[:, None], torch.from_numpy(weights), steps=200)
+        best = min(dense_sweeps(a, b, target, q) for q in (weights, *generator.standard_normal((20, num))))
+        assert dense_error(a, b, p[0].numpy(), q[0].numpy(), target) <= 1.001 * best
+        stopped_short += dense_sweeps(a, b, target, weights, 20) > 1.01 * best
+    assert stopped_short  # twenty sweeps from plain averaging do not get there everywhere
+
+
+def dense_sweeps(a, b, target, q, sweeps=100):
+    """The squared error after alternating least squares from coefficients q of A, in plain numpy."""
+    products = np.einsum("uor,vri->uvoi", b, a).reshape(len(b), len(a), -1)
+    for _ in range(sweeps):
+        p = np.linalg.lstsq((products * q[None, :, None]).sum(1).T, target.ravel(), rcond=None)[0]
+        q = np.linalg.lstsq((products * p[:, None, None]).sum(0).T, target.ravel(), rcond=None)[0]
+    return np.square(np.einsum("u,v,uvk->k", p, q, products) - target.ravel()).sum()
+
+
 def test_the_delta_form_scales_what_changed():
     a, b = pairs(3)
     start_a, start_b = pairs(7, num=1)
