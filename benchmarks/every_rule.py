@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stamp import write
 
-from dfl import rules
+from dfl.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"data.max_train": 400, "data.max_valid": 100, "train.local_steps": 5, "train.lr": 0.01, "eval.every": 0, "processes": 1,
@@ -61,7 +61,7 @@ def one(rule: str, rounds: int, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="*", default=list(rules.RULES), choices=list(rules.RULES))
+    parser.add_argument("--rules", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     results = {}

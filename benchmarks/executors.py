@@ -5,15 +5,17 @@
 
 import argparse
 import time
+from functools import partial
 
 import torch
 from stamp import write
 
-from dfl import tasks
+from dfl import ranks, tasks
 from dfl.adapters import attach
 from dfl.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from dfl.executors import Sequential, Stacked
 from dfl.peers import DataStream, HostedPeers
+from dfl.slots import Plan
 
 STEPS = 4
 
@@ -28,8 +30,9 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device(args.device)
     bundle = tasks.load(ModelConfig(layers=2, dropout=0.0), DataConfig(max_length=32, max_train=1000, max_valid=50), seed=0)
-    adapted = attach(bundle.model.to(device), LoraConfig(targets=("query", "value")), "sequence_classification",
-                     bundle.head_modules, 0)
+    lora = LoraConfig(targets=("query", "value"))
+    adapted = attach(bundle.model.to(device), lora, "sequence_classification", bundle.head_modules, 0,
+                     partial(ranks.resolve, lora, max(args.peers), 0))
     rows = [measure(adapted, bundle, peers, batch, device, args.repeats) for batch in args.batch_size for peers in args.peers]
     write(f"executors_{device.type}", {"model": "MiniLM-L6, 2 layers", "rank": 8, "max_length": 32, "threads": 1,
                                        "device": args.device}, rows)
@@ -41,12 +44,13 @@ def measure(adapted, bundle, num_peers: int, batch_size: int, device, repeats: i
     streams = [DataStream(torch.tensor(list(part)).numpy(), batch_size, 0, p) for p, part in enumerate(parts)]
     train = TrainConfig(local_steps=STEPS, batch_size=batch_size)
     peers = HostedPeers(range(num_peers), adapted, streams, train, seed=0, device=device)
+    plans = [Plan(frozenset("AB"), frozenset())] * num_peers
     executors = {"sequential": Sequential(), "stacked": Stacked()}
     seconds = {name: [] for name in executors}
     for repeat in range(repeats + 1):
         for name, executor in executors.items():
             start = time.perf_counter()
-            peers.local_phase(repeat, frozenset("AB"), bundle.task, bundle.train, executor, [None] * num_peers)
+            peers.local_phase(repeat, plans, bundle.task, bundle.train, executor, [None] * num_peers)
             if repeat:  # the first is a warm-up
                 seconds[name].append((time.perf_counter() - start) / STEPS)
     best = {name: min(values) for name, values in seconds.items()}

@@ -21,7 +21,7 @@ from stamp import write
 
 import topologies
 from dfl import simulate
-from dfl.rules.alternating import THETA
+from dfl.schedules.alternating import THETA
 
 sys.path.append(str(ROOT / "tests"))
 from toy import PEERS, Toy

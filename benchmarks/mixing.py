@@ -11,6 +11,7 @@ would take longer than `--budget` seconds is measured on the first layers and sc
 import argparse
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from stamp import write
 from torch import Tensor
 
 import topologies
-from dfl import rules
+from dfl import methods
 from dfl.cores import make_cores
 from dfl.factors import Layout, a_view, b_view, empty_rows, head_view, make_layout
 from dfl.lowrank import truncate, weighted_sum
-from dfl.rules import Round
+from dfl.methods import Context
+from dfl.slots import Message, Round, Rule, State
 
 # layers, and (d_in, d_out) of query and value
 MODELS = {"roberta-large": (24, ((1024, 1024), (1024, 1024))), "llama-3-8b": (32, ((4096, 4096), (4096, 1024)))}
@@ -64,19 +66,18 @@ def best(function: Callable, device: torch.device, repeats: int):
     return min(seconds), result
 
 
-def make(name: str, model: str, rank: int, layers: int) -> tuple[Layout, dict]:
-    """The layout of a peer's row for a rule on the first `layers` layers of a model, and what else its factory wants."""
+def make(name: str, model: str, rank: int, layers: int, device: torch.device) -> Context:
+    """The layout of a peer's row for a method on the first `layers` layers of a model, and what else its rule wants."""
     shapes = MODELS[model][1]
     pairs = [(f"{k}.{'qv'[m]}", rank, i, o, 1.0) for k in range(layers) for m, (i, o) in enumerate(shapes)]
     adapter = ADAPTERS.get(name)
     layout = make_layout(pairs, magnitudes=[(p[0], (p[3],)) for p in pairs] if adapter == "dora" else ())
-    extra = {}
     if adapter in ("sb", "ravan"):
         layout = make_cores(layout, (), heads=HEADS if adapter == "ravan" else 1, scaled=adapter == "ravan", seed=0).layout
     elif adapter:
-        frozen = [torch.randn(o, i) / i ** 0.5 for i, o in shapes]  # one weight of each shape stands for all layers
-        extra["weights"] = {p[0]: frozen[index % len(shapes)] for index, p in enumerate(pairs)}
-    return layout, extra
+        frozen = [(torch.randn(o, i) / i ** 0.5).to(device) for i, o in shapes]  # one weight of each shape stands for all layers
+        return Context(layout, weights={p[0]: frozen[index % len(shapes)] for index, p in enumerate(pairs)})
+    return Context(layout)
 
 
 def rows(layout: Layout, device: torch.device) -> Tensor:
@@ -91,26 +92,45 @@ def rows(layout: Layout, device: torch.device) -> Tensor:
     return x
 
 
+class Peer(NamedTuple):
+    """One of three peers of a ring in the first round: its rule and row, and what it sends."""
+
+    rule: Rule
+    x: Tensor
+    round: Round
+    state: State
+    message: Message
+
+
+def peers_of(name: str, model: str, rank: int, layers: int, device: torch.device, num: int = 3) -> list[Peer]:
+    """The first `num` of the three."""
+    context = make(name, model, rank, layers, device)
+    method = methods.build(name, context, PARAMS.get(name, {}))
+    weights, found = {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}, []
+    for peer, row in enumerate(rows(context.layout, device)[:num]):
+        round = Round(0, peer, weights, method.schedule.plan(0, peer))
+        message, state = method.rule.send(row, method.rule.init(row), round)
+        # a part may be a view of the row; what is received lies elsewhere
+        apart = message._replace(parts={key: part.clone() for key, part in message.parts.items()})
+        found.append(Peer(method.rule, row, round, state, apart))
+    return found
+
+
+def bytes_of(message: Message) -> int:
+    return sum(value.nbytes for value in (*message.parts.values(), *message.meta.values()))
+
+
 def mix_seconds(name: str, model: str, rank: int, layers: int, device: torch.device, repeats: int) -> tuple[float, int]:
     """Seconds of one peer's send and mix, and the bytes of its message."""
-    layout, extra = make(name, model, rank, layers)
-    extra = {"weights": {key: w.to(device) for key, w in extra["weights"].items()}} if extra else {}
-    rule = rules.build(name, layout, **PARAMS.get(name, {}), **extra)
-    x = rows(layout, device)
-    weights = {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}
-    rounds = [Round(0, peer, weights) for peer in range(3)]
-    states = [rule.init(row) for row in x]
-    inbox = {}
-    for peer in range(3):
-        message, states[peer] = rule.send(x[peer], states[peer], rounds[peer])
-        inbox[peer] = message.clone()
+    peers = peers_of(name, model, rank, layers, device)
+    (rule, x, round, state, message), inbox = peers[0], {number: peer.message for number, peer in enumerate(peers)}
 
     def once():
-        rule.send(x[0], states[0], rounds[0])
-        return rule.mix(x[0], inbox, states[0], rounds[0])
+        rule.send(x, state, round)
+        return rule.mix(x, inbox, state, round)
 
     once()
-    return best(once, device, repeats)[0], inbox[0].numel() * 4
+    return best(once, device, repeats)[0], bytes_of(message)
 
 
 def closed_form(name: str, model: str, rank: int) -> int:
@@ -128,15 +148,14 @@ def closed_form(name: str, model: str, rank: int) -> int:
 def all_rules(model: str, rank: int, device: torch.device, budget: float) -> dict:
     layers, table = MODELS[model][0], {}
     plain, _ = mix_seconds("lora", model, rank, layers, device, repeats=5)
-    for name in rules.RULES:
+    for name in methods.METHODS:
         if name == "local":
             continue
         some, _ = mix_seconds(name, model, rank, 2, device, repeats=1)
         measured = layers if some * layers / 2 < budget else 2
         seconds, sent = (some, 0) if measured == 2 else mix_seconds(name, model, rank, layers, device, repeats=3)
         if measured != layers:
-            layout, extra = make(name, model, rank, layers)
-            sent = 4 * (rules.build(name, layout, **PARAMS.get(name, {}), **extra).length(0) or 0)
+            sent = bytes_of(peers_of(name, model, rank, layers, device, num=1)[0].message)
         seconds *= layers / measured
         expected = closed_form(name, model, rank)
         table[name] = {"seconds": seconds, "times_lora": seconds / plain, "layers_measured": measured, "message_bytes": sent,

@@ -71,9 +71,9 @@ def exchange_alone(processes: int, megabytes: float) -> dict:
 
 def _exchange_worker(rank: int, size: int, store: str, megabytes: float, queue) -> None:
     import topologies
-    from dfl import codecs, rules
+    from dfl import methods
+    from dfl.engine.gossip import Gossip
     from dfl.factors import empty_rows, make_layout
-    from dfl.gossip import gossip
     from dfl.transport import Distributed
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
@@ -81,7 +81,8 @@ def _exchange_worker(rank: int, size: int, store: str, megabytes: float, queue) 
     layout = make_layout([("layer", 8, width, width, 1.0)])
     cpu = torch.device("cpu")
     transport, x = Distributed(size, device=cpu, wire=cpu), empty_rows(1, layout.size)
-    rule, codec, w = rules.build("lora", layout), codecs.build("none"), topologies.build("ring", size).matrix(0)
+    method = methods.build("lora", methods.Context(layout), slots={"guard": methods.Choice("finite")})
+    gossip = Gossip(method, layout, topologies.build("ring", size), transport, [rank], x)
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})
     received = [torch.empty(layout.size) for _ in neighbours]
 
@@ -91,7 +92,7 @@ def _exchange_worker(rank: int, size: int, store: str, megabytes: float, queue) 
             work.wait()
 
     def ours(t: int) -> None:
-        gossip(rule, codec, transport, x, [rank], [{}], w, t)
+        gossip.round(t, x)
 
     seconds = {"plain": [], "ours": []}
     for t in range(40):

@@ -15,9 +15,10 @@ import torch
 from stamp import write
 
 import topologies
-from dfl import codecs, rules
+from dfl import methods
+from dfl.engine.gossip import Gossip
 from dfl.factors import a_view, b_view, empty_rows, make_layout
-from dfl.gossip import gossip
+from dfl.methods import Choice, Context
 from dfl.transport import InProcess
 
 RANKS, SIZE, STEPS, LR, ROUNDS = (2, 2, 4, 4, 8, 8, 8, 8), 32, 20, 0.01, 60
@@ -48,7 +49,7 @@ def summary(runs: list[tuple[float, float]]) -> dict[str, float]:
 def run(cell: tuple[str, str, int]) -> tuple[float, float]:
     """The loss at the end, and the bytes of a message on average."""
     graph, name, seed = cell
-    rule_name, params = RULES[name]
+    method_name, params = RULES[name]
     rng, num = np.random.default_rng(seed), len(RANKS)
     shared = 2 / np.sqrt(4 * SIZE) * rng.standard_normal((SIZE, 4)) @ rng.standard_normal((4, SIZE))
     targets = torch.from_numpy(shared + rng.standard_normal((num, SIZE, 2)) @ rng.standard_normal((num, 2, SIZE)) / np.sqrt(2 * SIZE))
@@ -58,23 +59,25 @@ def run(cell: tuple[str, str, int]) -> tuple[float, float]:
     a, b = a_view(x, pair), b_view(x, pair)
     a.copy_(torch.from_numpy(1.5 * np.linalg.qr(rng.standard_normal((SIZE, max(RANKS))))[0].T) * filled[..., None])
     topology = topologies.build(num_peers=num, seed=seed, **GRAPHS[graph])
-    rule, codec, transport = rules.build(rule_name, layout, ranks=RANKS, **params), codecs.build("none"), InProcess()
-    states = [rule.init(row) for row in x]
-    edges = sent = 0
+    method = methods.build(method_name, Context(layout, ranks=RANKS, peers=num, rounds=ROUNDS, topology=topology), params,
+                           {"guard": Choice("finite")})
+    gossip = Gossip(method, layout, topology, InProcess(), range(num), x)
+    messages = sent = 0
     for t in range(ROUNDS):
-        train(a, b, targets - residuals(rule, states), filled, rng)
-        traffic = gossip(rule, codec, transport, x, range(num), states, topology.matrix(t), t)
-        edges, sent = edges + traffic.edges, sent + traffic.message_bytes
-    loss = float((residuals(rule, states) + b @ a - targets.mean(0)).square().sum((1, 2)).mean() / 2)
+        train(a, b, targets - residuals(gossip), filled, rng)
+        report = gossip.round(t, x)
+        messages, sent = messages + report.messages, sent + report.message_bytes
+    loss = float((residuals(gossip) + b @ a - targets.mean(0)).square().sum((1, 2)).mean() / 2)
     print(f"{graph}, {name}, seed {seed}: {loss:.2f}", flush=True)
-    return loss, sent / edges
+    return loss, sent / messages
 
 
-def residuals(rule, states) -> torch.Tensor:
+def residuals(gossip: Gossip) -> torch.Tensor:
     """E_i (N, O, I), zero for a rule whose models have none."""
-    if rule.residual is None:
-        return torch.zeros(len(states), SIZE, SIZE, dtype=torch.float64)
-    rows, (pair,) = torch.stack([state["residual"] for state in states]), rule.residual.pairs
+    rows = gossip.residuals()
+    if rows is None:
+        return torch.zeros(len(gossip.peers), SIZE, SIZE, dtype=torch.float64)
+    (pair,) = gossip.method.rule.residual.pairs
     return b_view(rows, pair) @ a_view(rows, pair)
 
 

@@ -17,7 +17,6 @@ from dfl.config import LoraConfig
 from dfl.cores import Cores
 from dfl.factors import HeadTensor, Layout, Pair, a_view, b_view, empty_rows, head_view, make_layout
 from dfl.ranks import Ranks
-from dfl.rules.cores import fold
 
 ADAPTER = "default"
 CORES = ("sb", "ravan")  # adapters that train cores between frozen bases
@@ -82,7 +81,7 @@ class Adapted(NamedTuple):
 
     def averageable(self, x: Tensor) -> Tensor:
         """Rows whose mean is the mean of the adapters: scales of heads folded into their cores."""
-        return x if self.cores is None or not self.cores.scaled else fold(self.layout, x)
+        return x if self.cores is None or not self.cores.scaled else cores.fold_scales(self.layout, x)
 
 
 class Rows(NamedTuple):

@@ -10,23 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dfl import codecs, executors, memory, partition, ranks, rules, tasks
+from dfl import executors, memory, methods, partition, ranks, tasks
 from dfl.adapters import Adapted, attach
 from dfl.beside import with_residual, with_start
 from dfl.checkpoint import UnreadableError, read_state
 from dfl.company import together
 from dfl.config import Config
+from dfl.engine.gossip import Gossip
 from dfl.evaluate import Evaluator
 from dfl.factors import Layout, make_layout
+from dfl.methods import Choice, Context, Method
 from dfl.own import Own, own_distributions
 from dfl.peers import DataStream, HostedPeers
 from dfl.plugins import check_parameters, lookup
 from dfl.record import check_trackers
 from dfl.rounds import Run
-from dfl.rules.base import Rule
 from dfl.runtime import Runtime
 from dfl.seeds import derive
-from dfl.simulation import with_mixing
 from dfl.starts import at_first_gradient
 from dfl.topology import build_topology
 
@@ -52,27 +52,35 @@ def check(config: Config):
     memory.check_peers(config)
     lookup("model.task", tasks.TASKS, config.model.task)
     lookup("data.source", tasks.SOURCES, config.data.source)
-    rules.check(config.rule.name, config.rule.params)
-    for key, instead in (("head", "lora.head"), ("mixing", "topology"), ("rounds", "train.rounds"), ("ranks", "lora.rank"),
-                         ("weights", "model.name"), ("peers", "peers"), ("rank", "lora.rank")):
+    for key, instead in (("head", "lora.head"), ("layout", "lora.targets"), ("ranks", "lora.rank"), ("weights", "model.name"),
+                         ("peers", "peers"), ("rank", "lora.rank"), ("topology", "topology"), ("rounds", "train.rounds")):
         if key in config.rule.params:
             raise ValueError(f"rule.{key} is set by {instead}")
-    codecs.build(config.codec.name, **config.codec.params)
+    methods.fill(config.rule.name, config.rule.params, chosen_slots(config))
     check_parameters("partition", config.partition.name, lookup("partition.name", partition.PARTITIONS, config.partition.name),
                      config.partition.params)
     check_trackers(config.report_to)
     topology = build_topology(config)
     # its parameters' values, and an interval that has to be chosen
     known = ranks.resolve(config.lora, config.peers, config.seed)
-    if known is None:  # they follow from the model, and may differ
-        rules.check(config.rule.name, config.rule.params, (1, config.lora.rank.largest))
-    rule = build_rule(config, make_layout(()), topology, known)
-    rules.check_topology(config.rule.name, rule, topology)
-    check_adapter(config, rule, known)
+    method = build_method(config, _layout_before_loading(config), topology, known)
+    methods.check_topology(method, topology)
+    check_adapter(config, method, known)
     return topology
 
 
-def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None:
+def _layout_before_loading(config: Config) -> Layout:
+    """No layers yet, but the groups that the adapter trains."""
+    return make_layout((), cores=[("", (1,))] if config.lora.adapter in ("sb", "ravan") else ())
+
+
+def chosen_slots(config: Config) -> dict[str, Choice]:
+    """The slots that the recipe fills beside the method's own choice."""
+    given = {slot: getattr(config, slot) for slot in ("schedule", "trigger", "codec", "channel", "guard", "wrapper")}
+    return {slot: Choice(choice.name, choice.params) for slot, choice in given.items() if choice is not None}
+
+
+def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> None:
     """ValueError for an adapter, a start or ranks that the rule, or each other, do not fit."""
     lora, name = config.lora, config.rule.name
     wanted = {"sb": "fed_sb", "ravan": "ravan"}.get(lora.adapter)
@@ -85,7 +93,7 @@ def check_adapter(config: Config, rule: Rule, known: ranks.Ranks | None) -> None
     if name == "flora_na" and lora.adapter == "hira":
         raise ValueError("rule.name = 'flora_na' fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
                          "W0 ⊙ (B A); allowed with it: rule.name = 'hira', which cuts in that metric, or a rule that fits nothing")
-    if lora.adapter in ("dora", "hira") and rule.residual is not None:
+    if lora.adapter in ("dora", "hira") and method.rule.residual is not None:
         raise ValueError(f"rule.name = {name!r} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; "
                          "allowed: lora")
     if lora.adapter not in _STARTS.get(lora.start, (lora.adapter,)):
@@ -141,12 +149,12 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     return Loaded(bundle, parts, adapted)
 
 
-def build_rule(config: Config, layout: Layout, topology, known: ranks.Ranks | None = None, adapted: Adapted | None = None) -> Rule:
-    params = with_mixing(config.rule.name, config.rule.params, topology, config.train.rounds)
-    if rules.accepts(config.rule.name, "weights") and adapted is not None:
-        params["weights"] = {site.pair.name: site.weight for site in adapted.sites}
-    return rules.build(config.rule.name, layout, head=config.lora.head, ranks=known and known.unequal, rank=known and known.largest,
-                       peers=config.peers, **params)
+def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None) -> Method:
+    """known: None where the ranks follow from the model, which is not loaded yet; they may differ."""
+    unequal = (1, config.lora.rank.largest) if known is None else known.unequal
+    weights = None if adapted is None else {site.pair.name: site.weight for site in adapted.sites}
+    context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds)
+    return methods.build(config.rule.name, context, config.rule.params, chosen_slots(config))
 
 
 def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resumed_from: Path | None) -> Adapted:
@@ -193,17 +201,17 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     """Peers, rule, executor and evaluator of a run that has not begun, or whose state will come from the checkpoint `resumed_from`."""
     loaded = loaded._replace(adapted=with_first_gradient(config, runtime, loaded, resumed_from))
     bundle, parts, adapted, own = loaded.bundle, loaded.parts, loaded.adapted, loaded.own
-    rule = build_rule(config, adapted.layout, topology, adapted.ranks, adapted)
-    adapted = with_residual(adapted, rule.residual)
+    method = build_method(config, adapted.layout, topology, adapted.ranks, adapted)
+    adapted = with_residual(adapted, method.rule.residual)
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
     check_same_start(peers, bundle, runtime.transport)
     autocast = executors.autocasts(config.train.autocast, runtime.device)
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
                           None if isinstance(own, str) else own)
-    codec = codecs.build(config.codec.name, **config.codec.params)
+    gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
     executor = executors.choose(config.train.executor, runtime.device, adapted.kind)
-    return Run(config, peers, rule, topology, codec, runtime.transport, executor,
+    return Run(config, peers, gossip, topology, runtime.transport, executor,
                bundle.task, bundle.train, evaluator)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dfl.adapters import ADAPTER, Adapted, Rows, bind
 from dfl.company import together
+from dfl.engine.state import owner
 from dfl.factors import a_view, b_view, join, join_rows
 from dfl.lease import Lease
 from dfl.manifest import NAME, Manifest, UnreadableError, digest_of_file, folder_name, missing_adapter, read, verify
@@ -272,14 +273,14 @@ def _see(folder: Path, digest: str) -> None:
 
 def read_state(folder: Path, peers: Sequence[int]) -> dict[str, Tensor]:
     """All tensors `x.PEER`, `rule.PEER.*` and `moments.PEER.*` of `peers`, whichever process wrote them."""
-    wanted = {str(peer) for peer in peers}
+    wanted = set(peers)
     found: dict[str, Tensor] = {}
     for path in (folder / name for name in read(folder).states):
         with safe_open(str(path), framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name.split(".")[1] in wanted}
-    missing = wanted - {name.split(".")[1] for name in found if name.startswith("x.")}
+            found |= {name: file.get_tensor(name) for name in file.keys() if owner(name.split(".")[1]) in wanted}
+    missing = wanted - {int(name.split(".")[1]) for name in found if name.startswith("x.")}
     if missing:
-        raise UnreadableError(f"checkpoint {folder} lacks peer {min(missing, key=int)}")
+        raise UnreadableError(f"checkpoint {folder} lacks peer {min(missing)}")
     return found
 
 

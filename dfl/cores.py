@@ -109,3 +109,13 @@ def _heads(b: Tensor, heads: int) -> Tensor:
 def _join(b: Tensor) -> Tensor:
     """(..., heads, O, r) as (..., O, heads r)."""
     return b.movedim(-3, -2).flatten(-2)
+
+
+def fold_scales(layout: Layout, x: Tensor) -> Tensor:
+    """The same adapters with all scales one: a copy of the rows x (..., D), in which products are linear."""
+    x = x.clone()
+    # cores and scales lie in turn
+    for cores, scales in zip(layout.cores[::2], layout.cores[1::2], strict=True):
+        head_view(x, cores).mul_(head_view(x, scales)[..., None, None])
+        head_view(x, scales).fill_(1.0)
+    return x

@@ -51,10 +51,14 @@ class Layout(NamedTuple):
         cut = self.groups.get(group)
         return cut is not None and cut.stop > cut.start
 
+    def present(self, groups) -> list[str]:
+        """Those of `groups` that the row has, in row order."""
+        return [group for group in GROUPS if group in groups and self.has(group)]
+
     def columns(self, groups) -> list[slice]:
         """The columns of `groups` as few slices as possible, in row order."""
         merged: list[slice] = []
-        for cut in (self.groups[g] for g in GROUPS if g in groups and self.has(g)):
+        for cut in (self.groups[group] for group in self.present(groups)):
             if merged and merged[-1].stop == cut.start:
                 merged[-1] = slice(merged[-1].start, cut.stop)
             else:

@@ -20,11 +20,11 @@ from dfl.config import Config, from_dict, load
 from dfl.config.compare import described, differences
 from dfl.config.recipes import read_yaml
 from dfl.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
+from dfl.methods import automatic_phases
 from dfl.record import Console, JsonLines, Trackers, describe_run
 from dfl.report import evaluation_line, training_line
 from dfl.report.runs import read_description
 from dfl.rounds import Run
-from dfl.rules.alternating import automatic_phases
 from dfl.run_directory import FILES, TRACKERS, clear, in_the_way, mark, marked, written
 from dfl.runtime import Runtime
 
@@ -234,7 +234,8 @@ class Recording:
         # JSON is written last: a folder with a run.json is a run that has started
         self.primary = run.task.primary
         facts = loaded.bundle.facts | {"primary": self.primary, "higher_is_better": run.task.higher_is_better,
-                                       "shards": _shards(loaded), "rule": dict(run.rule.facts), "state_length": run.peers.layout.size,
+                                       "shards": _shards(loaded), "rule": run.gossip.method.facts,
+                                       "state_length": run.peers.layout.size,
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
                                        "contents": dict(loaded.contents)}
@@ -268,7 +269,7 @@ def _shards(loaded: Loaded) -> dict:
 
 
 def _opening(config: Config, run: Run, runtime: Runtime, loaded: Loaded) -> str:
-    chosen = "".join(f", {key} = {value}" for key, value in run.rule.facts.items())
+    chosen = "".join(f", {key} = {value}" for key, value in run.gossip.method.facts.items())
     return (f"{config.peers} peers on {runtime.place.size} process(es), {runtime.device}; rule {config.rule.name}{chosen}; "
             f"topology {config.topology.name}; {run.peers.layout.size:,} numbers a peer; "
             f"{len(loaded.bundle.train):,} training and {len(loaded.bundle.valid):,} evaluation examples")

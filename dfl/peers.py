@@ -1,7 +1,7 @@
 """The hosted peers: their rows, optimisers, data streams, and the local phase of a round."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from dfl.factors import GROUPS, Layout, empty_rows
 from dfl.masks import Held
 from dfl.moments import rotate
 from dfl.seeds import derive, permutation
+from dfl.slots import Plan
 
 
 class DivergenceError(FloatingPointError):
@@ -59,8 +60,9 @@ class DataStream:
 class Part:
     """The local phase of a round while it lasts: all that it needs to go on after a stop between two steps.
 
-    done: steps of each hosted peer. means, first: mean loss so far, and the first (P,). start: rows and moments at the round's start;
-    held: the moments at the start that masks hold. generators: of the peers in the middle of their steps, by name.
+    done: steps of each hosted peer. means, first: mean loss so far, and the first (P,). start: rows and moments at the
+    round's start; held: the moments at the start that masks hold. generators: of the peers in the middle of their
+    steps, by name.
     """
 
     done: list[int]
@@ -87,7 +89,6 @@ class HostedPeers:
         if adapted.cores:
             self.factors, self.factor_gradients = (empty_rows(len(self.ids), adapted.lora.size, device=device) for _ in range(2))
             self._bases = adapted.cores._replace(bases=adapted.cores.bases.to(device))
-        self.residual = residual_rows(adapted, None, len(self.ids))
         ratios = tuple(adapted.ranks.ratio(peer) for peer in self.ids)
         self.scale = None if all(ratio == 1.0 for ratio in ratios) else ratios
         self.params = [_by_group(row, self.layout) for row in self.x]
@@ -112,27 +113,13 @@ class HostedPeers:
         return torch.optim.AdamW(flat, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
                                  fused=True)
 
-    def rows(self) -> Rows:
-        """What the model reads of the hosted peers now."""
+    def rows(self, residuals: Tensor | None = None) -> Rows:
+        """What the model reads of the hosted peers now, with the residuals (P, D_E) that their rule keeps."""
         self._expand()
-        return Rows(self.factors, self.residual, self.scale)
+        return Rows(self.factors, residual_rows(self.adapted, residuals, len(self.ids)), self.scale)
 
-    def keep_residuals(self, kept: Tensor | None) -> None:
-        """The rule's residuals (P, D_E) become part of the models."""
-        self.residual = residual_rows(self.adapted, kept, len(self.ids))
-
-    @property
-    def fold(self):
-        """What `gossip` asks for where peers are scaled differently: B times the peer's ratio, or back; None where they are not."""
-        return None if self.scale is None else self._folded
-
-    def _folded(self, row: Tensor, k: int, back: bool = False) -> Tensor:
-        row = row.clone()
-        row[self.layout.groups["B"]] *= 1 / self.scale[k] if back else self.scale[k]
-        return row
-
-    def alike(self) -> Tensor:
-        """A copy of the rows (P, D) as if all adapters were scaled alike, in which they can be compared and averaged."""
+    def common_scale(self) -> Tensor:
+        """A copy of the rows (P, D) as if all adapters had one scaling, in which they can be compared and averaged."""
         x = empty_rows(*self.x.shape, device=self.device)
         x.copy_(self.adapted.averageable(self.x))
         if self.scale is not None:
@@ -143,10 +130,11 @@ class HostedPeers:
     def turns_moments(self) -> bool:
         return self.train.state == "carried" and self.train.at_refactor == "rotate"
 
-    def after_refactor(self, frames: Tensor | None) -> None:
-        """The factors have a new basis: apply train.at_refactor to the moments. frames: the rows (P, D) before, for rotate."""
+    def after_refactor(self, frames: Tensor | None, mixed: Collection[int]) -> None:
+        """The factors of the peers `mixed` have a new basis: apply train.at_refactor to the moments. frames: the rows
+        (P, D) before, for rotate."""
         if self.train.state == "fresh" or self.train.at_refactor == "reset":
-            self.reset_moments()
+            self.reset_moments(rows=[row for row, peer in enumerate(self.ids) if peer in mixed])
         elif self.train.at_refactor == "rotate":
             for row, (old, new) in enumerate(zip(frames, self.x, strict=True)):
                 if not torch.equal(old, new):
@@ -181,10 +169,11 @@ class HostedPeers:
         return {group: self.learning_rate(progress) * self.ratio(group) for group in self.layout.groups
                 if self.layout.has(group)}
 
-    def reset_moments(self, groups=GROUPS) -> None:
-        for row in self.params:
-            for group in set(groups) & set(row):
-                self.optimizer.state.pop(row[group], None)
+    def reset_moments(self, groups=GROUPS, rows: Sequence[int] | None = None) -> None:
+        """Of all hosted peers, or of those in `rows`."""
+        for params in self.params if rows is None else [self.params[row] for row in rows]:
+            for group in set(groups) & set(params):
+                self.optimizer.state.pop(params[group], None)
 
     def begin_round(self, trains: frozenset[str]) -> None:
         """Apply the policy for optimiser moments across rounds and at a switch of the trained factor."""
@@ -194,22 +183,23 @@ class HostedPeers:
             self.reset_moments(trains - self._active)
         self._active = trains
 
-    def local_phase(self, t: int, trains: frozenset[str], task, split, executor: Executor,
-                    corrections: Sequence[Tensor | None], masks: Callable[[int, int], Tensor] | None = None,
-                    halt: Callable[[int], bool] | None = None) -> Tensor | None:
-        """Every hosted peer takes its local steps of round t on the groups in `trains`: the mean loss of each peer (P,).
+    def local_phase(self, t: int, plans: Sequence[Plan], task, split, executor: Executor, corrections: Sequence[Tensor | None],
+                    residuals: Tensor | None = None, halt: Callable[[int], bool] | None = None) -> Tensor | None:
+        """Every hosted peer takes its local steps of round t as its plan says: the mean loss of each peer (P,).
 
-        masks: those of a Rule; what they leave out keeps its value and its moments. halt: asked before every step, with the number of
-        steps that are left; where it says so the phase stops, gives None and goes on with the next call, or, from what `state_tensors`
-        gave, in another process. Who gives `halt` has to call `end_phase`: until then a phase that is done can be saved as well, as
-        another process may have stopped in its own. DivergenceError names the first peer whose loss is not finite.
+        What a plan's mask leaves out keeps its value and its moments. residuals: those (P, D_E) that the rule keeps.
+        halt: asked before every step, with the number of steps that are left; where it says so the phase stops, gives
+        None and goes on with the next call, or, from what `state_tensors` gave, in another process. Who gives `halt`
+        has to call `end_phase`: until then a phase that is done can be saved as well, as another process may have
+        stopped in its own. DivergenceError names the first peer whose loss is not finite.
         """
-        self.part = self.part or self._begin(t, trains, masks)
+        trains, masks, rows = plans[0].trains, [plan.mask for plan in plans], self.rows(residuals)
+        self.part = self.part or self._begin(trains, masks[0] is not None)
         # what is left out has the values of the start still
-        self._held = None if masks is None else Held(torch.stack([masks(t, p) for p in self.ids]), self.x.clone(), self.part.held)
+        self._held = None if masks[0] is None else Held(torch.stack(masks), self.x.clone(), self.part.held)
         self.adapted.model.train()
-        for rows in executor.groups(len(self.ids)):
-            if not self._train(t, rows, trains, task, split, executor, corrections, halt):
+        for index in executor.groups(len(self.ids)):
+            if not self._train(t, rows, index, trains, task, split, executor, corrections, halt):
                 self._check_finite(t)
                 return None
         if self._held:
@@ -225,11 +215,11 @@ class HostedPeers:
         """The local phase is done on all processes, and what it began from is no longer needed."""
         self.part = None
 
-    def _begin(self, t: int, trains: frozenset[str], masks) -> Part:
+    def _begin(self, trains: frozenset[str], masked: bool) -> Part:
         start, self._start = self.round_start(), None
         self.begin_round(trains)
         means, first = torch.zeros(2, len(self.ids), device=self.device)
-        held = {} if masks is None else {name: value.clone() for name, value in self.moments().items()}
+        held = {} if not masked else {name: value.clone() for name, value in self.moments().items()}
         return Part([0] * len(self.ids), means, first, start, held, [{} for _ in self.ids])
 
     def round_start(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -239,19 +229,19 @@ class HostedPeers:
         self._start = self._start or self.snapshot()
         return self._start
 
-    def _train(self, t, rows, trains, task, split, executor, corrections, halt) -> bool:
-        """The steps of the rows that go through the model together; False when halted before the last."""
+    def _train(self, t, rows: Rows, index: list[int], trains, task, split, executor, corrections, halt) -> bool:
+        """The steps of the rows `index`, which go through the model together; False when halted before the last."""
         part = self.part
-        unfinished = [row for row in rows if part.done[row] < self.steps(row)]
+        unfinished = [row for row in index if part.done[row] < self.steps(row)]
         if not unfinished:
             return True
-        self._seed(t, rows)
-        with executor.bound(self.adapted, self.rows(), self.factor_gradients, rows, _groups(trains)) as forward:
+        self._seed(t, index)
+        with executor.bound(self.adapted, rows, self.factor_gradients, index, _groups(trains)) as forward:
             # peers that come from several processes may have stopped at different steps: those behind catch up first
-            for k in range(min(part.done[row] for row in unfinished), max(map(self.steps, rows))):
-                active = [row for row in rows if part.done[row] <= k < self.steps(row)]
+            for k in range(min(part.done[row] for row in unfinished), max(map(self.steps, index))):
+                active = [row for row in index if part.done[row] <= k < self.steps(row)]
                 if halt and halt(sum(self.steps(row) - done for row, done in enumerate(part.done))):
-                    self._keep_generators(rows)
+                    self._keep_generators(index)
                     return False
                 losses = self._step(t, k, active, trains, task, split, forward, corrections)
                 part.means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)

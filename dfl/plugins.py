@@ -1,7 +1,7 @@
 """Tables of plug-ins: a plain dictionary from name to factory; a wrong name or parameter becomes a clear error."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,9 +28,10 @@ def parameters(factory: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def check_parameters(kind: str, name: str, factory: Callable, given: Mapping[str, object]) -> None:
-    """ValueError if `given` has a name that `factory` does not take, or lacks one without a default."""
-    allowed = parameters(factory)
+def check_parameters(kind: str, name: str, factory: Callable, given: Mapping[str, object], hidden: Collection[str] = ()) -> None:
+    """ValueError if `given` has a name that `factory` does not take, or lacks one without a default. hidden: parameters that are not
+    the user's."""
+    allowed = {key: parameter for key, parameter in parameters(factory).items() if key not in hidden}
     for key in given:
         if key not in allowed:
             what = ", ".join(allowed) or "nothing beside name"
@@ -39,3 +40,18 @@ def check_parameters(kind: str, name: str, factory: Callable, given: Mapping[str
     missing = [p.name for p in allowed.values() if p.default is p.empty and p.name not in given]
     if missing:
         raise ValueError(f"{kind}.{missing[0]} is missing: {name!r} needs {', '.join(missing)}")
+
+
+def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: {', '.join(allowed)}")
+
+
+def check_count(field: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a whole number from {least}")
+
+
+def check_share(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number above 0, up to 1")

@@ -8,10 +8,9 @@ import transformers
 
 from dfl import cores, executors, memory, ranks, tasks
 from dfl.adapters import CORES, core_options, fit
-from dfl.assemble import Examples, build_rule, read_examples
+from dfl.assemble import Examples, build_method, read_examples
 from dfl.config import Config
 from dfl.factors import Layout
-from dfl.rules.base import Rule
 from dfl.runtime import Place
 from dfl.tasks import heads
 from dfl.tasks.models import quiet
@@ -63,9 +62,10 @@ def _memory(config: Config, topology, shapes: Shapes, device: torch.device, plac
                     expanded=shapes.lora.size if shapes.layout is not shapes.lora else 0)
     available, where, sharing = room(device, place)
     memory.check(config, count(active=0, message=0), sharing, available, where)
-    rule = build_rule(config, shapes.layout, topology, shapes.ranks)
-    found = count(active=shapes.layout.length(rule.trains(0)), message=_message(rule, shapes.layout),
-                  residual=rule.residual.size if rule.residual else 0, remote=_remote(config, topology, place))
+    method = build_method(config, shapes.layout, topology, shapes.ranks)
+    plan, residual = method.schedule.plan(0, 0), method.rule.residual
+    found = count(active=shapes.layout.length(plan.trains), message=shapes.layout.length(plan.sends),
+                  residual=residual.size if residual else 0, remote=_remote(config, topology, place))
     memory.check(config, found, sharing, available, where)
     return found
 
@@ -76,11 +76,6 @@ def room(device: torch.device, place: Place) -> tuple[float, str, int]:
         number = torch.cuda.device_count()
         return float(torch.cuda.get_device_properties(device).total_memory), "the GPU", -(-place.local_size // number)
     return memory.limit(), "this machine", place.local_size
-
-
-def _message(rule: Rule, layout: Layout) -> int:
-    length = rule.length(0)
-    return layout.size if length is None else length
 
 
 def _remote(config: Config, topology: Any, place: Place) -> int:

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from dfl.adapters import Rows
-from dfl.codecs import Codec
 from dfl.config import Config
 from dfl.diagnostics import diagnose
+from dfl.engine import state as trees
+from dfl.engine.gossip import Gossip, Report
 from dfl.evaluate import Evaluator, GivenUp, consensus_rows, summary
 from dfl.executors import Executor
-from dfl.factors import empty_rows
-from dfl.gossip import Traffic, digest_of_common, gossip
 from dfl.measures import measure, whole
 from dfl.peers import DivergenceError, HostedPeers
-from dfl.rules.base import Rule, State
+from dfl.slots import Rule
 from dfl.transport.base import SENT, Transport
 
 logger = logging.getLogger(__name__)
@@ -28,24 +27,22 @@ logger = logging.getLogger(__name__)
 # a diverged peer is _DIVERGED + its id, and the number of peers more when it began the round with factors that were bad already
 _GO, _SAVE, _STOP, _HALT, _DIVERGED = 0, 1, 2, 3, 4
 _SECONDS = ("local", "encode", "exchange", "mix")
-_COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "rejected", "rejected_sender")
+_COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "edges", "rejected", "rejected_sender")
 
 
 @dataclass
 class Run:
-    """Everything a round touches. `states` is one rule state per hosted peer."""
+    """Everything a round touches."""
 
     config: Config
     peers: HostedPeers
-    rule: Rule
+    gossip: Gossip
     topology: object
-    codec: Codec
     transport: Transport
     executor: Executor
     task: object
     split: object
     evaluator: Evaluator
-    states: list[State] = field(default_factory=list)
     completed: int = 0
     pending: "Pending | None" = None  # of the last completed round, until it is evaluated and recorded
     resumed: bool = False  # from a checkpoint
@@ -54,26 +51,16 @@ class Run:
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
 
     def __post_init__(self):
-        self.states = self.states or [self.rule.init(row) for row in self.peers.x]
         # six times the row: the pair, the pair before and the residual that a rule may send; as much again for what is to come
         self.transport.most = 12 * self.peers.x[0].nbytes + 2**16
-        self.tag = digest_of_common(self.rule, self.peers.layout, self.peers.x)
-        self.show_residuals()
 
-    def residuals(self) -> Tensor | None:
-        """The residuals (P, D_E) that the rule keeps for the hosted peers; None for a rule without."""
-        if self.rule.residual is None:
-            return None
-        rows = empty_rows(len(self.states), self.rule.residual.size, device=self.peers.device)
-        for row, state in enumerate(self.states):
-            rows[row] = state["residual"]
-        return rows
+    @property
+    def rule(self) -> Rule:
+        return self.gossip.method.rule
 
-    def show_residuals(self) -> None:
-        """What the rule keeps becomes part of the models: after every change of rows and `states`."""
-        self.gathered = None
-        if self.rule.residual is not None:
-            self.peers.keep_residuals(self.residuals())
+    def rows(self) -> Rows:
+        """What the model reads of the hosted peers now."""
+        return self.peers.rows(self.gossip.residuals())
 
     def consensus(self, x: Tensor, kept: Tensor | None) -> Rows:
         """The consensus model of the rows x (N, D) of all peers, scaled alike, and their residuals."""
@@ -84,7 +71,6 @@ class Pending(NamedTuple):
     """A round before its evaluation. table: `_table` of the hosted peers; found: measures, on process 0."""
 
     table: Tensor
-    edges: int
     found: dict
     measure_seconds: float
 
@@ -118,7 +104,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
         if run.pending is None:
             t = run.transport.round = run.completed
             # the start of this round and of the one before it
-            begun = [*begun[-1:], (t, run.peers.round_start(), list(run.states))]
+            begun = [*begun[-1:], (t, run.peers.round_start(), trees.snapshot(run.gossip.state))]
             flag = _round(run, t, hooks, begun)
         if flag == _HALT or not _conclude(run, hooks, flag == _STOP):
             hooks.save()
@@ -183,10 +169,9 @@ def _agreed(run: Run, work: Callable[[], object]):
 
 
 def _go_back(run: Run, begun: tuple) -> None:
-    run.completed, snapshot, states = begun
-    run.states[:] = states
+    run.completed, snapshot, run.gossip.state = begun
     run.peers.restore(snapshot)
-    run.show_residuals()
+    run.gathered = None
 
 
 def due(every: int, t: int) -> bool:
@@ -197,13 +182,13 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     """The local phase; the mean losses (P,) and what all processes agreed to do."""
     stop, losses = hooks.stop_requested(), None
     run.gathered = None
-    corrections = [run.rule.correct(state) for state in run.states]
     try:
         halt = {}
         if hooks.halt:
             hooks.halt.begin()
             halt = {"halt": hooks.halt}
-        losses = run.peers.local_phase(t, run.rule.trains(t), run.task, run.split, run.executor, corrections, run.rule.masks, **halt)
+        losses = run.peers.local_phase(t, run.gossip.plans(t), run.task, run.split, run.executor, run.gossip.corrections(),
+                                       run.gossip.residuals(), **halt)
         save = run.transport.rank == 0 and hooks.save_due()
         flag = _HALT if losses is None else _STOP if stop or hooks.halted() else _SAVE if save else _GO
     except DivergenceError as error:
@@ -216,23 +201,21 @@ def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending"
     w, config = run.topology.matrix(t), run.config
     look = Look(due(config.measure.every, t), due(config.measure.layers, t))
     before = look.before(run)
-    traffic = _exchange(run, w, t)
+    traffic = _exchange(run, t)
     started = time.perf_counter()
     found = look.after(run, before, w)
-    return Pending(_table(run, losses, local_seconds, traffic), traffic.edges, found, time.perf_counter() - started)
+    return Pending(_table(run, losses, local_seconds, traffic), found, time.perf_counter() - started)
 
 
-def _exchange(run: Run, w, t: int) -> Traffic:
+def _exchange(run: Run, t: int) -> Report:
     """Exchange and mix; the optimiser follows where mixing turns the basis of the factors."""
     peers = run.peers
     frames = peers.x.clone() if run.rule.changes_basis and peers.turns_moments else None
     now = t / run.config.train.rounds
-    traffic = gossip(run.rule, run.codec, run.transport, peers.x, peers.ids, run.states, w, t,
-                     lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0), tag=run.tag, fold=peers.fold,
-                     seed=run.config.seed, guard=run.config.guard.norm)
-    run.show_residuals()
-    if run.rule.changes_basis and traffic.edges:
-        peers.after_refactor(frames)
+    traffic = run.gossip.round(t, peers.x, lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0))
+    run.gathered = None
+    if run.rule.changes_basis:
+        peers.after_refactor(frames, traffic.mixed)
     return traffic
 
 
@@ -243,7 +226,7 @@ class Look(NamedTuple):
     layers: bool
 
     def before(self, run: Run) -> tuple[Tensor, Tensor | None] | None:
-        return (run.peers.alike(), run.residuals()) if self.whole or self.layers else None
+        return (run.peers.common_scale(), run.gossip.residuals()) if self.whole or self.layers else None
 
     def after(self, run: Run, before: tuple[Tensor, Tensor | None] | None, w) -> dict:
         """Measures of all peers on process 0; nothing elsewhere."""
@@ -277,33 +260,34 @@ def _round_record(run: Run, t: int, pending: Pending) -> dict | None:
     column = dict(zip(_COLUMNS, table.T, strict=False))
     now = t / run.config.train.rounds
     lr, rates = run.peers.learning_rate(now), run.peers.rates(now)
-    return {"round": t + 1, "trains": "+".join(sorted(run.rule.trains(t))), "lr": lr,
+    return {"round": t + 1, "trains": "+".join(sorted(run.gossip.plans(t)[0].trains)), "lr": lr,
             **({"rates": rates} if set(rates.values()) != {lr} else {}),
             "train_loss": summary(column["train_loss"].tolist()), "train_loss_peers": column["train_loss"].tolist(),
-            "edges": pending.edges, **{name: int(column[name].sum()) for name in ("message_bytes", *SENT)},
+            **{name: int(column[name].sum()) for name in ("edges", "message_bytes", *SENT)},
             **_rejections(run, t, column), "seconds": {name: float(column[name].max()) for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
 
 
 def _state_names(run: Run) -> list[str]:
-    return [name for name, value in run.states[0].items() if value.dim() == 0]
+    return [name for name, value in run.gossip.state["rule"][str(run.peers.ids[0])].items() if value.dim() == 0]
 
 
-def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Traffic) -> Tensor:
+def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Report) -> Tensor:
     """By hosted peer, the columns _COLUMNS and what its rule measures itself; what is of the process stands at its first peer. The
     bytes sent are known after the evaluation."""
     state_names = _state_names(run)
     table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
     table[:, 0] = losses.cpu()
     table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
-    table[0, 5 + len(SENT)] = traffic.message_bytes
+    table[0, 8:10] = torch.tensor([traffic.message_bytes, traffic.messages])
     for receiver, sender in reversed(traffic.rejected):
         row = run.peers.ids.index(receiver)
-        table[row, 9] += 1
-        table[row, 10] = sender + 1  # the first of them; zero: none
+        table[row, 10] += 1
+        table[row, 11] = sender + 1  # the first of them; zero: none
+    states = [run.gossip.state["rule"][str(peer)] for peer in run.peers.ids]
     for column, name in enumerate(state_names, len(_COLUMNS)):
-        table[:, column] = torch.stack([state[name] for state in run.states]).cpu()
+        table[:, column] = torch.stack([state[name] for state in states]).cpu()
     return table
 
 
@@ -314,7 +298,7 @@ def _rejections(run: Run, t: int, column: dict[str, Tensor]) -> dict[str, object
         if sender not in run.distrusted:
             receiver = column["rejected_sender"].tolist().index(sender + 1)
             logger.warning("dfl: WARNING: peer %d rejected the message of peer %d in round %d: it is not finite, or far larger than "
-                           "its own (guard.norm); later ones are counted in the record", receiver, sender, t + 1)
+                           "its own (guard.bound); later ones are counted in the record", receiver, sender, t + 1)
     run.distrusted |= set(senders)
     return {"rejected": int(column["rejected"].sum()), **({"rejected_senders": senders} if senders else {})}
 
@@ -324,7 +308,7 @@ def evaluate(run: Run, halted: Callable[[], bool] = lambda: False) -> dict | Non
 
     GivenUp, on all processes, once `halted()` on one.
     """
-    sums = run.transport.gather(_agreed(run, lambda: run.evaluator.sums(run.peers.rows(), run.executor, halted)))
+    sums = run.transport.gather(_agreed(run, lambda: run.evaluator.sums(run.rows(), run.executor, halted)))
     gathered = gather_models(run) if run.config.eval.consensus else None
     merged = _agreed(run, lambda: gathered and run.evaluator.sums(run.consensus(*gathered), run.executor, halted))
     if sums is None:
@@ -338,8 +322,8 @@ def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
     They travel once, for measures, evaluation and checkpoint of the same models.
     """
     if run.gathered is None:
-        kept = run.residuals()
-        x = run.transport.gather(run.peers.alike())
+        kept = run.gossip.residuals()
+        x = run.transport.gather(run.peers.common_scale())
         kept = None if kept is None else run.transport.gather(kept)
         run.gathered = (None if x is None else (x, kept),)
     return run.gathered[0]
@@ -349,5 +333,5 @@ def _start_record(run: Run, halted: Callable[[], bool]) -> dict | None:
     """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
     if 0 not in run.peers.ids:
         return None
-    sums = run.evaluator.sums(run.peers.rows().row(0), run.executor, halted)
+    sums = run.evaluator.sums(run.rows().row(0), run.executor, halted)
     return {"round": 0, "eval": run.evaluator.record(sums.expand(run.config.peers, -1), sums)}

@@ -13,6 +13,7 @@ from dfl.callbacks import ENDED, Callback, Callbacks, RunView, load_callbacks, n
 from dfl.checkpoint import Checkpointer, choose, read_state, verify
 from dfl.company import check_company, check_contents, check_secret, contents, settings, together
 from dfl.config import Config, from_dict
+from dfl.engine import state as trees
 from dfl.folder import Recording, begin, check_shared, continued, describe_data, enter, make_room
 from dfl.lease import Lease
 from dfl.pace import SaveClock
@@ -198,16 +199,14 @@ def save(run: Run, saver: Checkpointer) -> Path:
     if gathered is not None:
         what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
         merged = (run.consensus(*gathered), what)
-    tensors = {f"rule.{peer}.{key}": value for peer, state in zip(run.peers.ids, run.states, strict=True)
-               for key, value in state.items()}
-    tensors |= run.peers.state_tensors()
+    tensors = trees.flatten(run.gossip.state) | run.peers.state_tensors()
     if run.pending is not None:
         about = _as_tensor({name: value for name, value in run.pending._asdict().items() if name != "table"})
         for row, peer in enumerate(run.peers.ids):
             tensors |= {f"pending.{peer}.row": run.pending.table[row], f"pending.{peer}.about": about}
     if run.config.lora.start == "gradient" and 0 in run.peers.ids:
         tensors["bases.0"] = run.peers.adapted.cores.bases
-    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.peers.rows(), tensors, merged)
+    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), tensors, merged)
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -218,13 +217,12 @@ def restore(run: Run, folder: Path) -> None:
     found = read_state(folder, run.peers.ids)
     for row, peer in enumerate(run.peers.ids):
         run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)
-        mine = f"rule.{peer}."
-        run.states[row] = {name.removeprefix(mine): value.to(run.peers.device) for name, value in found.items()
-                           if name.startswith(mine)}
-    run.show_residuals()
+    slots = {name: value.to(run.peers.device) for name, value in found.items() if name.partition(".")[0] in run.gossip.state}
+    run.gossip.restore(trees.unflatten(slots))
+    run.gathered = None
     in_part = any(name.startswith("part.") for name in found)
     last = run.completed if in_part else run.completed - 1
-    run.peers.load_state(found, run.rule.trains(last) if last >= 0 else frozenset())
+    run.peers.load_state(found, run.gossip.plans(last)[0].trains if last >= 0 else frozenset())
     run.resumed = True
     about = found.get(f"pending.{run.peers.ids[0]}.about")  # of process 0 what peer 0 has
     if about is not None:

@@ -8,7 +8,7 @@ from tiny_models import save
 from tiny_runs import write_data
 
 from dfl import config as configuration
-from dfl import rules
+from dfl import methods
 from dfl.assemble import assemble, check, load
 from dfl.rounds import Hooks, Run, run_rounds
 from dfl.runtime import start
@@ -28,9 +28,9 @@ def make_trees(folder: Path, layers: int = 3) -> dict[str, dict]:
              "data": {"source": "file", "train": str(write_data(folder)), "max_length": 16},
              "topology": {"name": "edge_activation", "p": 0.5}, "train": {"rounds": 3, "local_steps": 2, "batch_size": 4, "lr": 0.01},
              "eval": {"every": 0}, "measure": {"every": 0, "layers": 0}, "device": "cpu"}
-    made = {name: plain | {"rule": name} | WANTS.get(name, {}) for name in rules.RULES}
+    made = {name: plain | {"rule": name} | WANTS.get(name, {}) for name in methods.METHODS}
     made |= {f"{name}, unequal ranks": plain | WANTS.get(name, {}) | {"rule": name, "lora": UNEQUAL}
-             for name in rules.RULES if rules.accepts(name, "ranks")}
+             for name in methods.METHODS if methods.accepts(name, "ranks")}
     made["plora, unequal slots"] = plain | {"rule": {"name": "plora", "slots": [1, 2, 1, 2, 2]},
                                             "lora": {"rank": 2, "head": "mixed"}}
     made["lora, PiSSA"] = plain | {"rule": "lora", "lora": {"rank": 2, "start": "pissa"}}
@@ -60,7 +60,7 @@ def nobody_is_rejected(record: dict | None) -> None:
 
 def digests_of(run: Run) -> dict[int, str]:
     """Of what the model reads of every hosted peer, by peer."""
-    rows, found = run.peers.rows(), {}
+    rows, found = run.rows(), {}
     for row, peer in enumerate(run.peers.ids):
         residual = b"" if rows.residual is None else rows.residual[row].contiguous().numpy().tobytes()
         found[peer] = hashlib.sha256(rows.x[row].numpy().tobytes() + residual).hexdigest()
@@ -69,6 +69,6 @@ def digests_of(run: Run) -> dict[int, str]:
 
 def norm_of(run: Run) -> float:
     """Of all rows together, residuals included: what a machine that rounds otherwise has to come near to."""
-    rows = run.peers.rows()
+    rows = run.rows()
     squares = sum(part.double().square().sum() for part in (rows.x, rows.residual) if part is not None)
     return float(torch.as_tensor(squares).sqrt())

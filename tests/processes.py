@@ -90,6 +90,14 @@ def _work(queue, function, rank: int, size: int, store: str, args) -> None:
         queue.put((rank, (False, f"process {rank}:\n{traceback.format_exc()}")))
 
 
+def ring_exchange(transport, t: int, rank: int) -> dict:
+    """Round t of one peer a process in a ring of three: what arrives here."""
+    from dfl.transport.packet import Packet
+    others = [(rank - 1) % 3, (rank + 1) % 3]
+    packet = Packet({"x": torch.zeros(8, dtype=torch.uint8)}, {"x": 2}, {})
+    return transport.exchange(t, {rank: packet}, {rank: others}, {rank: others}, {rank: others})
+
+
 def bring_loopback_up() -> None:
     """In a fresh network namespace even the loopback interface is down."""
     import fcntl

@@ -11,6 +11,7 @@ from dfl import assemble
 from dfl import config as configuration
 from dfl.running import train
 from dfl.runtime import start
+from dfl.slots import Plan
 
 SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
              ("the graph of peer is good", "yes"), ("a bad node and a bad array", "no")]
@@ -61,6 +62,11 @@ def make_run(config: configuration.Config):
     runtime = start(config)
     loaded = assemble.load(config, runtime.device)
     return assemble.assemble(config, runtime, loaded, topology), loaded
+
+
+def plans(peers, trains: frozenset[str]) -> list[Plan]:
+    """The same for all hosted peers: train these groups."""
+    return [Plan(trains, frozenset())] * len(peers.ids)
 
 
 class StopAfter:

@@ -1,6 +1,6 @@
 """dfl list: every name that a recipe may use."""
 
-HELP = "every rule, topology, codec, task and partition"
+HELP = "every method, topology, slot of a round, task and partition"
 
 
 def add(parser) -> None:
@@ -9,8 +9,9 @@ def add(parser) -> None:
 
 def run(args, overrides: list[str]) -> int:
     import topologies
-    from dfl import codecs, partition, rules, tasks
-    for kind, table in (("rules", rules.describe()), ("topologies", topologies.describe()), ("codecs", codecs.describe()),
+    from dfl import methods, partition, tasks
+    slots = [(f"{slot}s", methods.describe_slot(slot)) for slot in methods.SLOTS]
+    for kind, table in (("methods (rule in a recipe)", methods.describe()), ("topologies", topologies.describe()), *slots,
                         ("tasks", tasks.describe()), ("data sources", tasks.describe(tasks.SOURCES)),
                         ("partitions", partition.describe())):
         print(f"{kind}:")

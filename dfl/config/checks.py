@@ -45,8 +45,6 @@ def validate(config: Config) -> None:
             raise wrong(key, value, "a number from 0 up to, not including, 1")
     if config.processes is not None and config.processes > config.peers:
         raise wrong("processes", config.processes, f"at most {config.peers}, the number of peers")
-    if config.guard.norm is not None and not 1 < config.guard.norm < math.inf:
-        raise wrong("guard.norm", config.guard.norm, "a number above 1, or null")
     train = config.train
     if (train.local_steps is None) == (train.local_epochs is None):
         raise ValueError(f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: "

@@ -121,13 +121,6 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    # a neighbour's message whose A, B or other part has more than so many times the norm of the receiver's own (or of the median that
-    # it holds) is rejected, counted and its sender named; null: only what is not finite
-    norm: float | None = 30.0
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # rounds; 0: by time
     minutes: float | None = 5.0  # with every = 0: at most so long between two, the first one early; null: only at the end
@@ -145,8 +138,12 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     rule: Plugin = field(default_factory=lambda: Plugin("tad"))
     topology: Plugin = field(default_factory=lambda: Plugin("ring"))
-    codec: Plugin = field(default_factory=lambda: Plugin("none"))
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    schedule: Plugin | None = None  # what trains and what is exchanged, round by round; None: as the method has it
+    trigger: Plugin = field(default_factory=lambda: Plugin("always"))  # whether a peer speaks
+    codec: Plugin = field(default_factory=lambda: Plugin("none"))  # how a message becomes bytes
+    channel: Plugin = field(default_factory=lambda: Plugin("perfect"))  # what the way does to it
+    guard: Plugin = field(default_factory=lambda: Plugin("norm"))  # what may enter a peer's mix: norm, or finite alone
+    wrapper: Plugin = field(default_factory=lambda: Plugin("none"))  # an optimiser across peers
     partition: Plugin = field(default_factory=lambda: Plugin("iid"))
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import topologies
-from dfl import rules
+from dfl import methods
 from dfl.config import Config
 from dfl.export.ranks import total
 from dfl.markdown import inline, row
@@ -180,7 +180,7 @@ def _training(facts: Facts) -> list[list[str]]:
     steps = f"{train.local_steps} steps" if train.local_steps is not None else f"{train.local_epochs} epochs"
     chosen = {key: value for key, value in facts.record["facts"].get("rule", {}).items()}
     return [["", ""],
-            ["rule", f"{_plugin(config.rule)}: {rules.describe().get(config.rule.name, '')}"],
+            ["rule", f"{_plugin(config.rule)}: {methods.describe().get(config.rule.name, '')}"],
             *([["chosen for the rule", ", ".join(f"{key} = {value}" for key, value in chosen.items())]] if chosen else []),
             ["topology", f"{_plugin(config.topology)}: {topologies.describe().get(config.topology.name, '')}"],
             ["peers", str(config.peers)],

@@ -1,8 +1,8 @@
 """Rules that average factors with learned coefficients: FLoRA-NA.
 
-Coefficients p of the B's and q of the A's bring (sum_u p_u B_u)(sum_u q_u A_u) close to sum_j w_j B_j A_j. All of it happens in Gram
-tables; a peer needs nothing beyond the factors it hears. Shapes: L layers, J pairs, F free coefficients; n sets of coefficients, one
-a layer or one for all.
+Coefficients p of the B's and q of the A's bring (sum_u p_u B_u)(sum_u q_u A_u) close to sum_j w_j B_j A_j. All of it
+happens in Gram tables; a peer needs nothing beyond the factors it receives. Shapes: L layers, J pairs, F free
+coefficients; n sets of coefficients, one a layer or one for all.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import Grams, combined, factor_error, gram_tables, products
+from dfl.plugins import check_choice
 from dfl.rules.alignment import in_own_frame
-from dfl.rules.base import BOTH, Round, Rule, State, check_choice, read_groups
-from dfl.rules.pairs import Heard, pair_gossip
+from dfl.rules.base import BOTH
+from dfl.rules.pairs import Received, pair_gossip
+from dfl.slots import Round, Rule, State
 
 CHOICES = {"form": ("factor", "delta"), "scope": ("layer", "global"), "solver": ("als", "adamw"), "align": ("none", "own"),
            "gauge": ("norms", "sums")}
@@ -50,7 +52,7 @@ class Fit(NamedTuple):
 
 
 def flora_na(layout: Layout, *, form: str = "factor", scope: str = "layer", solver: str = "als", align: str = "none",
-             gauge: str = "norms", steps: int | None = None, head: str = "frozen") -> Rule:
+             gauge: str = "norms", steps: int | None = None) -> Rule:
     """Average factors with coefficients that bring their product closest to the mean product (FLoRA-NA as gossip).
 
     min over p, q of ||(sum_u p_u B_u)(sum_u q_u A_u) - sum_j w_ij B_j A_j||_F²;  B_i <- sum_u p_u B_u;  A_i <- sum_u q_u A_u. Never
@@ -69,30 +71,30 @@ def flora_na(layout: Layout, *, form: str = "factor", scope: str = "layer", solv
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"rule.steps = {steps!r} is not allowed; allowed: a whole number from 1")
     num_steps = STEPS[solver] if steps is None else steps
-    delta, shapes, cuts = form == "delta", layout.shapes(), layout.columns(BOTH)
+    delta, shapes, num_factors = form == "delta", layout.shapes(), layout.length(BOTH)
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
-        rows = in_own_frame(layout, heard, out, "A") if align == "own" else heard.rows
+    def combine(out: Tensor, received: Received, state: State) -> State:
+        rows = in_own_frame(layout, received, out, "A") if align == "own" else received.rows
         if delta:
             rows = torch.cat([rows, state["start"][None]])
         factors = [(stack_a(rows, pairs), stack_b(rows, pairs)) for pairs in shapes]
-        fits = problems(factors, heard.weights, delta, scope == "global")
+        fits = problems(factors, received.weights, delta, scope == "global")
         solved = [solve(fit, solver, num_steps, None if delta else gauge) for fit in fits]
         each = solved if scope == "layer" else solved * len(shapes)
         for pairs, (a, b), (p, q) in zip(shapes, factors, each, strict=True):
             write_pairs(out, pairs, torch.einsum("lu,ulri->lri", q.to(a).expand(len(pairs), -1), a),
                         torch.einsum("lu,ulor->lor", p.to(b).expand(len(pairs), -1), b))
         errors = torch.cat([fit.error(p, q) for fit, (p, q) in zip(fits, solved, strict=True)])
-        largest = torch.stack([p[:, :len(heard.peers)].abs().max() for p, _ in solved]).max() * len(heard.peers)
+        largest = torch.stack([p[:, :len(received.peers)].abs().max() for p, _ in solved]).max() * len(received.peers)
         return {**state, "relative_error": (errors.sum() / len(layout.pairs)).sqrt(), "largest_coefficient": largest}
 
     def remember(x: Tensor) -> State:
-        return {"start": read_groups(x, cuts).clone()}
+        return {"start": x[:num_factors].clone()}
 
-    def settle(out: Tensor, state: State, round: Round) -> State:
+    def finalize(out: Tensor, state: State, round: Round) -> State:
         return {**state, **remember(out)}
 
-    return pair_gossip(layout, combine, head=head, init=remember if delta else (lambda x: {}), settle=settle if delta else None,
+    return pair_gossip(layout, combine, init=remember if delta else (lambda x: {}), finalize=finalize if delta else None,
                        diagnostics=("relative_error", "largest_coefficient"), changes_basis=False,
                        facts={**chosen, "steps": num_steps})
 
@@ -100,8 +102,8 @@ def flora_na(layout: Layout, *, form: str = "factor", scope: str = "layer", solv
 def problems(factors: list[tuple[Tensor, Tensor]], weights: Tensor, delta: bool, shared: bool) -> list[Fit]:
     """What is to be solved for the factors of each shape: one problem a shape, or one for all.
 
-    factors: A (J, L, R, I) and B (J, L, O, R); with `delta` the last pair is that from which the others started, whose coefficient
-    is one minus the sum of the others, so that only the changes are scaled.
+    factors: A (J, L, R, I) and B (J, L, O, R); with `delta` the last pair is that from which the others started, whose
+    coefficient is one minus the sum of the others, so that only the changes are scaled.
     """
     num = len(weights)
     eye = torch.eye(num, dtype=torch.float64, device=weights.device)
@@ -133,10 +135,12 @@ def als(fit: Fit, start: Tensor, steps: int) -> Coefficients:
     """Alternating least squares: each half step is an F x F system, a ridge toward plain averaging keeps it regular.
 
     From plain averaging and from each of the F coefficients alone; after TRIAL sweeps each set goes on from what is best for it.
+    Those alone come by their error, not by their place, so that the numbers of the peers decide nothing where two are as good.
     """
     alone = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
+    errors = torch.stack([fit.error(*(fit.coefficients(one.expand_as(start)),) * 2) for one in alone], -1)
     p, q, least = _sweeps(fit, start, start, min(steps, TRIAL))
-    for first in alone.expand(len(start), -1, -1).unbind(1):
+    for first in alone[errors.argsort(dim=-1, stable=True)].unbind(1):
         other_p, other_q, error = _sweeps(fit, start, first, min(steps, TRIAL))
         better = (error < (1 - TOLERANCE) * least)[:, None]
         p, q, least = torch.where(better, other_p, p), torch.where(better, other_q, q), torch.minimum(error, least)

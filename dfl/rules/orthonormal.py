@@ -5,31 +5,33 @@ from torch import Tensor
 
 from dfl.factors import Layout, stack_a, stack_b, write_pairs
 from dfl.lowrank import refactor, truncate
-from dfl.rules.base import Inbox, Round, Rule, State, check_choice
-from dfl.rules.factors import ffa
+from dfl.plugins import check_choice
+from dfl.rules.average import average
+from dfl.slots import Inbox, Round, Rule, State
 
 FORMS = ("orthonormal", "spectral")
 
 
-def fed_svd(layout: Layout, *, form: str = "orthonormal", head: str = "frozen") -> Rule:
+def fed_svd(layout: Layout, *, form: str = "orthonormal") -> Rule:
     """Train and mix B over a frozen common A with orthonormal rows (FedSVD as gossip).
 
-    B_i <- sum_j w_ij B_j (O, R), as `ffa`, after a change of basis that keeps every product B A. A is the same everywhere, so the
-    cross term is zero and the mean product is kept. Lee, Park, Lee, Wagner, Seong, Bocklet, Lee, Hwang 2025, arXiv 2505.12805.
-    form: orthonormal: A = L Q once, at the end of round 0, A <- Q, B_i <- B_i L. It depends on A alone, so all peers do the same, even
-    one that hears nobody; any graph will do. spectral: the published server method: every round U S V^T = B A, B <- U S, A <- V^T,
-    V = Q^T A for the eigenbasis Q of B^T B (A orthonormal). Peers with different B turn A differently, and what `ffa` keeps is
-    lost: a Gram matrix gossiped once a round is not yet common, and where its eigenvalues are close no tolerance helps. So it needs a
-    topology on which all peers hold the same B after every mix: complete, with equal weights.
-    Both leave the space spanned by the rows of A as it is at the start: B A has no other rows.
+    B_i <- sum_j w_ij B_j (O, R), as `ffa`, after a change of basis that keeps every product B A. A is the same
+    everywhere, so the cross term is zero and the mean product is kept. Lee, Park, Lee, Wagner, Seong, Bocklet, Lee,
+    Hwang 2025, arXiv 2505.12805. form: orthonormal: A = L Q once, at the end of round 0, A <- Q, B_i <- B_i L. It
+    depends on A alone, so all peers do the same, even one that receives nothing; any graph will do. spectral: the published
+    server method: every round U S V^T = B A, B <- U S, A <- V^T, V = Q^T A for the eigenbasis Q of B^T B (A
+    orthonormal). Peers with different B turn A differently, and what `ffa` keeps is lost: a Gram matrix gossiped once a
+    round is not yet common, and where its eigenvalues are close no tolerance helps. So it needs a topology on which all
+    peers hold the same B after every mix: complete, with equal weights. Both leave the space spanned by the rows of A
+    as it is at the start: B A has no other rows.
     """
     check_choice("rule.form", form, FORMS)
-    frozen_a = ffa(layout, head=head)
+    plain = average(layout)
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         if form == "spectral":  # the weights of W are equal up to rounding; here B has to be the same to the bit
             round = round._replace(weights=dict.fromkeys(inbox, 1 / len(inbox)))
-        out, state = frozen_a.mix(x, inbox, state, round)
+        out, state = plain.mix(x, inbox, state, round)
         if form == "spectral" and len(inbox) > 1:
             in_eigenbasis(layout, out)
         if form == "orthonormal" and round.t == 0:
@@ -37,8 +39,8 @@ def fed_svd(layout: Layout, *, form: str = "orthonormal", head: str = "frozen") 
         return out, state
 
     needs = "complete" if form == "spectral" else "any"
-    return frozen_a._replace(mix=mix, linear=False, changes_basis=form == "spectral", needs=needs,
-                             averages=form == "orthonormal", facts={"form": form})
+    return plain._replace(mix=mix, linear=False, changes_basis=form == "spectral", needs=needs, takes=frozenset({"B"}),
+                          averages=form == "orthonormal", dated=True, facts={"form": form})
 
 
 def orthonormalise(layout: Layout, row: Tensor) -> None:

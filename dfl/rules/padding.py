@@ -1,6 +1,8 @@
-"""Rules that average factors of unequal ranks slot by slot: HetLoRA's zero padding with pruning, and replication (RBLA).
+"""Rules that average factors of unequal ranks slot by slot: HetLoRA's zero padding with pruning, and replication
+(RBLA).
 
-Slot l is row l of A and column l of B. Slots mean the same at two peers only as far as they began alike and drifted little.
+Slot l is row l of A and column l of B. Slots mean the same at two peers only as far as they began alike and drifted
+little.
 """
 
 import math
@@ -11,21 +13,22 @@ from torch import Tensor
 
 from dfl.factors import Layout, Pair, a_view, b_view, scalings, stack_a, stack_b
 from dfl.lowrank import refactor, truncate
-from dfl.rules.base import Round, Rule, State, check_count
-from dfl.rules.pairs import Heard, pair_gossip, write_slots
+from dfl.plugins import check_count
+from dfl.rules.pairs import Received, pair_gossip, write_slots
+from dfl.slots import Round, Rule, State
 
 
 def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, penalty: float = 0.01, min_rank: int = 1,
-            head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
-    """Average factors padded with zeros, weighted by the norms of their products; each peer keeps its own slots (HetLoRA as gossip).
+            ranks: Sequence[int] | None = None) -> Rule:
+    """Average factors padded with zeros, weighted by the norms of products; each peer keeps its slots (HetLoRA as gossip).
 
-    nu_j = ||B_j A_j||_F over all layers;  p_j = w_ij nu_j / sum_l w_il nu_l;  A_i <- sum_j p_j A_j, B_i <- sum_j p_j B_j, zeros beyond
-    each peer's rank, cut to the first R_i slots. No mean is kept, and slots that few peers have are diluted.
-    Cho, Liu, Xu, Fahrezi, Joshi 2024, arXiv 2401.06432.
-    order: put the slots of every pair in the order of its singular values first, so that cutting costs the least; not in the paper.
-    gamma: prune. The slots from floor(gamma R_i) on are the tail; `penalty` times ||B_tail|| ||A_tail||, summed over layers, is added
-    to the loss (its gradient at the start of the round), and where that has shrunk in a round the tail is dropped, down to
-    min_rank. A pruned slot never comes back; `rank` tells how many are left.
+    nu_j = ||B_j A_j||_F over all layers;  p_j = w_ij nu_j / sum_l w_il nu_l;  A_i <- sum_j p_j A_j, B_i <- sum_j p_j
+    B_j, zeros beyond each peer's rank, cut to the first R_i slots. No mean is kept, and slots that few peers have are
+    diluted. Cho, Liu, Xu, Fahrezi, Joshi 2024, arXiv 2401.06432.
+    order: put the slots of every pair in the order of its singular values first, so that cutting costs the least; not
+    in the paper. gamma: prune. The slots from floor(gamma R_i) on are the tail; `penalty` times ||B_tail|| ||A_tail||,
+    summed over layers, is added to the loss (its gradient at the start of the round), and where that has shrunk in a
+    round the tail is dropped, down to min_rank. A pruned slot never comes back; `rank` tells how many are left.
     """
     check_pruning(order, gamma, penalty, min_rank)
     largest = max((pair.rank for pair in layout.pairs), default=0)
@@ -34,19 +37,19 @@ def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, 
         own = largest if ranks is None else ranks[round.peer]
         return own if gamma is None else min(own, round_rank(state))
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
-        shares = norm_weights(layout, heard)
+    def combine(out: Tensor, received: Received, state: State) -> State:
+        shares = norm_weights(layout, received)
         for pairs in layout.shapes():
-            a, b = heard.factors(pairs)
+            a, b = received.factors(pairs)
             a, b = in_order(a, b) if order else (a, b)
-            kept = min(rank_of(state, heard.round), pairs[0].rank)
+            kept = min(rank_of(state, received.round), pairs[0].rank)
             write_slots(out, pairs, torch.einsum("j,jlri->lri", shares.to(a), a[..., :kept, :]),
                         torch.einsum("j,jlor->lor", shares.to(b), b[..., :kept]))
         return state
 
     fixed = {"linear": False, "product": False, "changes_basis": order}
     if gamma is None:
-        return pair_gossip(layout, combine, head=head, ranks=ranks, facts={"order": order}, **fixed)
+        return pair_gossip(layout, combine, ranks=ranks, facts={"order": order}, **fixed)
 
     def init(x: Tensor) -> State:
         # in round 0 nothing can have shrunk
@@ -59,10 +62,10 @@ def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, 
         shrunk = bool(tail_score(layout, x, cut, rank) < state["tail"])
         return x, {**state, "rank": torch.full_like(state["rank"], max(min(min_rank, rank), cut) if shrunk else rank)}
 
-    def carries(state: State, round: Round) -> list[int]:
+    def message_ranks(state: State, round: Round) -> list[int]:
         return [min(round_rank(state), pair.rank) for pair in layout.pairs]
 
-    def settle(out: Tensor, state: State, round: Round) -> State:
+    def finalize(out: Tensor, state: State, round: Round) -> State:
         rank = round_rank(state)
         cut = math.floor(gamma * rank)
         for pair in layout.pairs:
@@ -71,51 +74,51 @@ def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, 
         return {**state, "tail": tail_score(layout, out, cut, rank),
                 "penalty_gradient": penalty * tail_gradient(layout, out, cut, rank)}
 
-    rule = pair_gossip(layout, combine, head=head, init=init, outgoing=outgoing, carries=carries, settle=settle,
+    rule = pair_gossip(layout, combine, init=init, outgoing=outgoing, message_ranks=message_ranks, finalize=finalize,
                        facts={"order": order, "gamma": gamma, "penalty": penalty, "min_rank": min_rank}, **fixed)
     return rule._replace(correct=lambda state: state["penalty_gradient"] if penalty else None)
 
 
-def replicate(layout: Layout, *, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+def replicate(layout: Layout, *, ranks: Sequence[int] | None = None) -> Rule:
     """Average each slot over the peers that have it (replication-based padding, RBLA).
 
-    A_i[l] <- sum_{j: R_j > l} w_ij A_j[l] / sum_{j: R_j > l} w_ij, B the same, for l < R_i. Nothing is diluted by zeros; a slot's
-    weights sum to one but need not be doubly stochastic, so that its mean is not kept. With equal ranks it is `lora`.
-    Byun, Lee 2024, arXiv 2406.17477; Chen, Tavallaie, Nazemi, Zomaya 2024, arXiv 2408.08699.
+    A_i[l] <- sum_{j: R_j > l} w_ij A_j[l] / sum_{j: R_j > l} w_ij, B the same, for l < R_i. Nothing is diluted by
+    zeros; a slot's weights sum to one but need not be doubly stochastic, so that its mean is not kept. With equal ranks
+    it is `lora`. Byun, Lee 2024, arXiv 2406.17477; Chen, Tavallaie, Nazemi, Zomaya 2024, arXiv 2408.08699.
     """
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
+    def combine(out: Tensor, received: Received, state: State) -> State:
         for pairs in layout.shapes():
-            a, b = heard.factors(pairs)
-            shares = heard.weights[:, None] * _has_slot(heard, pairs, ranks)
+            a, b = received.factors(pairs)
+            shares = received.weights[:, None] * _has_slot(received, pairs, ranks)
             shares = shares / shares.sum(0)
-            kept = pairs[0].rank if ranks is None else ranks[heard.round.peer]
+            kept = pairs[0].rank if ranks is None else ranks[received.round.peer]
             write_slots(out, pairs, torch.einsum("jr,jlri->lri", shares.to(a), a)[:, :kept],
                         torch.einsum("jr,jlor->lor", shares.to(b), b)[..., :kept])
         return state
 
-    return pair_gossip(layout, combine, head=head, ranks=ranks, linear=ranks is None, product=False, changes_basis=False,
+    return pair_gossip(layout, combine, ranks=ranks, linear=ranks is None, product=False, changes_basis=False,
                        averages=ranks is None)
 
 
-def _has_slot(heard: Heard, pairs: Sequence[Pair], ranks: Sequence[int] | None) -> Tensor:
+def _has_slot(received: Received, pairs: Sequence[Pair], ranks: Sequence[int] | None) -> Tensor:
     """(J, R): whether peer j has slot l; a slot that nobody has counts as everybody's zeros."""
-    slots = torch.arange(pairs[0].rank, device=heard.rows.device)
+    slots = torch.arange(pairs[0].rank, device=received.rows.device)
     if ranks is None:
-        return torch.ones(len(heard.peers), len(slots), dtype=torch.bool, device=slots.device)
-    held = slots < torch.tensor([ranks[j] for j in heard.peers], device=slots.device)[:, None]
+        return torch.ones(len(received.peers), len(slots), dtype=torch.bool, device=slots.device)
+    held = slots < torch.tensor([ranks[j] for j in received.peers], device=slots.device)[:, None]
     return held | ~held.any(0)
 
 
-def norm_weights(layout: Layout, heard: Heard) -> Tensor:
+def norm_weights(layout: Layout, received: Received) -> Tensor:
     """w_j ||ΔW_j||_F over all layers, scaled to sum to one: (J,) float64. Where every product is zero, the weights themselves."""
-    squares = torch.zeros_like(heard.weights)
+    squares = torch.zeros_like(received.weights)
     for pairs in layout.shapes():
-        a, b = (f.double() for f in heard.factors(pairs))
+        a, b = (f.double() for f in received.factors(pairs))
         squares = squares + ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0) @ scalings(pairs, a).square()
-    shares = heard.weights * squares.sqrt()
+    shares = received.weights * squares.sqrt()
     total = shares.sum()
-    return torch.where(total > 0, shares / torch.where(total > 0, total, torch.ones_like(total)), heard.weights)
+    return torch.where(total > 0, shares / torch.where(total > 0, total, torch.ones_like(total)), received.weights)
 
 
 def in_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

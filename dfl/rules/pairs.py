@@ -7,25 +7,14 @@ import torch
 from torch import Tensor
 
 from dfl.factors import Layout, Pair, stack_a, stack_b, write_pairs
-from dfl.rules.base import (
-    BOTH,
-    Inbox,
-    Round,
-    Rule,
-    State,
-    beside_factors,
-    no_correction,
-    part_lengths,
-    read_groups,
-    weighted_mean,
-    write_groups,
-)
+from dfl.rules.base import BOTH, mean_of_groups, parts_of, same_shape
+from dfl.slots import Inbox, Message, Round, Rule, State, bits_of, scalar_of
 
 
-class Heard(NamedTuple):
-    """What reaches one peer in a round: J peers in ascending id, its own message among them.
+class Received(NamedTuple):
+    """What reaches one peer in a round: J messages in ascending id of their senders, its own among them.
 
-    rows (J, D): the columns of A and B as the layout has them, zero beyond the rank of a peer. weights (J,) float64.
+    rows (J, D): A and B as the layout has them, zero beyond the rank of a message. weights (J,) float64.
     """
 
     peers: tuple[int, ...]
@@ -33,8 +22,8 @@ class Heard(NamedTuple):
     weights: Tensor
     own: int  # index of the peer itself
     round: Round
-    beside: Tensor | None = None  # (J, K) what travels with A and B: magnitudes, the head; averaged already
-    notes: Tensor | None = None  # (J, 1) what each peer added to its message
+    others: dict[str, Tensor]  # {group: (J, K)} of what travels with A and B: magnitudes, the head; averaged already
+    notes: Tensor | None = None  # (J, 1) float64, what each peer added to its message
 
     def factors(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """A (J, L, R, I) and B (J, L, O, R) of the layers of one shape."""
@@ -42,115 +31,110 @@ class Heard(NamedTuple):
 
 
 # writes the new factors into the row and returns the new state; the row comes as a clone of the peer's own
-Combine = Callable[[Tensor, Heard, State], State]
+Combine = Callable[[Tensor, Received, State], State]
 
 
-def pair_gossip(layout: Layout, combine: Combine, *, head: str = "frozen", ranks: Sequence[int] | None = None,
+def pair_gossip(layout: Layout, combine: Combine, *, ranks: Sequence[int] | None = None,
                 init: Callable[[Tensor], State] = lambda x: {}, outgoing: Callable | None = None, note: str | None = None,
-                carries: Callable[[State, Round], Sequence[int]] | None = None,
-                settle: Callable[[Tensor, State, Round], State] | None = None,
-                diagnostics: Sequence[str] = (), trains: frozenset[str] = BOTH, wire: Layout | None = None, **facts) -> Rule:
+                message_ranks: Callable[[State, Round], Sequence[int]] | None = None,
+                finalize: Callable[[Tensor, State, Round], State] | None = None,
+                diagnostics: Sequence[str] = (), wire: Layout | None = None, **facts) -> Rule:
     """A rule whose message is all of A and B, and whose `combine` makes new ones from what the neighbours sent.
 
-    ranks: the rank of every peer where they differ; a message then carries its ranks and only the slots that they fill.
-    outgoing(x, state, round) -> (row, state): what is sent instead of the peer's own row.
+    ranks: the rank of every peer where they differ; a message then has its ranks beside it and only the slots that they
+    fill. outgoing(x, state, round) -> (row, state): what is sent instead of the peer's own row.
     note: a scalar of the state that travels with the message.
-    carries(state, round) -> the rank of each layer in the message, where a peer's ranks change from round to round.
-    settle(out, state, round) -> state: called last in every round, also where nobody was heard; may write into the row.
-    wire: the layout of the factors in a message, where that is another one; `outgoing` then makes a row of it, `carries` is needed.
-    diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round without neighbours.
-    A peer that hears nobody keeps its bits. `facts`: further fields of the Rule.
+    message_ranks(state, round) -> the rank of each layer in the message, where a peer's ranks change from round to round.
+    finalize(out, state, round) -> state: called last in every round, also where nobody was received; may write into the row.
+    wire: the layout of the factors in a message, where that is another one; `outgoing` then makes a row of it,
+    `message_ranks` is needed. diagnostics: names of scalars (float64) that `combine` puts into the state; zero in a round
+    without neighbours. A peer that receives nothing keeps its bits. `facts`: further fields of the Rule.
     """
-    also_trained, also_mixed = beside_factors(layout, head)
-    sends = BOTH | also_mixed
-    cuts, also_cuts = layout.columns(sends), layout.columns(also_mixed)
     slots = Slots(layout if wire is None else wire)
-    num_factors = slots.num_factors
-    num_sent = num_factors + layout.length(also_mixed)
-    packed = ranks is not None or carries is not None
+    packed = ranks is not None or message_ranks is not None
 
-    def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
+    def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
         row = x
         if outgoing is not None:
             row, state = outgoing(x, state, round)
-        message = read_groups(row, cuts) if wire is None else torch.cat([row, read_groups(x, also_cuts)])
+        meta = {} if note is None else {note: bits_of(state[note])}
         if packed:
-            message = slots.pack(message, [ranks[round.peer]] * len(layout.pairs) if carries is None else carries(state, round))
-        return (message if note is None else torch.cat([message, state[note].reshape(1).to(message)])), state
+            own = [ranks[round.peer]] * len(layout.pairs) if message_ranks is None else message_ranks(state, round)
+            parts, meta = slots.cut(row, own), meta | {"ranks": torch.tensor(list(own))}
+        else:
+            parts = parts_of(row, layout, BOTH)
+        return Message({**parts, **parts_of(x, layout, round.plan.sends - BOTH)}, meta), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
-        out, state = hear(x, inbox, state, round)
-        return out, (state if settle is None else settle(out, state, round))
+        out, state = receive(x, inbox, state, round)
+        return out, (state if finalize is None else finalize(out, state, round))
 
-    def hear(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+    def receive(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         silent = {name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}
         if len(inbox) == 1:
             return x.clone(), {**state, **silent}
-        messages = inbox if not packed else {j: slots.unpack(message) for j, message in inbox.items()}
-        out = x.clone()
-        peers = tuple(sorted(messages))
+        out, peers, others = x.clone(), tuple(sorted(inbox)), layout.present(round.plan.sends - BOTH)
+        rows = slots.stack([inbox[j] for j in peers], packed)
+        mean_of_groups(out, layout, others, inbox, round)
+        notes = None if note is None else torch.stack([scalar_of(inbox[j].meta[note]) for j in peers]).to(x.device)
         weights = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=x.device)
-        rows = torch.stack([messages[j][:num_factors] for j in peers])
-        beside = {j: messages[j][num_factors:num_sent] for j in peers}
-        if also_cuts:
-            write_groups(out, also_cuts, weighted_mean(beside, round.weights))
-        notes = None if note is None else torch.stack([messages[j][-1:] for j in peers])
-        heard = Heard(peers, rows, weights, peers.index(round.peer), round, torch.stack(list(beside.values())), notes)
-        return out, combine(out, heard, state)
+        received = Received(peers, rows, weights, peers.index(round.peer), round,
+                      {group: torch.stack([inbox[j].parts[group] for j in peers]) for group in others}, notes)
+        return out, combine(out, received, state)
 
     def start(x: Tensor) -> State:
         return {**init(x), **{name: torch.zeros((), dtype=torch.float64, device=x.device) for name in diagnostics}}
 
-    length = layout.length(sends) + (note is not None) if not packed else None
-    parts = part_lengths(layout, sends) + [1] * (note is not None)
-    after = layout.length(also_mixed) + (note is not None)
-    kind = {"integers": len(layout.pairs), "readable": lambda message: slots.readable(message, after)} if packed else {
-        "parts": lambda t: parts}
-    return Rule(lambda t: trains | also_trained, lambda t: sends, lambda t: length, start, send, mix, no_correction,
-                **{"linear": False, "product": True, "changes_basis": True, **kind, **facts})
+    def readable(message: Message, own: Message, round: Round) -> bool:
+        return same_shape(message, own, round.plan.sends - BOTH) and slots.readable(message)
+
+    facts = {"readable": readable, **facts} if packed else facts
+    return Rule(start, send, mix, **{"product": True, "changes_basis": True, "takes": frozenset({"pairs"}), **facts})
 
 
 class Slots:
-    """Messages of fewer slots than the layout has: a rank per layer, then only the numbers that those ranks fill."""
+    """Messages of fewer slots than the layout has: only the numbers that their ranks fill."""
 
     def __init__(self, layout: Layout):
         self.layout, self.num_factors = layout, layout.length(BOTH)
-        self._columns: dict[tuple[int, ...], Tensor] = {}
+        self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def columns(self, ranks: Sequence[int]) -> Tensor:
-        """Where the first ranks[l] slots of each layer lie in a row of A and B: indices, ascending within A and within B."""
+    def columns(self, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Where the first ranks[l] slots of each layer lie in A and in B of a row: ascending indices."""
         key = tuple(ranks)
         if key not in self._columns:
             pairs = list(zip(self.layout.pairs, key, strict=True))
             in_a = [torch.arange(p.a, p.a + r * p.d_in) for p, r in pairs]
             in_b = [(p.b + torch.arange(p.d_out)[:, None] * p.rank + torch.arange(r)).flatten() for p, r in pairs]
-            self._columns[key] = torch.cat(in_a + in_b)
+            self._columns[key] = torch.cat(in_a), torch.cat(in_b)
         return self._columns[key]
 
-    def pack(self, row: Tensor, ranks: Sequence[int]) -> Tensor:
-        """[ranks (L,) | A and B of those slots | whatever follows them in the row]."""
-        columns = self.columns(ranks).to(row.device)
-        return torch.cat([row.new_tensor(list(ranks)), row[columns], row[self.num_factors:]])
+    def cut(self, row: Tensor, ranks: Sequence[int]) -> dict[str, Tensor]:
+        """A and B of those slots, as parts of a message."""
+        return {group: row[where.to(row.device)] for group, where in zip("AB", self.columns(ranks), strict=True)}
 
-    def readable(self, message: Tensor, after: int) -> bool:
-        """Whether its ranks are ranks of the layout, and the slots that they fill and `after` numbers more are there."""
-        pairs = self.layout.pairs
-        ranks = message[:len(pairs)].tolist()
-        if len(ranks) < len(pairs) or not all(r in range(pair.rank + 1) for r, pair in zip(ranks, pairs, strict=True)):
+    def readable(self, message: Message) -> bool:
+        """Whether its ranks are ranks of the layout, and the slots that they fill are there."""
+        ranks, pairs = message.meta["ranks"].tolist(), self.layout.pairs
+        if len(ranks) != len(pairs) or not all(0 <= rank <= pair.rank for rank, pair in zip(ranks, pairs, strict=True)):
             return False
-        return len(message) == len(pairs) + sum(int(r) * (p.d_in + p.d_out) for r, p in zip(ranks, pairs, strict=True)) + after
+        wanted = {"A": sum(r * p.d_in for r, p in zip(ranks, pairs, strict=True)),
+                  "B": sum(r * p.d_out for r, p in zip(ranks, pairs, strict=True))}
+        return all(message.parts[group].numel() == wanted[group] for group in "AB")
 
-    def unpack(self, message: Tensor) -> Tensor:
-        """The whole row, zero in the slots that did not travel. ValueError for ranks that the layout cannot hold."""
-        pairs = self.layout.pairs
-        ranks = [round(r) for r in message[:len(pairs)].tolist()]
-        for pair, rank in zip(pairs, ranks, strict=True):
-            if not 0 <= rank <= pair.rank:
-                raise ValueError(f"a message carries rank {rank} for layer {pair.name!r}; allowed: up to {pair.rank}")
-        columns = self.columns(ranks).to(message.device)
-        row = message.new_zeros(self.num_factors)
-        row[columns] = message[len(pairs):len(pairs) + len(columns)]
-        return torch.cat([row, message[len(pairs) + len(columns):]])
+    def stack(self, messages: Sequence[Message], packed: bool) -> Tensor:
+        """The factors (J, A and B) of J messages, zero in the slots that did not travel."""
+        parts = [message.parts for message in messages]
+        rows = parts[0]["A"].new_zeros(len(messages), self.num_factors)
+        if not packed:
+            for group in "AB":
+                torch.stack([part[group] for part in parts], out=rows[:, self.layout.groups[group]])
+            return rows
+        for row, part, message in zip(rows, parts, messages, strict=True):
+            ranks = message.meta["ranks"].tolist()
+            for group, where in zip("AB", self.columns(ranks), strict=True):
+                row[where.to(row.device)] = part[group]
+        return rows
 
 
 def write_slots(out: Tensor, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> None:

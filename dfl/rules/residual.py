@@ -11,17 +11,18 @@ from torch import Tensor
 
 from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, join, make_layout, scalings, stack_a, stack_b, write_pairs
 from dfl.lowrank import Truncated, cut, refactor, truncate, weighted_sum
-from dfl.rules.base import BOTH, Round, Rule, State
-from dfl.rules.pairs import Heard, pair_gossip, write_slots
+from dfl.rules.base import BOTH
+from dfl.rules.pairs import Received, pair_gossip, write_slots
 from dfl.rules.products import check_split
 from dfl.seeds import derive
+from dfl.slots import Round, Rule, State
 
 Product = tuple[Tensor, Tensor]  # left (L, O, M) and right (L, M, I)
 DIAGNOSTICS = ("truncation_error",)
 
 
 def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "balanced", drift_power: int = 0, eps: float = 1e-6,
-          forward: bool = True, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+          forward: bool = True, ranks: Sequence[int] | None = None) -> Rule:
     """Average whole models and add what each peer has learnt in the ranks that it can train (FedHL as gossip).
 
     X_i <- sum_j w_ij X_j + sum_j p_ij (B_j A_j - T_j), T_j = best rank-R_j part of X_j, from which peer j started its local phase;
@@ -55,27 +56,27 @@ def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "bal
                 first += size
         return row, state
 
-    def carries(state: State, round: Round) -> list[int]:
+    def message_ranks(state: State, round: Round) -> list[int]:
         used = torch.stack([(a_view(state["residual"], pair) != 0).any(-1).sum() for pair in beside.pairs]).tolist()
         return [pairs_sent * min(pair.rank, own_rank(layout, ranks, round.peer)) + rank
                 for pair, rank in zip(layout.pairs, used, strict=True)]
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
-        progress = heard.weights
+    def combine(out: Tensor, received: Received, state: State) -> State:
+        progress = received.weights
         if drift_power:
-            progress = progress / (heard.notes[:, 0].double() ** drift_power + eps)
+            progress = progress / (received.notes[:, 0] ** drift_power + eps)
             progress = progress / progress.sum()
 
         def products(pairs):
-            a, b = heard.factors(wire.like(pairs))
-            shares = heard.weights[:, None].repeat(1, b.shape[-1])
+            a, b = received.factors(wire.like(pairs))
+            shares = received.weights[:, None].repeat(1, b.shape[-1])
             if drift_power:
-                for share, j, p in zip(shares, heard.peers, progress, strict=True):
+                for share, j, p in zip(shares, received.peers, progress, strict=True):
                     rank = min(pairs[0].rank, own_rank(layout, ranks, j))
                     share[rank:2 * rank] -= p
                     share[:rank] = p
-            return [weighted_sum(torch.ones_like(heard.weights), a, b * shares[:, None, None].to(b))]
-        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split, tidy=True)
+            return [weighted_sum(torch.ones_like(received.weights), a, b * shares[:, None, None].to(b))]
+        return split_model(out, layout, beside, own_rank(layout, ranks, received.round.peer), products, split, tidy=True)
 
     def init(x: Tensor) -> State:
         return {**no_residual(beside)(x), **(started(x) if drift_power else {})}
@@ -83,16 +84,17 @@ def fedhl(layout: Layout, *, residual_rank: int | None = None, split: str = "bal
     def started(x: Tensor) -> State:
         return {"start": x[:layout.length(BOTH)].clone()}
 
-    def settle(out: Tensor, state: State, round: Round) -> State:
+    def finalize(out: Tensor, state: State, round: Round) -> State:
         return state | started(out)
 
-    return pair_gossip(layout, combine, head=head, init=init, outgoing=outgoing, carries=carries, wire=wire,
-                       settle=settle if drift_power else None, note="tail_energy" if drift_power else None, diagnostics=DIAGNOSTICS,
+    return pair_gossip(layout, combine, init=init, outgoing=outgoing, message_ranks=message_ranks, wire=wire,
+                       finalize=finalize if drift_power else None, note="tail_energy" if drift_power else None,
+                       diagnostics=DIAGNOSTICS,
                        residual=beside if forward else None, averages=not drift_power,
                        facts={"residual_rank": largest_rank(beside), "split": split})
 
 
-def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+def carry(layout: Layout, *, split: str = "balanced", ranks: Sequence[int] | None = None) -> Rule:
     """Every peer carries the largest rank and trains its own part of it: product mixing without collapse for unequal ranks.
 
     M_i = sum_j w_ij (E_j + B_j A_j), cut to rank R = max_j R_j; its leading R_i directions are trained as B_i A_i, the others stay
@@ -111,16 +113,16 @@ def carry(layout: Layout, *, split: str = "balanced", head: str = "frozen", rank
             b_view(row, pair)[:, rank:] = b_view(state["residual"], other)[:, :pair.rank - rank]
         return row, state
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
+    def combine(out: Tensor, received: Received, state: State) -> State:
         def products(pairs):
-            return [weighted_sum(heard.weights, *heard.factors(pairs))]
-        return split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split, largest_rank(layout))
+            return [weighted_sum(received.weights, *received.factors(pairs))]
+        return split_model(out, layout, beside, own_rank(layout, ranks, received.round.peer), products, split, largest_rank(layout))
 
-    return pair_gossip(layout, combine, head=head, outgoing=outgoing, init=no_residual(beside),
+    return pair_gossip(layout, combine, outgoing=outgoing, init=no_residual(beside),
                        diagnostics=DIAGNOSTICS, residual=beside, averages=True, facts={"split": split})
 
 
-def fedex(layout: Layout, *, residual_rank: int | None = None, head: str = "frozen") -> Rule:
+def fedex(layout: Layout, *, residual_rank: int | None = None) -> Rule:
     """Average factors and keep the error of that as a residual: each round is exact at every peer (FedEx-LoRA, local residual).
 
     A_i <- Abar_i = sum_j w_ij A_j;  B_i <- Bbar_i;  E_i <- E_i + sum_j w_ij (B_j - Bbar_i)(A_j - Abar_i), which is
@@ -129,26 +131,26 @@ def fedex(layout: Layout, *, residual_rank: int | None = None, head: str = "froz
     """
     beside = residual_layout(layout, residual_rank)
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
+    def combine(out: Tensor, received: Received, state: State) -> State:
         tally = Tally(out)
         row = empty_rows(1, beside.size, dtype=out.dtype, device=out.device)[0]
         for pairs in layout.shapes():
             others = beside.like(pairs)
-            a, b = heard.factors(pairs)
-            mean_a = torch.einsum("j,jlri->lri", heard.weights.to(a), a)
-            mean_b = torch.einsum("j,jlor->lor", heard.weights.to(b), b)
+            a, b = received.factors(pairs)
+            mean_a = torch.einsum("j,jlri->lri", received.weights.to(a), a)
+            mean_b = torch.einsum("j,jlor->lor", received.weights.to(b), b)
             write_pairs(out, pairs, mean_a, mean_b)
-            deviations = weighted_sum(heard.weights, a - mean_a, b - mean_b)
+            deviations = weighted_sum(received.weights, a - mean_a, b - mean_b)
             svd = truncate(*joined([product_of(state["residual"], others), deviations]), others[0].rank)
             write_pairs(row, others, svd.vh, svd.u * svd.s[:, None])
             tally.add(pairs, svd.error, svd.s)
         return state | {"residual": row, **tally.state()}
 
-    return pair_gossip(layout, combine, head=head, init=no_residual(beside), diagnostics=DIAGNOSTICS, residual=beside,
+    return pair_gossip(layout, combine, init=no_residual(beside), diagnostics=DIAGNOSTICS, residual=beside,
                        changes_basis=False, product=False, averages=True, facts={"residual_rank": largest_rank(beside)})
 
 
-def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, ranks: Sequence[int] | None = None) -> Rule:
     """Stack all pairs, merge them into the model and start the adapter anew each round (FLoRA); complete graph only.
 
     E <- E + sum_j w_j B_j A_j, the stack [w_1 B_1 | ...] [A_1; ...] of rank sum_j R_j, the same at all peers;  B_i <- 0, A_i <- a
@@ -157,19 +159,19 @@ def flora(layout: Layout, *, residual_rank: int = 64, seed: int = 0, head: str =
     """
     beside = residual_layout(layout, residual_rank)
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
+    def combine(out: Tensor, received: Received, state: State) -> State:
         def products(pairs):
-            return [product_of(state["residual"], beside.like(pairs)), weighted_sum(heard.weights, *heard.factors(pairs))]
+            return [product_of(state["residual"], beside.like(pairs)), weighted_sum(received.weights, *received.factors(pairs))]
         new = split_model(out, layout, beside, 0, products, "left")
-        restart(out, layout, own_rank(layout, ranks, heard.round.peer), derive(seed, "flora", heard.round.t))
+        restart(out, layout, own_rank(layout, ranks, received.round.peer), derive(seed, "flora", received.round.t))
         return new
 
-    return pair_gossip(layout, combine, head=head, ranks=ranks, init=no_residual(beside), diagnostics=DIAGNOSTICS,
-                       residual=beside, needs="complete", facts={"residual_rank": largest_rank(beside)})
+    return pair_gossip(layout, combine, ranks=ranks, init=no_residual(beside), diagnostics=DIAGNOSTICS,
+                       residual=beside, needs="complete", dated=True, facts={"residual_rank": largest_rank(beside)})
 
 
 def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None = None, split: str = "balanced",
-                head: str = "frozen", ranks: Sequence[int] | None = None) -> Rule:
+                ranks: Sequence[int] | None = None) -> Rule:
     """Consensus on whole models with rank-R messages: compressed differences to public copies (CHOCO-Gossip on E + B A).
 
     X_i = E_i + B_i A_i;  q_i = best rank-R_i part of X_i - H_i, sent;  all holders H_j <- H_j + q_j;  X_i <- X_i + gamma sum_j w_ij
@@ -192,35 +194,36 @@ def fedex_choco(layout: Layout, *, gamma: float = 0.3, residual_rank: int | None
             write_slots(row, pairs, svd.vh, svd.u * svd.s[:, None])
         return row, state
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
-        ids = torch.tensor(heard.peers)
+    def combine(out: Tensor, received: Received, state: State) -> State:
+        ids = torch.tensor(received.peers)
         if "holders" in state and state["holders"].tolist() != ids.tolist():
-            raise ConnectionError(f"rule fedex_choco: peer {heard.round.peer} heard {ids.tolist()} in round {heard.round.t} and "
+            raise ConnectionError(f"rule fedex_choco: peer {received.round.peer} received {ids.tolist()} in round "
+                                  f"{received.round.t} and "
                                   f"{state['holders'].tolist()} before; its copies are out of step")
         known = state.get("copies", state["copy"].new_zeros(len(ids), whole.size))
         copies = empty_rows(len(ids), whole.size, dtype=out.dtype, device=out.device)
         for pairs in layout.shapes():
             wholes = whole.like(pairs)
             # one copy at a time: in a batch its bits would depend on how many this peer holds, and on its place among them
-            for copy, before, row in zip(copies, known, heard.rows, strict=True):
+            for copy, before, row in zip(copies, known, received.rows, strict=True):
                 svd = truncate(*joined([product_of(before, wholes), product_of(row, pairs)]), wholes[0].rank)
                 write_pairs(copy, wholes, svd.vh, svd.u * svd.s[:, None])
-        pull = gamma * heard.weights
-        pull[heard.own] -= pull.sum()
+        pull = gamma * received.weights
+        pull[received.own] -= pull.sum()
 
         def products(pairs):
             wholes = whole.like(pairs)
             moves = [(strength.to(out) * left, right)
                      for strength, (left, right) in zip(pull, (product_of(copy, wholes) for copy in copies), strict=True)]
             return [product_of(out, pairs), product_of(state["residual"], beside.like(pairs)), *moves]
-        new = split_model(out, layout, beside, own_rank(layout, ranks, heard.round.peer), products, split)
-        return new | {"copies": copies, "copy": copies[heard.own].clone(), "holders": ids}
+        new = split_model(out, layout, beside, own_rank(layout, ranks, received.round.peer), products, split)
+        return new | {"copies": copies, "copy": copies[received.own].clone(), "holders": ids}
 
     def init(x: Tensor) -> State:
         return {**no_residual(beside)(x), "copy": x.new_zeros(whole.size)}
 
-    return pair_gossip(layout, combine, head=head, ranks=ranks, init=init, outgoing=outgoing, diagnostics=DIAGNOSTICS,
-                       residual=beside, needs="static", facts={"gamma": gamma, "residual_rank": largest_rank(beside)})
+    return pair_gossip(layout, combine, ranks=ranks, init=init, outgoing=outgoing, diagnostics=DIAGNOSTICS,
+                       residual=beside, needs="static", lossless=True, facts={"gamma": gamma, "residual_rank": largest_rank(beside)})
 
 
 def residual_layout(layout: Layout, rank: int | None) -> Layout:

@@ -1,7 +1,7 @@
 """Rules that mix linear sketches of products, which lose nothing to truncation between rounds: FedASK.
 
-A sketch of X (O, I) is Y = X Omega (O, s) and Z = Psi X (l, I) with fixed random Omega, Psi, the same at every peer. It is linear
-in X, so a sketch of the mean is the mean of sketches, after any number of rounds.
+A sketch of X (O, I) is Y = X Omega (O, s) and Z = Psi X (l, I) with fixed random Omega, Psi, the same at every peer. It
+is linear in X, so a sketch of the mean is the mean of sketches, after any number of rounds.
 """
 
 from collections.abc import Sequence
@@ -11,37 +11,28 @@ from torch import Tensor
 
 from dfl.factors import Layout, Pair, scalings, stack_a, stack_b
 from dfl.lowrank import align, refactor, truncate
-from dfl.rules.base import (
-    BOTH,
-    Inbox,
-    Round,
-    Rule,
-    State,
-    beside_factors,
-    check_count,
-    no_correction,
-    read_groups,
-    weighted_mean,
-    write_groups,
-)
+from dfl.plugins import check_count
+from dfl.rules.base import BOTH, mean_of_groups, parts_of, weighted_mean
 from dfl.rules.pairs import write_slots
 from dfl.rules.products import check_gauge, check_split
 from dfl.seeds import derive
+from dfl.slots import Inbox, Message, Round, Rule, State
 
 
 def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps: int = 1, memory: bool = False,  # noqa: E741
-           seed: int = 0, split: str = "balanced", gauge: str = "none", head: str = "frozen",
+           seed: int = 0, split: str = "balanced", gauge: str = "none",
            ranks: Sequence[int] | None = None) -> Rule:
     """Mix sketches of products and decode what is trained from them (FedASK as gossip).
 
     (Y, Z)_i is the sketch of B_i A_i. Each round: mix, (Y, Z)_i <- sum_j w_ij (Y, Z)_j; decode, Q = orth(Y),
-    C = argmin ||Psi Q C - Z||, B_i A_i <- best rank-R_i part of Q C: `decaf` through a sketch, exact while the rank of the mean is at
-    most s. s = 2 R columns and l = 2 s rows by default: about three times the bytes of `lora`, whatever the rank of the peer.
-    Wen, Zhu, Xu, Zhou, Han 2025, arXiv 2507.09990 (a server method of two stages; here both are in one message).
-    memory: keep the sketch from round to round and add to it what training changed. Then, for doubly stochastic W and any ranks,
-    the network mean of the sketches is kept: what truncation cuts stays. But it is not in the model that trains, so training
-    adds it again: where R is too small for what the peers learn together, it overshoots.
-    steps: with memory, rounds of mixing for each decoding; in between a peer trains on from the pair it has.
+    C = argmin ||Psi Q C - Z||, B_i A_i <- best rank-R_i part of Q C: `decaf` through a sketch, exact while the rank of
+    the mean is at most s. s = 2 R columns and l = 2 s rows by default: about three times the bytes of `lora`, whatever
+    the rank of the peer. Wen, Zhu, Xu, Zhou, Han 2025, arXiv 2507.09990 (a server method of two stages; here both are
+    in one message). memory: keep the sketch from round to round and add to it what training changed. Then, for doubly
+    stochastic W and any ranks, the network mean of the sketches is kept: what truncation cuts stays. But it is not in
+    the model that trains, so training adds it again: where R is too small for what the peers learn together, it
+    overshoots. steps: with memory, rounds of mixing for each decoding; in between a peer trains on from the pair it
+    has.
     """
     if not isinstance(memory, bool) or not memory and steps != 1:
         raise ValueError(f"rule.memory = {memory!r} is not allowed; allowed: true, or false where rule.steps = 1")
@@ -51,8 +42,6 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
     check_split(split)
     check_gauge(gauge)
     sketch = Sketch(layout, s, l, seed)
-    also_trained, also_mixed = beside_factors(layout, head)
-    also_cuts = layout.columns(also_mixed)
 
     def init(x: Tensor) -> State:
         held = sketch.of(x)
@@ -61,23 +50,20 @@ def fedask(layout: Layout, *, s: int | None = None, l: int | None = None, steps:
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         held = sketch.of(x)
         state = {**state, "sketch": state["sketch"] + (held - state["held"]) if memory else held, "held": held}
-        return torch.cat([state["sketch"], read_groups(x, also_cuts)]), state
+        return Message({"sketch": state["sketch"], **parts_of(x, layout, round.plan.sends - BOTH)}), state
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         out = x.clone()
         if len(inbox) == 1:
             return out, {**state, "truncation_error": torch.zeros_like(state["truncation_error"])}
-        mean = weighted_mean(inbox, round.weights)
-        write_groups(out, also_cuts, mean[sketch.size:])
-        state = {**state, "sketch": mean[:sketch.size].clone()}
+        mean_of_groups(out, layout, round.plan.sends - BOTH, inbox, round)
+        state = {**state, "sketch": weighted_mean({j: message.parts["sketch"] for j, message in inbox.items()}, round.weights)}
         if (round.t + 1) % steps == 0:
             error = decode(layout, sketch, state["sketch"], out, split, gauge, None if ranks is None else ranks[round.peer])
             state |= {"held": sketch.of(out), "truncation_error": error}
         return out, state
 
-    length = sketch.size + layout.length(also_mixed)
-    return Rule(lambda t: BOTH | also_trained, lambda t: BOTH | also_mixed, lambda t: length, init, send, mix, no_correction,
-                linear=False, product=True, changes_basis=gauge == "none", averages=True,
+    return Rule(init, send, mix, product=True, changes_basis=gauge == "none", averages=True, takes=frozenset({"pairs"}),
                 facts={"s": s, "l": l, "steps": steps, "memory": memory, "split": split, "gauge": gauge})
 
 

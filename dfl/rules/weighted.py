@@ -7,44 +7,45 @@ from torch import Tensor
 
 from dfl.factors import Layout, Pair, head_view, scalings, stack_a, write_pairs
 from dfl.lowrank import refactor, truncate, weighted_sum
-from dfl.rules.base import Rule, State, check_count
-from dfl.rules.pairs import Heard, pair_gossip
+from dfl.plugins import check_count
+from dfl.rules.pairs import Received, pair_gossip
+from dfl.slots import Rule, State
 
 Weights = Mapping[str, Tensor]  # the frozen weight (O, I) of every adapted layer, by its name
 # what a sweep of `hira` must at least take off the objective, as a share of what is left, for another to follow
 _WORTH = 1e-4
 
 
-def dora(layout: Layout, *, split: str = "balanced", weights: Weights | None = None, head: str = "frozen") -> Rule:
+def dora(layout: Layout, *, split: str = "balanced", weights: Weights | None = None) -> Rule:
     """Average the weights that DoRA adapters make, exactly but for truncation to rank R; needs lora.adapter dora.
 
-    W_j = diag(m_j / n_j)(W0 + s B_j A_j), n_j its row norms. With c = sum_j w_j m_j / n_j and omega_j = w_j (m_j / n_j) / c by rows,
-    sum_j w_j W_j = diag(c)(W0 + s D), D = sum_j diag(omega_j) B_j A_j;  B A <- best rank-R part of D;  m <- c · rownorm(W0 + s D).
-    A DoRA module again; averaging m and the factors apart is not the average of the weights. Only W0 A_j^T touches the
-    base, once a round, in the factors' type; the squared norms of W0's rows are taken once for all, O numbers a layer. A row
-    whose magnitudes cancel keeps plain weights. After Liu et al. 2024, arXiv 2402.09353; the closed form is ours.
+    W_j = diag(m_j / n_j)(W0 + s B_j A_j), n_j its row norms. With c = sum_j w_j m_j / n_j and omega_j = w_j (m_j / n_j)
+    / c by rows, sum_j w_j W_j = diag(c)(W0 + s D), D = sum_j diag(omega_j) B_j A_j;  B A <- best rank-R part of D;  m
+    <- c · rownorm(W0 + s D). A DoRA module again; averaging m and the factors apart is not the average of the weights.
+    Only W0 A_j^T touches the base, once a round, in the factors' type; the squared norms of W0's rows are taken once
+    for all, O numbers a layer. A row whose magnitudes cancel keeps plain weights. After Liu et al. 2024, arXiv
+    2402.09353; the closed form is ours.
     """
     squares = {name: weight.detach().double().square().sum(1) for name, weight in (weights or {}).items()}
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
+    def combine(out: Tensor, received: Received, state: State) -> State:
         squared = torch.zeros((), dtype=torch.float64, device=out.device)
         places = {tensor.name: tensor for tensor in layout.magnitudes}
         for pairs in layout.shapes():
             s = scalings(pairs, out)[:, None]
-            factors = heard.factors(pairs)
+            factors = received.factors(pairs)
             a, b = (x.double() for x in factors)
             base = torch.stack([squares[p.name].to(out.device) for p in pairs])  # (L, O)
             cross = base_times(pairs, weights, factors[0])  # (J, L, O, R)
-            # in a message the magnitudes come first after A and B
-            m = torch.stack([head_view(heard.beside, places[p.name]._replace(offset=places[p.name].offset - layout.groups["M"].start))
-                             for p in pairs], 1).double()
+            in_part = [places[p.name]._replace(offset=places[p.name].offset - layout.groups["M"].start) for p in pairs]
+            m = torch.stack([head_view(received.others["M"], place) for place in in_part], 1).double()
             ratio = m / row_norms(base, cross, a, b, s)  # (J, L, O)
-            parts = heard.weights[:, None, None] * ratio
+            parts = received.weights[:, None, None] * ratio
             c = parts.sum(0)
             # magnitudes of mixed signs may cancel; such a row averages its directions as they are
             cancels = c.abs() < 1e-3 * parts.abs().sum(0)
-            omega = torch.where(cancels, heard.weights[:, None, None], parts / torch.where(cancels, 1.0, c))
-            left, right = weighted_sum(torch.ones_like(heard.weights), a, b * omega[..., None])
+            omega = torch.where(cancels, received.weights[:, None, None], parts / torch.where(cancels, 1.0, c))
+            left, right = weighted_sum(torch.ones_like(received.weights), a, b * omega[..., None])
             svd = truncate(left, right, pairs[0].rank)
             own = stack_a(out, pairs)
             new_a, new_b = refactor(svd, own.double(), split)
@@ -56,7 +57,7 @@ def dora(layout: Layout, *, split: str = "balanced", weights: Weights | None = N
             squared += (svd.error.double() * s[:, 0]).square().sum()
         return {"truncation_error": squared.sqrt()}
 
-    return pair_gossip(layout, combine, head=head, diagnostics=("truncation_error",), averages=True, facts={"split": split})
+    return pair_gossip(layout, combine, diagnostics=("truncation_error",), averages=True, facts={"split": split})
 
 
 def base_times(pairs: Sequence[Pair], weights: Weights, a: Tensor) -> Tensor:
@@ -70,31 +71,33 @@ def base_times(pairs: Sequence[Pair], weights: Weights, a: Tensor) -> Tensor:
 def row_norms(base: Tensor, cross: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
     """Norms of the rows of W0 + s B A: (..., L, O) float64, without an O x I sum.
 
-    base (L, O): the squared norms of the rows of W0; cross = W0 A^T (..., L, O, R); a (..., L, R, I), b (..., L, O, R), s (L, 1).
+    base (L, O): the squared norms of the rows of W0; cross = W0 A^T (..., L, O, R); a (..., L, R, I), b (..., L, O, R),
+    s (L, 1).
     """
     return (base + 2 * s * (cross * b).sum(-1) + s.square() * ((b @ (a @ a.mT)) * b).sum(-1)).clamp_min(0).sqrt()
 
 
-def hira(layout: Layout, *, sweeps: int = 5, weights: Weights | None = None, head: str = "frozen") -> Rule:
-    """Mix products and cut them to rank R in HiRA's own metric, the change of the weight W0 ⊙ (B A); needs lora.adapter hira.
+def hira(layout: Layout, *, sweeps: int = 5, weights: Weights | None = None) -> Rule:
+    """Mix products and cut them to rank R in HiRA's own metric, that of W0 ⊙ (B A); needs lora.adapter hira.
 
-    min over (B, A) of ||W0 ⊙ (B A - sum_j w_ij B_j A_j)||, by alternating least squares from the plain truncation: each row of B, and
-    each column of A, solves R x R normal equations weighted by its entries of W0². Never above `decaf`, which is optimal only where
-    |W0| is constant. At most `sweeps` times: a layer is done when a sweep takes less than 1e-4 of the squared error that is left.
-    O(O I R²) a sweep, in float64, with the memory of three float64 weights of one layer. Huang et al. 2025 (HiRA, ICLR).
+    min over (B, A) of ||W0 ⊙ (B A - sum_j w_ij B_j A_j)||, by alternating least squares from the plain truncation: each
+    row of B, and each column of A, solves R x R normal equations weighted by its entries of W0². Never above `decaf`,
+    which is optimal only where |W0| is constant. At most `sweeps` times: a layer is done when a sweep takes less than
+    1e-4 of the squared error that is left. O(O I R²) a sweep, in float64, with the memory of three float64 weights of
+    one layer. Huang et al. 2025 (HiRA, ICLR).
     """
     check_count("rule.sweeps", sweeps, least=0)
 
-    def combine(out: Tensor, heard: Heard, state: State) -> State:
+    def combine(out: Tensor, received: Received, state: State) -> State:
         for pairs in layout.shapes():
-            a, b = heard.factors(pairs)
-            left, right = weighted_sum(heard.weights, a.double(), b.double())
+            a, b = received.factors(pairs)
+            left, right = weighted_sum(received.weights, a.double(), b.double())
             svd = truncate(left, right, pairs[0].rank)
             own = stack_a(out, pairs).double()
             new_a, new_b = refactor(svd, own, "balanced")
             if not (svd.spectrum[:, 0] > 0).all():
-                new_a = torch.einsum("j,jlri->lri", heard.weights, a.double())
-                new_b = torch.einsum("j,jlor->lor", heard.weights, b.double())
+                new_a = torch.einsum("j,jlri->lri", received.weights, a.double())
+                new_b = torch.einsum("j,jlor->lor", received.weights, b.double())
             else:
                 for index, pair in enumerate(pairs):
                     squares = weights[pair.name].detach().to(out.device).double().square()
@@ -102,7 +105,7 @@ def hira(layout: Layout, *, sweeps: int = 5, weights: Weights | None = None, hea
             write_pairs(out, pairs, new_a.to(out), new_b.to(out))
         return state
 
-    return pair_gossip(layout, combine, head=head, averages=True, facts={"sweeps": sweeps})
+    return pair_gossip(layout, combine, averages=True, facts={"sweeps": sweeps})
 
 
 def _fit(squares: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-Outbox = Mapping[int, Tensor]  # encoded message (uint8) of each hosted peer that speaks
+from dfl.transport.packet import Packet
+
 SENT = ("wire_bytes", "control_bytes", "gathered_bytes")  # what a transport counts
-Inboxes = dict[int, dict[int, Tensor]]  # for each hosted peer, the messages of its neighbours by peer id
+Arrived = dict[int, dict[int, Packet]]  # for each hosted peer, what its neighbours sent it, by peer id
 
 
 class Transport(Protocol):
@@ -23,10 +24,13 @@ class Transport(Protocol):
     run: int  # a number that all processes of a run share; a message of another run is refused
     round: int | None  # the round at work, for messages of errors
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
-        """Deliver the sender's message along every edge (sender, receiver) of the run; `size`: its bytes, None if they differ.
+    def exchange(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]]) -> Arrived:
+        """Deliver what hosted peers say in round t, and bring what hosted peers are told.
 
-        `tag`: 32 bits for what kind of numbers the messages hold, the same on all processes; TypeError where it is not.
+        packets: of each hosted sender; addressed: the peers, anywhere, that it goes to, among those `due`, whose rows
+        of W(t) give weight to it; expected: for each hosted receiver the others that its row gives weight to. Who says
+        nothing to a receiver is missing in what arrives there.
         """
 
     def newly_sent(self) -> list[int]:

@@ -2,10 +2,9 @@
 
 import os
 import queue
-import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -13,21 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dfl.stopping import Stopped
-from dfl.transport import frames
-from dfl.transport.base import SENT, Inboxes, Outbox, hosting
+from dfl.transport import frames, wire
+from dfl.transport.base import SENT, Arrived, hosting
 from dfl.transport.notes import GRACE, Note, Notes
+from dfl.transport.packet import Packet
 from dfl.transport.watch import SILENT_SECONDS, Watch
+from dfl.transport.wire import Entry
 
-_ENTRY = struct.Struct("<IIQ")  # peer, tag: what kind of numbers the message holds, bytes
 # what a transfer is, for its frames and for errors
 _EXCHANGE, _SIZES, _TABLE, _TOLD, _ROWS = "exchange", "announcement of sizes", "agreement", "what process 0 tells", "gathering of rows"
 MOST = 2**31  # bytes of a message, unless a run knows better
 # between two looks at who is silent, while something is waited for
 _LOOK_SECONDS = 0.5
-
-
-class TagError(TypeError, ConnectionError):
-    """A message holds other numbers than its receiver expects."""
 
 
 class Distributed:
@@ -55,6 +51,7 @@ class Distributed:
         self.wire_bytes = self.control_bytes = self.gathered_bytes = 0
         self._told = [0] * len(SENT)
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
+        self._lengths: dict[tuple[str, int], int] = {}  # of the last frame to and from every other process, the same at both ends
 
     def watch(self, asked: Callable[[], bool]) -> None:
         # clones: a connection to the store is for one thread
@@ -66,32 +63,107 @@ class Distributed:
     def told_to_stop(self) -> bool:
         return self._watch is not None and self._watch.told
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
-        """Deliver messages along `edges` (sender, receiver). ConnectionError names who has gone, was silent for `timeout` s, or sent
-        what is not the expected message, whole and of this round.
+    def exchange(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]]) -> Arrived:
+        """ConnectionError names who has gone, was silent for `timeout` s, or sent what is no whole message of this run and round.
 
-        size: bytes of every message, known to both ends; None: they differ, and every pair of processes announces them first.
-        tag: 32 bits for what kind of numbers the messages hold; TypeError names the processes that do not agree on it.
-        What is delivered may lie in buffers that the next exchange overwrites: a rule that keeps a message clones it.
+        What arrives may lie in buffers that the next exchange overwrites: who keeps a message clones it.
         """
         self.round = t
-        outgoing, incoming = self._lists(edges)
-        if size is None:
-            sizes = {peer: len(message) for peer, message in outbox.items()} | self._announce(outbox, outgoing, incoming)
-        else:
-            sizes = dict.fromkeys(self.process_of, size)
-        sent = {q: self._pack(t, outbox, peers, q, tag) for q, peers in outgoing.items()}
-        expected = {q: _places([sizes[peer] for peer in peers])[-1][1] for q, peers in incoming.items()}
-        received = self._move(_EXCHANGE, sent, expected)
+        incoming, sent = self._incoming(expected), {}
+        for q, entries in self._outgoing(packets, addressed, due).items():
+            draft = wire.draft(entries)
+            sent[q] = self._buffer("sent", _EXCHANGE, q, draft.size, self.wire)
+            wire.fill(sent[q], draft)
+            frames.seal(sent[q], self._label(_EXCHANGE, self.rank))
+        received = self._move_unknown(sent, incoming)
         self.wire_bytes += _total(sent)
-        arrived = dict(outbox)
-        for q, peers in incoming.items():
-            arrived |= self._unpack(q, received[q], {peer: sizes[peer] for peer in peers}, tag)
-        inboxes: Inboxes = {peer: {} for peer in self.hosted}
-        for sender, receiver in edges:
-            if receiver in inboxes:
-                inboxes[receiver][sender] = arrived[sender]
-        return inboxes
+        arrived: Arrived = {peer: {} for peer in expected}
+        for q, senders in incoming.items():
+            try:
+                self._deliver(q, wire.read(received[q], self.device), senders, arrived)
+            except wire.WireError as error:
+                raise ConnectionError(f"{self.describe(q)} sent {error}, {self._when()}") from None
+        for sender, receivers in addressed.items():
+            for receiver in receivers:
+                if self.process_of[receiver] == self.rank:
+                    arrived[receiver][sender] = packets[sender]
+        return arrived
+
+    def _outgoing(self, packets, addressed, due) -> dict[int, list[Entry]]:
+        """By other process: what each of my peers that are due there says. Each once, ascending: no byte is sent twice."""
+        found: dict[int, list[Entry]] = {}
+        for sender in sorted(due):
+            there: dict[int, list[int]] = {}
+            for receiver in due[sender]:
+                there.setdefault(self.process_of[receiver], []).append(receiver)
+            for q, receivers in there.items():
+                wanted = sorted(set(receivers) & set(addressed.get(sender, ())))
+                if q != self.rank:
+                    entry = Entry(sender, packets[sender], None if wanted == receivers else wanted) if wanted else Entry(sender)
+                    found.setdefault(q, []).append(entry)
+        return {q: found[q] for q in sorted(found)}
+
+    def _incoming(self, expected) -> dict[int, dict[int, list[int]]]:
+        """By other process: its peers that are due here, and for which of mine."""
+        found: dict[int, dict[int, list[int]]] = {}
+        for receiver, senders in expected.items():
+            for sender in senders:
+                if self.process_of[sender] != self.rank:
+                    found.setdefault(self.process_of[sender], {}).setdefault(sender, []).append(receiver)
+        return {q: dict(sorted(found[q].items())) for q in sorted(found)}
+
+    def _deliver(self, q: int, entries: list[Entry], senders: dict[int, list[int]], arrived: Arrived) -> None:
+        if [entry.peer for entry in entries] != list(senders):
+            raise ConnectionError(f"{self.describe(q)} sent messages of peers {[entry.peer for entry in entries]} {self._when()}; "
+                                  f"expected {list(senders)}")
+        for entry in entries:
+            wanted = senders[entry.peer] if entry.receivers is None else entry.receivers
+            if not set(wanted) <= set(senders[entry.peer]):
+                raise ConnectionError(f"{self.describe(q)} sent peer {entry.peer}'s message to {list(wanted)} {self._when()}; "
+                                      f"expected some of {senders[entry.peer]}")
+            if entry.packet is not None:
+                for receiver in wanted:
+                    arrived[receiver][entry.peer] = entry.packet
+
+    def _move_unknown(self, sent: dict[int, Tensor], incoming) -> dict[int, Tensor]:
+        """Frames whose length their receivers do not know, and what is in those received.
+
+        gloo takes a shorter message than there is room for. Both ends know how much room there is (`_room`): more goes in a second
+        step. NCCL wants equal lengths, which are therefore told first.
+        """
+        if self.wire.type == "cuda":
+            lengths = {q: torch.zeros(1, dtype=torch.int64, device=self.wire) for q in incoming}
+            self.wire_bytes += self._transfer(_SIZES, {q: torch.tensor([len(f)], device=self.wire) for q, f in sent.items()}, lengths)
+            for q, found in lengths.items():
+                self._check_size(q, int(found), self._most(incoming[q]))
+            return self._move(_EXCHANGE, sent, {q: int(found) for q, found in lengths.items()})
+        first = {q: frame[:self._room("sent", q)] for q, frame in sent.items()}
+        received = {q: self._buffer("received", _EXCHANGE, q, self._room("received", q), self.wire) for q in incoming}
+        self._complete(_EXCHANGE, first, received)
+        more = {q: frame[self._room("sent", q):] for q, frame in sent.items() if len(frame) > self._room("sent", q)}
+        missing = {}
+        for q, buffer in received.items():
+            size, room = self._checked(_EXCHANGE, q, frames.length, buffer, self._most(incoming[q])), self._room("received", q)
+            if size > room:
+                whole = torch.empty(size, dtype=torch.uint8)
+                whole[:room] = buffer
+                self._buffers["received", _EXCHANGE, q] = received[q] = whole
+                missing[q] = whole[room:]
+            received[q] = received[q][:size]
+        self._complete(_EXCHANGE, more, missing)
+        self._lengths |= {("sent", q): len(frame) for q, frame in sent.items()}
+        self._lengths |= {("received", q): len(frame) for q, frame in received.items()}
+        return {q: self._checked(_EXCHANGE, q, frames.contents, frame, len(frame), self._label(_EXCHANGE, q))
+                for q, frame in received.items()}
+
+    def _most(self, senders: dict[int, list[int]]) -> int:
+        """The bytes of a frame with messages of these senders to as many receivers as they may have here."""
+        return frames.HEADER + sum(self.most + 4 * len(receivers) for receivers in senders.values())
+
+    def _room(self, kind: str, q: int) -> int:
+        """The bytes that a frame to or from another process may have at once: by the last one, which both ends know."""
+        return frames.room(self._lengths.get((kind, q), 0), self.wire)
 
     def _buffer(self, use: str, what: str, process: int, num_bytes: int, device: torch.device) -> Tensor:
         """A buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB."""
@@ -100,55 +172,10 @@ class Distributed:
             self._buffers[use, what, process] = kept = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return kept[:num_bytes]
 
-    def _announce(self, outbox: Outbox, outgoing: dict[int, list[int]], incoming: dict[int, list[int]]) -> dict[int, int]:
-        """The sizes of the messages that are coming, by peer."""
-        sent = {q: torch.tensor([len(outbox[peer]) for peer in peers], device=self.wire) for q, peers in outgoing.items()}
-        received = {q: torch.empty(len(peers), dtype=torch.int64, device=self.wire) for q, peers in incoming.items()}
-        self.wire_bytes += self._transfer(_SIZES, sent, received)
-        sizes = {peer: size for q, peers in incoming.items() for peer, size in zip(peers, received[q].tolist(), strict=True)}
-        for peer, size in sizes.items():
-            self._check_size(self.process_of[peer], size, self.most)
-        return sizes
-
     def _check_size(self, process: int, size: int, most: int = MOST) -> None:
         """Before memory is asked for."""
         if not 0 <= size <= most:
             raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self._when()}; allowed: up to {most}")
-
-    def _lists(self, edges) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """By other process: my peers it needs, and its peers I need. Each peer once, ascending: no byte is sent twice."""
-        outgoing: dict[int, set[int]] = {}
-        incoming: dict[int, set[int]] = {}
-        for sender, receiver in edges:
-            a, b = self.process_of[sender], self.process_of[receiver]
-            if a == self.rank != b:
-                outgoing.setdefault(b, set()).add(sender)
-            elif b == self.rank != a:
-                incoming.setdefault(a, set()).add(sender)
-        return ({q: sorted(outgoing[q]) for q in sorted(outgoing)}, {q: sorted(incoming[q]) for q in sorted(incoming)})
-
-    def _pack(self, t: int, outbox: Outbox, peers: list[int], process: int, tag: int) -> Tensor:
-        sizes = [len(outbox[peer]) for peer in peers]
-        total = _places(sizes)[-1][1]
-        frame = self._buffer("sent", _EXCHANGE, process, total, self.wire)
-        entries = b"".join(_ENTRY.pack(peer, tag, size) for peer, size in zip(peers, sizes, strict=True))
-        frame[frames.HEADER:frames.HEADER + len(entries)] = torch.frombuffer(bytearray(entries), dtype=torch.uint8)
-        for peer, (start, stop) in zip(peers, _places(sizes), strict=True):
-            frame[start:stop] = outbox[peer]
-        return frames.seal(frame, frames.Label(_EXCHANGE, self.rank, self.run, t))
-
-    def _unpack(self, process: int, inside: Tensor, sizes: dict[int, int], tag: int) -> dict[int, Tensor]:
-        raw = bytes(inside[:_ENTRY.size * len(sizes)].cpu().numpy())
-        entries = list(_ENTRY.iter_unpack(raw))
-        if [(peer, size) for peer, _, size in entries] != list(sizes.items()):
-            raise ConnectionError(f"{self.describe(process)} sent messages (peer, tag, bytes) {entries} {self._when()}; "
-                                  f"expected peers and bytes {sizes}")
-        for peer, found_tag, _ in entries:
-            if found_tag != tag:
-                raise TagError(f"{self.describe(process)} sent peer {peer}'s message with tag {found_tag:#x} {self._when()}; process "
-                               f"{self.rank} expected {tag:#x}: they do not agree on what kind of numbers a message holds")
-        body, places = inside.to(self.device), _places(list(sizes.values()))
-        return {peer: body[start - frames.HEADER:stop - frames.HEADER] for peer, (start, stop) in zip(sizes, places, strict=True)}
 
     def newly_sent(self) -> list[int]:
         before, self._told = self._told, [getattr(self, name) for name in SENT]
@@ -228,23 +255,29 @@ class Distributed:
         expected: the bytes of the frame from each process. ConnectionError names the processes that have gone, or were not there
         within `patience` times the time-out, or the one that sent something else.
         """
-        started, limit = time.monotonic(), patience * self.timeout
         device = device or self.wire
         received = {q: frames.expect(self._buffer("received", what, q, frames.room(size, device), device), size)
                     for q, size in expected.items()}
-        move = _move_on_gpu if device.type == "cuda" else _move_on_cpu
+        self._complete(what, sent, received, patience)
+        return {q: self._checked(what, q, frames.contents, received[q], size, self._label(what, q)) for q, size in expected.items()}
+
+    def _complete(self, what: str, sent: dict[int, Tensor], received: dict[int, Tensor], patience: float = 1) -> None:
+        """All sends and receives of a step."""
+        started, limit = time.monotonic(), patience * self.timeout
+        if not sent and not received:
+            return
         if self._watch:
             self._watch.begin({*sent, *received})
-        missing, silent = move(sent, received, started + limit, self._watch, self._waiter) if sent or received else ([], False)
+        move = _move_on_gpu if next(iter((*sent.values(), *received.values()))).device.type == "cuda" else _move_on_cpu
+        missing, silent = move(sent, received, started + limit, self._watch, self._waiter)
         if missing:
             raise self._lost(missing, what, time.monotonic() - started, limit, silent)
-        found = {}
-        for q, size in expected.items():
-            try:
-                found[q] = frames.contents(received[q], size, self._label(what, q))
-            except frames.FrameError as error:
-                raise ConnectionError(f"{self.describe(q)} sent {error}, {self._when()} ({what})") from None
-        return found
+
+    def _checked(self, what: str, q: int, step, *arguments):
+        try:
+            return step(*arguments)
+        except frames.FrameError as error:
+            raise ConnectionError(f"{self.describe(q)} sent {error}, {self._when()} ({what})") from None
 
     def _lost(self, missing: list[int], what: str, seconds: float, limit: float, silent: bool) -> ConnectionError:
         """What happened, as far as the notes of the other processes explain it."""
@@ -381,20 +414,6 @@ def _address(store) -> tuple[str, int] | None:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return (store.host, store.port) if isinstance(store, dist.TCPStore) else None
-
-
-def _aligned(num_bytes: int) -> int:
-    """Up to a multiple of 16, so that a message starts where a view of any type may start."""
-    return -(-num_bytes // 16) * 16
-
-
-def _places(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Where messages of these sizes lie in a frame, after the header and the entries."""
-    places, start = [], _aligned(frames.HEADER + _ENTRY.size * len(sizes))
-    for size in sizes:
-        places.append((start, start + size))
-        start += _aligned(size)
-    return places
 
 
 def _total(tensors: dict[int, Tensor]) -> int:

@@ -73,6 +73,14 @@ def contents(buffer: Tensor, num_bytes: int, label: Label) -> Tensor:
     return inside
 
 
+def length(buffer: Tensor, most: int) -> int:
+    """How long a frame says that it is, for one whose length its receiver does not know. FrameError above `most`."""
+    magic, _, _, _, _, _, num_bytes, _ = _HEADER.unpack(bytes(buffer[:HEADER].cpu().numpy()))
+    if magic != _MAGIC or not HEADER <= num_bytes <= most:
+        raise FrameError(f"a message that announces {num_bytes} bytes; allowed: {HEADER} to {most}")
+    return num_bytes
+
+
 def _numbers(label: Label) -> tuple[int, int, int, int]:
     return zlib.crc32(label.kind.encode()) & 0xffff, label.sender, label.run, 0 if label.round is None else label.round + 1
 

@@ -1,10 +1,11 @@
 """All peers in one process: messages never leave memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from dfl.transport.base import SENT, Inboxes, Outbox
+from dfl.transport.base import SENT, Arrived
+from dfl.transport.packet import Packet
 
 
 class InProcess:
@@ -19,11 +20,13 @@ class InProcess:
     round: int | None = None
     _asked = staticmethod(lambda: False)
 
-    def exchange(self, t: int, outbox: Outbox, edges: Sequence[tuple[int, int]], size: int | None, tag: int = 0) -> Inboxes:
-        inboxes: Inboxes = {peer: {} for peer in outbox}
-        for sender, receiver in edges:
-            inboxes[receiver][sender] = outbox[sender]
-        return inboxes
+    def exchange(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]]) -> Arrived:
+        arrived: Arrived = {peer: {} for peer in expected}
+        for sender, receivers in addressed.items():
+            for receiver in receivers:
+                arrived[receiver][sender] = packets[sender]
+        return arrived
 
     def newly_sent(self) -> list[int]:
         return [0] * len(SENT)

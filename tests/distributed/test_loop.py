@@ -12,7 +12,7 @@ from tiny_runs import adapter_digests, train_worker
 
 import topologies
 from dfl import config as configuration
-from dfl.assemble import assemble, build_rule, check, load
+from dfl.assemble import assemble, build_method, check, load
 from dfl.record import read_lines
 from dfl.rounds import Hooks, gather_models, run_rounds
 from dfl.running import train
@@ -86,13 +86,13 @@ def test_learning_rate_zero_leaves_the_product_of_the_matrices(recipe, rule):
     rows, *_ = run_processes(zero_rate_worker, 3, config.to_dict())
     adapted = load(config, torch.device("cpu")).adapted
     topology = check(config)
-    plan = build_rule(config, adapted.layout, topology)
+    schedule = build_method(config, adapted.layout, topology, adapted.ranks).schedule
     expected = torch.stack([start_row(peer, adapted.layout.size) for peer in range(6)]).double().numpy()
     isolated = 0
     for t in range(5):
         w = topology.matrix(t)
         isolated += int((np.diag(w) == 1).sum())
-        for cut in adapted.layout.columns(plan.sends(t)):
+        for cut in adapted.layout.columns(schedule.plan(t, 0).sends):
             expected[:, cut] = w @ expected[:, cut]
     assert isolated > 3
     np.testing.assert_allclose(np.array(rows), expected, atol=1e-6)

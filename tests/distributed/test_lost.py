@@ -7,18 +7,17 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
+from processes import ring_exchange, run_processes
 
 from dfl.transport import Distributed, notes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.clock]
 PATIENCE = 1.0
-RING = [(j, i) for j in range(3) for i in ((j - 1) % 3, (j + 1) % 3)]
 
 
 def step(transport: Distributed, phase: str, rank: int) -> None:
     if phase == "exchange":
-        transport.exchange(4, {rank: torch.zeros(8, dtype=torch.uint8)}, RING, 8)
+        ring_exchange(transport, 4, rank)
     elif phase == "agreement":
         transport.agree(1)
     else:

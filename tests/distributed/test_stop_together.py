@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from processes import run_alone, run_processes
+from processes import ring_exchange, run_alone, run_processes
 from tiny_runs import adapter_digests, make_config, make_folder
 
 from dfl import config as configuration
@@ -103,7 +103,6 @@ def test_in_an_evaluation_of_one_and_gone_on_with_by_another_number(root, tmp_pa
     goes_on(given, 3, straight)
 
 
-RING = [(j, i) for j in range(3) for i in ((j - 1) % 3, (j + 1) % 3)]
 
 
 def silent_worker(rank: int, victim: int, busy: float) -> tuple[str, float]:
@@ -123,7 +122,7 @@ def silent_worker(rank: int, victim: int, busy: float) -> tuple[str, float]:
         while time.monotonic() < until:
             torch.ones(100, 100) @ torch.ones(100, 100)
     try:
-        transport.exchange(4, {rank: torch.zeros(8, dtype=torch.uint8)}, RING, 8)
+        ring_exchange(transport, 4, rank)
         transport.agree(0)
     except ConnectionError as error:
         seconds = time.monotonic() - started

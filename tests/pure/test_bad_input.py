@@ -74,7 +74,7 @@ REFUSED = {
     "no class count": ({"partition": "{name: majority, peers_per_class: two}"}, ["partition.peers_per_class = 'two'"]),
     "a list for a column": ({"partition": "{name: column, column: [text]}"}, ["partition.column = ['text']", "text, label"]),
     "a concentration": ({"partition": "{name: dirichlet, alpha: -1}"}, ["partition.alpha = -1"]),
-    "what the topology sets": ({"rule": "{name: tad, mixing: 0.5}"}, ["rule.mixing is set by topology"]),
+    "what the topology sets": ({"rule": "{name: tad, topology: 0.5}"}, ["rule.topology is set by topology"]),
     "no automatic interval": ({"rule": "tad", "topology": "{name: erdos_renyi, p: 0.0, allow_disconnected: true}"},
                               ["rule.T = 'auto'", "spectral gap", "a whole number"]),
     "more peers than examples": ({"peers": 40}, ["peers = 40", "36 training examples"]),

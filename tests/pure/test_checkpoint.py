@@ -276,7 +276,7 @@ def saver(root, folder, keep=2):
     """Saves the state of an assembled run under a number of rounds of our choice."""
     run, loaded = tiny_runs.make_run(make_config(root, folder))
     writer = checkpoint.Checkpointer(folder, InProcess(), 0, "base", keep)
-    rows = run.peers.rows()
+    rows = run.rows()
     return lambda rounds: writer.save(rounds, loaded.adapted, run.peers.ids, run.peers.x, rows, {}, (rows.row(0), "mean"))
 
 
@@ -395,7 +395,7 @@ def test_a_checkpoint_without_the_part_of_a_process_is_not_published(root, tmp_p
     transport.size = 2
     writer = checkpoint.Checkpointer(tmp_path, transport, 0, "base")
     with pytest.raises(OSError, match="process 0 does not see what process 1 wrote.*all processes share"):
-        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.peers.rows(), {}, None)
+        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.rows(), {}, None)
     assert published(tmp_path) == []
 
 
@@ -413,7 +413,7 @@ def test_when_another_process_fails_nothing_is_published(root, tmp_path):
     run, loaded = tiny_runs.make_run(make_config(root, tmp_path))
     writer = checkpoint.Checkpointer(tmp_path, OtherFails(), 0, "base")
     with pytest.raises(OSError, match="process 1: its disk is full"):
-        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.peers.rows(), {}, None)
+        writer.save(1, loaded.adapted, run.peers.ids, run.peers.x, run.rows(), {}, None)
     assert published(tmp_path) == []
 
 

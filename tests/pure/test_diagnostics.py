@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from one_round import build, gossip
 
 import topologies
-from dfl import codecs, rules
 from dfl.diagnostics import diagnose
 from dfl.factors import a_view, b_view, empty_rows, make_layout
-from dfl.gossip import gossip
 from dfl.measures import aggregation_error, whole
-from dfl.transport import InProcess
 
 NUM = 6
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])
@@ -19,9 +17,9 @@ LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2
 def round_of(name, **params):
     x = empty_rows(NUM, LAYOUT.size, dtype=torch.float64)
     x.copy_(torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    rule, out, w = rules.build(name, LAYOUT, **params), x.clone(), topologies.build("ring", NUM).matrix(0)
+    rule, out, w = build(name, LAYOUT, **params), x.clone(), topologies.build("ring", NUM).matrix(0)
     states = [rule.init(row) for row in x]
-    gossip(rule, codecs.build("none"), InProcess(), out, range(NUM), states, w, 0)
+    gossip(rule, out, states, w, 0)
     kept = None if rule.residual is None else torch.stack([s["residual"] for s in states])
     return x, out, w, rule, kept
 

@@ -57,7 +57,8 @@ def local_phase(root, kind, executor, *, t=0, rounds=1, trains=ALL, data="data.c
     for row, peer in zip(run.peers.x, run.peers.ids, strict=True):
         row += 0.1 * torch.randn(len(row), generator=torch.Generator().manual_seed(peer))
     for s in range(t, t + rounds):
-        losses = run.peers.local_phase(s, trains & frozenset(run.peers.params[0]), run.task, run.split, run.executor,
+        plans = tiny_runs.plans(run.peers, trains & frozenset(run.peers.params[0]))
+        losses = run.peers.local_phase(s, plans, run.task, run.split, run.executor,
                                        [None] * len(run.peers.ids))
     return losses, run.peers.g.clone(), run.peers.x.clone()
 
@@ -158,7 +159,7 @@ def test_masks_do_not_depend_on_who_else_is_hosted_nor_on_the_global_generator(r
         streams = [DataStream(loaded.parts[p], 4, 0, p) for p in hosted]
         peers = HostedPeers(hosted, loaded.adapted, streams, config.train, seed=0, device=torch.device("cpu"))
         for t in range(2):
-            peers.local_phase(t, frozenset({"A", "B"}), run.task, run.split, executor, [None] * len(hosted))
+            peers.local_phase(t, tiny_runs.plans(peers, frozenset({"A", "B"})), run.task, run.split, executor, [None] * len(hosted))
         return dict(zip(hosted, peers.x.clone(), strict=True))
 
     everybody = rows([0, 1, 2, 3], 1)
@@ -223,7 +224,7 @@ def test_an_input_that_does_not_lead_with_the_batch_is_refused_rather_than_split
     config = tiny_runs.make_config(model(root, "bert"), root / "data.csv", root / "out", train__executor="stacked")
     run, loaded = tiny_runs.make_run(config)
     site = loaded.adapted.sites[0].module
-    with run.executor.bound(loaded.adapted, run.peers.rows(), None, range(4)) as forward:
+    with run.executor.bound(loaded.adapted, run.rows(), None, range(4)) as forward:
         forward({"input_ids": torch.ones(8, 4, dtype=torch.long)}, list(range(4)))
         with pytest.raises(ValueError, match="stacked.*does not lead with the batch of 8"):
             site(torch.ones(1, 8, 16))
@@ -234,7 +235,7 @@ def test_the_model_is_its_own_again_after_a_stacked_pass(root):
                                    lora__head="mixed")
     run, loaded = tiny_runs.make_run(config)
     with pytest.raises(RuntimeError, match="stop"):
-        with run.executor.bound(loaded.adapted, run.peers.rows(), run.peers.g, range(4), ALL):
+        with run.executor.bound(loaded.adapted, run.rows(), run.peers.g, range(4), ALL):
             raise RuntimeError("stop")
     assert not any("forward" in vars(m) for m in loaded.adapted.model.modules())
 
@@ -245,7 +246,7 @@ def test_a_head_that_is_not_linear_cannot_be_trained_stacked(root):
     place = loaded.adapted.head[0]._replace(module=nn.LayerNorm(2))
     adapted = loaded.adapted._replace(head=(place,))
     with pytest.raises(ValueError, match="'stacked' cannot train a LayerNorm"):
-        with Stacked().bound(adapted, run.peers.rows(), run.peers.g, range(4), ALL):
+        with Stacked().bound(adapted, run.rows(), run.peers.g, range(4), ALL):
             pass
 
 

@@ -83,7 +83,7 @@ def logits_of_the_run(words, folder):
     state, _ = tiny_runs.make_run(config)
     running.restore(state, folder)
     batches, found = [state.task.inputs(batch) for batch in state.evaluator.batches], {}
-    for name, rows in (("3", state.peers.rows().row(3)), ("consensus", state.consensus(*gather_models(state)))):
+    for name, rows in (("3", state.rows().row(3)), ("consensus", state.consensus(*gather_models(state)))):
         with Sequential().bound(state.peers.adapted, rows, None, [0]) as forward:
             found[name] = [forward(batch, [0]).logits.clone() for batch in batches]
     return batches, found

@@ -8,6 +8,7 @@ import tiny_runs
 
 from dfl import config as configuration
 from dfl import running
+from dfl.assemble import check
 from dfl.record import read_lines
 from dfl.transport import InProcess
 
@@ -24,11 +25,12 @@ def poisoned(monkeypatch, factor: float) -> None:
     exchange = InProcess.exchange
 
     def spoil(self, *args):
-        inboxes = exchange(self, *args)
-        for inbox in inboxes.values():
+        arrived = exchange(self, *args)
+        for inbox in arrived.values():
             if 1 in inbox:
-                inbox[1] = (inbox[1].view(torch.float32) * factor).view(torch.uint8)
-        return inboxes
+                payload = {name: (data.view(torch.float32) * factor).view(torch.uint8) for name, data in inbox[1].payload.items()}
+                inbox[1] = inbox[1]._replace(payload=payload)
+        return arrived
 
     monkeypatch.setattr(InProcess, "exchange", spoil)
 
@@ -47,14 +49,14 @@ def test_honest_peers_go_on_and_the_sender_is_named_once(root, tmp_path, monkeyp
 
 def test_without_a_guard_absurd_values_pass(root, tmp_path, monkeypatch):
     poisoned(monkeypatch, -100.0)
-    config = tiny_runs.make_config(*root, tmp_path / "run", rule="lora", topology="ring", train__rounds=2, guard__norm="null")
+    config = tiny_runs.make_config(*root, tmp_path / "run", rule="lora", topology="ring", train__rounds=2, guard="finite")
     assert running.train(config) == 0
     rounds = read_lines(tmp_path / "run" / "metrics.jsonl")[1:]
     assert all(r["rejected"] == 0 and "rejected_senders" not in r for r in rounds)
 
 
-@pytest.mark.parametrize("value", [1.0, 0, -5, float("inf")])
+@pytest.mark.parametrize("value", [1.0, 0, -5, float("inf"), True, "much"])
 def test_bounds_that_are_none_are_refused(value):
-    with pytest.raises(ValueError, match="guard.norm.*above 1, or null"):
-        configuration.from_dict({"guard": {"norm": value}})
-    assert configuration.from_dict({}).guard.norm == 30.0
+    with pytest.raises(ValueError, match="guard.bound = .* is not allowed; allowed: a number above 1"):
+        check(configuration.from_dict({"guard": {"name": "norm", "bound": value}}))
+    assert configuration.from_dict({}).guard.name == "norm"

@@ -3,11 +3,12 @@
 import pytest
 import tiny_models
 import torch
+from one_round import build
 from tiny_runs import make_config, make_run, write_data
 from toy import LR, PEERS, Toy
 
 import topologies
-from dfl import rules, simulate
+from dfl import simulate
 from dfl.codecs import CODECS
 from dfl.executors import Sequential
 from dfl.factors import make_layout
@@ -25,8 +26,8 @@ def test_only_the_active_factor_moves(pieces, rule, optimizer):
     config = make_config(*pieces, rule=rule, train__optimizer=optimizer, train__weight_decay=0.1, train__state="carried")
     run, _ = make_run(config)
     for t in range(4):
-        before, trains = run.peers.x.clone(), run.rule.trains(t)
-        run.peers.local_phase(t, trains, run.task, run.split, Sequential(), [None] * 4)
+        before, trains = run.peers.x.clone(), run.gossip.plans(t)[0].trains
+        run.peers.local_phase(t, run.gossip.plans(t), run.task, run.split, Sequential(), [None] * 4)
         for group, cut in run.peers.layout.groups.items():
             if cut.stop > cut.start:
                 assert torch.equal(before[:, cut], run.peers.x[:, cut]) == (group not in trains), (t, group)
@@ -37,7 +38,7 @@ def test_the_start_is_the_base_model(pieces):
     run, loaded = make_run(config)
     batch = run.task.collate([run.split.features[k] for k in range(4)])
     net = loaded.adapted.model.eval()
-    with torch.no_grad(), Sequential().bound(loaded.adapted, run.peers.rows(), None, [0]) as forward:
+    with torch.no_grad(), Sequential().bound(loaded.adapted, run.rows(), None, [0]) as forward:
         adapted = forward(run.task.inputs(batch), [0]).logits
         with net.disable_adapter():
             base = net(**run.task.inputs(batch)).logits
@@ -70,12 +71,12 @@ def test_payload_of_roberta_large():
     """24 layers, query and value, rank 8: 786,432 numbers; half of them for a rule that sends one factor."""
     layout = make_layout([(f"{k}.{name}", 8, 1024, 1024, 2.0) for k in range(24) for name in ("query", "value")])
     assert layout.size == 786_432
-    size = CODECS["none"]().size
     for name, share in (("lora", 1), ("tad", 1), ("decaf", 1), ("ffa", 2), ("rolora", 2), ("local", 0)):
         params = {"T": 5} if name == "tad" else {}
-        length = rules.build(name, layout, **params).length(0)
-        assert size(length, torch.float32) == (3_145_728 // share if share else 0)
-    assert CODECS["bfloat16"]().size(layout.size, torch.float32) == 3_145_728 // 2
+        length = build(name, layout, **params).length(0)
+        assert 4 * length == (3_145_728 // share if share else 0)
+    data, _ = CODECS["bfloat16"]().encode({"A": torch.zeros(layout.size)}, {}, None)
+    assert data["A"].nbytes == 3_145_728 // 2
 
 
 def test_every_rule_sees_the_same_graphs(pieces):

@@ -124,7 +124,7 @@ def test_a_damaged_line_that_would_go_is_kept_in_a_copy(tmp_path, caplog):
 def test_a_run_goes_on_beside_a_damaged_record(tmp_path, capsys, caplog, monkeypatch):
     root = tiny_runs.make_folder(tmp_path)
     words = ["train", *tiny_runs.arguments(root / "bert", root / "data.csv", tmp_path / "run", train__rounds=5)]
-    monkeypatch.setattr(running, "StopSignal", lambda: tiny_runs.StopAfter(3))
+    tiny_runs.stop_after(running, 3, patch=monkeypatch.setattr)
     assert main(words) == running.STOPPED
     monkeypatch.undo()
     path = tmp_path / "run" / "metrics.jsonl"

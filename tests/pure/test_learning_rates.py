@@ -9,7 +9,6 @@ import torch
 from dfl import sweep as sweeps
 from dfl.config import load, resolve
 from dfl.executors import Sequential
-from dfl.gossip import gossip
 from dfl.record import read_lines
 from dfl.running import train
 
@@ -30,7 +29,7 @@ def make_run(root, output, **fields):
 
 
 def local_phase(run, t=0, trains=BOTH):
-    run.peers.local_phase(t, trains, run.task, run.split, Sequential(), [None] * len(run.peers.ids))
+    run.peers.local_phase(t, tiny_runs.plans(run.peers, trains), run.task, run.split, Sequential(), [None] * len(run.peers.ids))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -113,15 +112,15 @@ def test_stopped_and_resumed_is_never_stopped(root, tmp_path):
 def test_a_rule_is_told_the_rate_of_every_group(root, tmp_path):
     run, seen = make_run(root, tmp_path, train__lr=0.01, train__lr_ratio__B=16, train__schedule="linear"), []
 
+    plain = run.rule.mix
+
     def mix(x, inbox, state, round):
         seen.append((round.lr, round.rates))
-        return run.rule.mix(x, inbox, state, round)
+        return plain(x, inbox, state, round)
 
-    now = 1 / 4
-    peers = run.peers
-    w = run.topology.matrix(1)
-    gossip(run.rule._replace(mix=mix), run.codec, run.transport, peers.x, peers.ids, run.states, w, 1,
-           lr=peers.learning_rate(now), rates=peers.rates(now), tag=run.tag)
+    run.gossip.method = run.gossip.method._replace(rule=run.rule._replace(mix=mix))
+    now, peers = 1 / 4, run.peers
+    run.gossip.round(1, peers.x, lr=peers.learning_rate(now), rates=peers.rates(now))
     assert seen == [(0.0075, {"A": 0.0075, "B": 16 * 0.0075})] * 4
 
 

@@ -226,7 +226,7 @@ def a_weight(place):
                                           (a_weight, "base model of model.name = '.*bert'")])
 def test_what_changed_under_the_same_name_is_refused(root, tmp_path, capsys, monkeypatch, change, said):
     place = own(root, tmp_path)
-    monkeypatch.setattr(running, "StopSignal", lambda: tiny_runs.StopAfter(2))
+    tiny_runs.stop_after(running, 2, patch=monkeypatch.setattr)
     assert main(words(place, tmp_path / "run")) == running.STOPPED
     monkeypatch.undo()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

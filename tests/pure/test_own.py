@@ -71,7 +71,7 @@ def test_the_loop_agrees_with_a_dense_recomputation(root, tmp_path, executor):
     for peer, part in enumerate(loaded.parts):
         shares = np.bincount(labels[part], minlength=2) / len(part)
         right, loss = np.zeros(2), np.zeros(2)
-        with Sequential().bound(loaded.adapted, run.peers.rows().row(peer), None, [0]) as forward, torch.no_grad():
+        with Sequential().bound(loaded.adapted, run.rows().row(peer), None, [0]) as forward, torch.no_grad():
             for features, label in zip(valid.features, valid.labels, strict=True):
                 logits = forward(run.task.inputs(run.task.collate([features])), [0]).logits[0].double()
                 right[label] += int(logits.argmax()) == label
@@ -114,9 +114,9 @@ def test_all_examples_count_as_ever(root, tmp_path):
     """Sums by group leave the sums over all examples as they are, to the bit."""
     run, _ = tiny_runs.make_run(make_config(root, tmp_path / "run", **SKEWED))
     run.peers.x += torch.randn(run.peers.x.shape, generator=torch.Generator().manual_seed(3))
-    sums = run.evaluator.sums(run.peers.rows(), run.executor)
+    sums = run.evaluator.sums(run.rows(), run.executor)
     run.evaluator.own, run.evaluator.groups = None, [None] * len(run.evaluator.batches)
-    assert torch.equal(sums[:, :3], run.evaluator.sums(run.peers.rows(), run.executor)) and sums.shape == (4, 9)
+    assert torch.equal(sums[:, :3], run.evaluator.sums(run.rows(), run.executor)) and sums.shape == (4, 9)
 
 
 def test_one_pass_over_the_examples(root, tmp_path):
@@ -138,7 +138,7 @@ def test_shards_by_column_are_groups_by_column_also_without_labels(root, tmp_pat
         loss = tokens = 0.0
         for name in set(who) & set(held):
             weight = held.count(name) / (who == name).sum()
-            with Sequential().bound(loaded.adapted, run.peers.rows().row(peer), None, [0]) as forward, torch.no_grad():
+            with Sequential().bound(loaded.adapted, run.rows().row(peer), None, [0]) as forward, torch.no_grad():
                 for i in np.flatnonzero(who == name):
                     batch = run.task.collate([loaded.bundle.valid.features[i]])
                     score = run.task.score(forward(run.task.inputs(batch), [0]), batch, 1)

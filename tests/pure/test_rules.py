@@ -5,19 +5,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from one_round import build, gossip
 from toy import Toy
 
 import topologies
-from dfl import codecs, rules, simulate
+from dfl import methods, simulate
 from dfl.evaluate import consensus
 from dfl.factors import a_view, b_view, empty_rows, make_layout
-from dfl.gossip import gossip
-from dfl.rules.alternating import phase
-from dfl.transport import InProcess
+from dfl.schedules.alternating import phase
 
 NUM = 6
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)], [("head", (3, 4))])
-CODEC = codecs.build("none")
 
 
 class Promise(NamedTuple):
@@ -45,8 +43,6 @@ TABLE = {
     "fedrot": Promise("nothing"),
     "flora_na": Promise("nothing"),
     "lora_fair": Promise("nothing"),
-    "ps": Promise("factors"),
-    "sp": Promise("product"),
     "fed_svd": Promise("nothing", turns=True),
     "decaf": Promise("product"),
     "florist": Promise("product", {"tau": 1.0}),
@@ -70,9 +66,9 @@ def random_rows(seed=0, num=NUM) -> torch.Tensor:
 
 def mix(name: str, x: torch.Tensor, w: np.ndarray, t: int = 0, **params) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows after one round from a fresh state, and the models that they and the residuals make."""
-    rule = rules.build(name, LAYOUT, **{**PARAMS[name], **params})
+    rule = build(name, LAYOUT, **{**PARAMS[name], **params})
     out, states = x.clone(), [rule.init(row) for row in x]
-    gossip(rule, CODEC, InProcess(), out, range(len(x)), states, w, t)
+    gossip(rule, out, states, w, t)
     models = product(out)
     if rule.residual is not None:
         models = models + product(torch.stack([state["residual"] for state in states]), rule.residual)
@@ -101,17 +97,19 @@ everywhere = pytest.mark.parametrize("name", PARAMS)
 
 def test_the_table_is_complete():
     # some want an adapter of their own: test_rules_cores, test_rules_weighted
-    assert TABLE.keys() | {"fed_sb", "ravan", "dora", "hira"} == rules.RULES.keys() == rules.describe().keys()
+    assert TABLE.keys() | {"fed_sb", "ravan", "dora", "hira"} == methods.METHODS.keys() == methods.describe().keys()
 
 
 @everywhere
-def test_messages_have_the_announced_length(name):
-    rule = rules.build(name, LAYOUT, head="mixed", **PARAMS[name])
+def test_messages_hold_numbers_and_integers_apart(name):
+    rule = build(name, LAYOUT, head="mixed", **PARAMS[name])
     x = random_rows()
     for t in range(6):
-        if rule.length(t):
-            message, _ = rule.send(x[0], rule.init(x[0]), rules.Round(t, 0, {0: 1.0}))
-            assert message.shape == (rule.length(t),)
+        if rule.sends(t):
+            message = rule.message(x[0], t)
+            assert all(part.dim() == 1 and part.is_floating_point() for part in message.parts.values())
+            assert all(value.dtype == torch.int64 for value in message.meta.values())
+            assert torch.equal(message.parts["head"], x[0, LAYOUT.groups["head"]])
         assert rule.trains(t) <= {"A", "B", "head"} and "head" in rule.trains(t)
 
 
@@ -175,7 +173,7 @@ def test_renaming_peers_renames_the_result(name):
 
 @everywhere
 def test_what_does_not_travel_keeps_its_bits(name):
-    x, rule = random_rows(), rules.build(name, LAYOUT, head="local", **PARAMS[name])
+    x, rule = random_rows(), build(name, LAYOUT, head="local", **PARAMS[name])
     for t in range(2):
         mixed = mix_once(name, x, ring(), t, head="local")
         turned = {"A", "B"} if TABLE[name].turns and t == 0 else set()
@@ -216,7 +214,7 @@ def test_phases_are_a_function_of_the_global_round():
     ({"T": 0}, "rule.T = 0"), ({"T": 2.5}, "rule.T = 2.5"), ({"T": True}, "rule.T = True")])
 def test_bad_intervals_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        rules.build("tad", LAYOUT, **params)
+        build("tad", LAYOUT, **params)
 
 
 def simulated(name, topology, rounds=6, **params):
@@ -312,9 +310,9 @@ class TestDecaf:
             np.testing.assert_allclose(b_view(mixed, pair) @ a_view(mixed, pair), best, atol=1e-10)
 
     def test_reports_its_truncation_error(self):
-        x, w, rule = random_rows(), ring(), rules.build("decaf", LAYOUT)
+        x, w, rule = random_rows(), ring(), build("decaf", LAYOUT)
         states, mixed = [rule.init(row) for row in x], x.clone()
-        gossip(rule, CODEC, InProcess(), mixed, range(NUM), states, w, 0)
+        gossip(rule, mixed, states, w, 0)
         expected = (torch.from_numpy(w) @ product(x) - product(mixed)).norm(dim=1)
         torch.testing.assert_close(torch.stack([s["truncation_error"] for s in states]), expected, rtol=0, atol=1e-10)
 
@@ -328,7 +326,7 @@ class TestDecaf:
             a = a_view(left, pair)
             torch.testing.assert_close(a @ a.mT, torch.eye(2, dtype=a.dtype).expand(NUM, 2, 2), rtol=0, atol=1e-10)
         with pytest.raises(ValueError, match="rule.split = 'right'"):
-            rules.build("decaf", LAYOUT, split="right")
+            build("decaf", LAYOUT, split="right")
 
     @pytest.mark.parametrize("split", ["balanced", "left"])
     def test_a_zero_product_does_not_kill_the_adapter(self, split):

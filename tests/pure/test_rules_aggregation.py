@@ -7,10 +7,10 @@ import torch
 from test_rules import LAYOUT, NUM, activation, complete, mix_once, pairing, product, random_rows, ring, simulated, turned
 
 import topologies
-from dfl import rules, simulate
+from dfl import methods, simulate
 from dfl.factors import a_view, b_view
 
-RULES = {"lora": {}, "decaf": {}, "decaf_own": {"gauge": "own"}, "sp": {}, "ps": {}, "florist": {"tau": 0.9}, "flora_na": {},
+RULES = {"lora": {}, "decaf": {}, "decaf_own": {"gauge": "own"}, "florist": {"tau": 0.9}, "flora_na": {},
          "flora_na_aligned": {"align": "own"}, "flora_na_global": {"scope": "global"}, "flora_na_delta": {"form": "delta"},
          "lora_fair": {"ridge": 0.0}, "fed_svd": {}, "fedask": {}, "fedask_memory": {"memory": True}, "hetlora": {},
          "hetlora_ordered": {"order": True},
@@ -18,7 +18,7 @@ RULES = {"lora": {}, "decaf": {}, "decaf_own": {"gauge": "own"}, "sp": {}, "ps":
          "fedrot_joint": {"criterion": "joint"}, "fedrot_start": {"reference": "start", "criterion": "alternate"},
          "fedrot_sender": {"side": "sender"}}
 # a rule and one of its parameters
-NAMES = {key: key.rsplit("_", 1)[0] if key not in rules.RULES else key for key in RULES}
+NAMES = {key: key.rsplit("_", 1)[0] if key not in methods.METHODS else key for key in RULES}
 
 
 def mixed(key: str, x: torch.Tensor, w: np.ndarray, **params) -> torch.Tensor:
@@ -59,8 +59,8 @@ def test_receivers_in_frames_of_their_own_come_close_to_the_server(key):
     assert (models - models.mean(0)).norm() < 0.1 * models.norm()
 
 
-@pytest.mark.parametrize("key", ["lora", "ps", "flora_na", "flora_na_global", "flora_na_delta", "lora_fair", "fedrot", "fed_svd",
-                                 "decaf", "sp"])
+@pytest.mark.parametrize("key", ["lora", "flora_na", "flora_na_global", "flora_na_delta", "lora_fair", "fedrot", "fed_svd",
+                                 "decaf"])
 def test_a_common_a_leaves_no_error(key):
     assert errors(key, drifted(common="A"), ring()).max() < 1e-10
 
@@ -84,7 +84,7 @@ def rotated(x: torch.Tensor, only: list[int], proper: bool | None = None, seed=3
     return turned(x, g)
 
 
-@pytest.mark.parametrize("key", ["decaf", "decaf_own", "sp", "florist", "fedask", "hetlora_ordered"])
+@pytest.mark.parametrize("key", ["decaf", "decaf_own", "florist", "fedask", "hetlora_ordered"])
 def test_rules_about_products_do_not_see_frames(key):
     x = drifted()
     torch.testing.assert_close(product(mixed(key, x, ring())), product(mixed(key, rotated(x, range(NUM)), ring())), rtol=0, atol=1e-9)
@@ -101,7 +101,7 @@ def test_turning_a_neighbour_changes_nothing_where_frames_are_aligned(criterion,
                                    rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("key", ["lora", "ps", "flora_na", "lora_fair", "hetlora", "replicate", "plora", "fedrot_soft"])
+@pytest.mark.parametrize("key", ["lora", "flora_na", "lora_fair", "hetlora", "replicate", "plora", "fedrot_soft"])
 def test_rules_about_factors_see_frames(key):
     x = drifted()
     assert (product(mixed(key, x, ring()))[0] - product(mixed(key, rotated(x, [1, 5]), ring()))[0]).norm() > 0.1

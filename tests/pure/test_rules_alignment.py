@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from one_round import build, gossip
 from test_rules import (
-    CODEC,
     LAYOUT,
     NUM,
     activation,
@@ -19,10 +19,7 @@ from test_rules import (
     turned,
 )
 
-from dfl import rules
 from dfl.factors import a_view, b_view
-from dfl.gossip import gossip
-from dfl.transport import InProcess
 
 
 def dense_rotation(a, b, ref_a, ref_b, criterion, strength):
@@ -59,7 +56,7 @@ def test_receivers_are_the_dense_ones(criterion, strength, t):
 def test_without_turning_it_is_lora_to_the_bit(dtype, params):
     x = random_rows().to(dtype)
     assert torch.equal(mix_once("fedrot", x, ring(), 1, strength=0, head="mixed", **params), mix_once("lora", x, ring(), head="mixed"))
-    assert rules.build("fedrot", LAYOUT, strength=0).linear and not rules.build("fedrot", LAYOUT).linear
+    assert build("fedrot", LAYOUT, strength=0).linear and not build("fedrot", LAYOUT).linear
 
 
 @pytest.mark.parametrize("criterion", ["A", "B", "joint"])
@@ -73,28 +70,28 @@ def test_rotated_copies_of_one_pair_are_averaged_exactly(criterion):
 
 def test_the_sender_turns_to_where_it_began_the_round():
     """Two rounds of the server method on a complete graph in plain numpy: round 0 as it is, then A's frame."""
-    rule, x = rules.build("fedrot", LAYOUT, side="sender"), random_rows()
+    rule, x = build("fedrot", LAYOUT, side="sender"), random_rows()
     states = [rule.init(row) for row in x]
-    gossip(rule, CODEC, InProcess(), x, range(NUM), states, complete(), 0)
+    gossip(rule, x, states, complete(), 0)
     start, step = x.clone(), 0.5 * random_rows(9)
     x = x + step
     trained = x.clone()
-    gossip(rule, CODEC, InProcess(), x, range(NUM), states, complete(), 1)
+    gossip(rule, x, states, complete(), 1)
     for pair in LAYOUT.pairs:
         refs = a_view(start, pair).numpy(), b_view(start, pair).numpy()
         a, b = a_view(trained, pair).numpy(), b_view(trained, pair).numpy()
         turn = [dense_rotation(a[j], b[j], refs[0][j], refs[1][j], "A", 1.0) for j in range(NUM)]
         np.testing.assert_allclose(a_view(x, pair)[3], np.mean([turn[j].T @ a[j] for j in range(NUM)], 0), atol=1e-10)
         np.testing.assert_allclose(b_view(x, pair)[3], np.mean([b[j] @ turn[j] for j in range(NUM)], 0), atol=1e-10)
-    assert rules.build("fedrot", LAYOUT, side="sender").facts["criterion"] == "alternate"
+    assert build("fedrot", LAYOUT, side="sender").facts["criterion"] == "alternate"
 
 
 @pytest.mark.parametrize("params", [{"side": "sender"}, {"reference": "start"}])
 def test_a_peer_that_was_alone_began_where_it_was(params):
-    rule, x = rules.build("fedrot", LAYOUT, **params), random_rows()
+    rule, x = build("fedrot", LAYOUT, **params), random_rows()
     states = [rule.init(row) for row in x]
     for t, w in enumerate((np.eye(NUM), pairing(), np.eye(NUM))):
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+        gossip(rule, x, states, w, t)
         for row, state in zip(x, states, strict=True):
             assert torch.equal(state["start"], row[:LAYOUT.groups["B"].stop])
         x = x + 0.1
@@ -116,4 +113,4 @@ def test_all_sides_learn_and_turning_matters():
     ({"reference": "mean"}, "rule.reference = 'mean'"), ({"side": "sender", "reference": "trained"}, "does not fit")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        rules.build("fedrot", LAYOUT, **params)
+        build("fedrot", LAYOUT, **params)

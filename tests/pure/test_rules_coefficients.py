@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_rules import CODEC, LAYOUT, NUM, complete, mix_once, pairing, product, random_rows, ring, turned
+from one_round import build, gossip
+from test_rules import LAYOUT, NUM, complete, mix_once, pairing, product, random_rows, ring, turned
 from test_rules_aggregation import drifted, errors
 
-from dfl import rules
 from dfl.factors import a_view, b_view
-from dfl.gossip import gossip
 from dfl.rules.coefficients import problems, solve
-from dfl.transport import InProcess
 
 WEIGHTS = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
 
@@ -160,16 +158,16 @@ def test_rotated_copies_need_alignment_and_say_so():
     turn = torch.linalg.qr(torch.randn(NUM, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).Q
     x = turned(x, turn)
     assert errors("flora_na_aligned", x, complete()).max() < 0.1 * errors("flora_na", x, complete()).min()
-    rule = rules.build("flora_na", LAYOUT)
+    rule = build("flora_na", LAYOUT)
     states = [rule.init(row) for row in x]
-    gossip(rule, CODEC, InProcess(), x.clone(), range(NUM), states, complete(), 0)
+    gossip(rule, x.clone(), states, complete(), 0)
     assert max(float(state["largest_coefficient"]) for state in states) > 3
 
 
 def test_the_state_tells_the_error():
-    x, rule = drifted(), rules.build("flora_na", LAYOUT)
+    x, rule = drifted(), build("flora_na", LAYOUT)
     states, out = [rule.init(row) for row in x], x.clone()
-    gossip(rule, CODEC, InProcess(), out, range(NUM), states, ring(), 0)
+    gossip(rule, out, states, ring(), 0)
     w = torch.from_numpy(ring())
     squares = 0
     for pair in LAYOUT.pairs:
@@ -179,10 +177,10 @@ def test_the_state_tells_the_error():
 
 
 def test_the_start_of_the_delta_form_is_the_last_mix():
-    rule, x = rules.build("flora_na", LAYOUT, form="delta"), drifted()
+    rule, x = build("flora_na", LAYOUT, form="delta"), drifted()
     states = [rule.init(row) for row in x]
     for w in (pairing(), np.eye(NUM)):
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, 0)
+        gossip(rule, x, states, w, 0)
         for row, state in zip(x, states, strict=True):
             assert torch.equal(state["start"], row[:LAYOUT.groups["B"].stop])
         x = x + 0.1
@@ -198,4 +196,4 @@ def test_the_start_of_the_delta_form_is_the_last_mix():
     ({"steps": 0}, "rule.steps = 0"), ({"steps": 1.5}, "rule.steps")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        rules.build("flora_na", LAYOUT, **params)
+        build("flora_na", LAYOUT, **params)

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from one_round import build, gossip
 
 import topologies
-from dfl import codecs, rules
 from dfl.cores import expand, make_cores, pull_back, start
+from dfl.cores import fold_scales as fold
 from dfl.factors import a_view, b_view, empty_rows, head_view, make_layout
-from dfl.gossip import gossip
-from dfl.rules.cores import fold
-from dfl.transport import InProcess
 
 NUM = 5
 LORA = make_layout([("q", 6, 11, 9, 0.5), ("o", 6, 8, 12, 2.0)], [("head", (3, 2))])
@@ -99,14 +97,14 @@ def test_the_gradient_of_the_cores_is_autograds(kind):
 def test_mixing_is_exact_for_any_graph(kind, graph):
     cores, w = made(kind), topologies.build(graph, NUM).matrix(0)
     x = rows(cores)
-    before, rule = dense(cores, x), rules.build(kind, cores.layout, head="mixed")
+    before, rule = dense(cores, x), build(kind, cores.layout, head="mixed")
     out = x.clone()
-    traffic = gossip(rule, codecs.build("none"), InProcess(), out, range(NUM), [{}] * NUM, w, 0)
+    traffic = gossip(rule, out, [{}] * NUM, w, 0)
     for name, value in dense(cores, out).items():
         np.testing.assert_allclose(value, np.einsum("ij,jok->iok", w, before[name]), atol=1e-12)
     # R² numbers a layer (heads r² of them for RAVAN, with a scale each), and the head
     per_layer = cores.heads * (6 // cores.heads) ** 2 + (cores.heads if cores.scaled else 0)
-    assert traffic.message_bytes == 8 * traffic.edges * (2 * per_layer + 6)
+    assert traffic.message_bytes == 8 * traffic.messages * (2 * per_layer + 6)
     if kind == "ravan":
         assert all(torch.allclose(head_view(out, cores.tensors(k)[1]), torch.ones((), dtype=torch.float64)) for k in range(2))
 
@@ -116,7 +114,7 @@ def test_alone_nothing_changes(kind):
     cores = made(kind)
     x = rows(cores)
     out = x.clone()
-    gossip(rules.build(kind, cores.layout), codecs.build("none"), InProcess(), out, range(NUM), [{}] * NUM, np.eye(NUM), 0)
+    gossip(build(kind, cores.layout), out, [{}] * NUM, np.eye(NUM), 0)
     assert torch.equal(out, x)
 
 

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_rules import CODEC, LAYOUT, NUM, activation, complete, mix_once, pairing, product, random_rows, ring
+from one_round import build, gossip
+from test_rules import LAYOUT, NUM, activation, complete, mix_once, pairing, product, random_rows, ring
 
 import topologies
-from dfl import rules, simulate
+from dfl import methods, simulate
 from dfl.factors import a_view, b_view
-from dfl.gossip import gossip
-from dfl.transport import InProcess
 
 A = LAYOUT.groups["A"]
 
@@ -73,16 +72,16 @@ def test_the_published_step_is_the_svd_of_the_mean():
 
 
 def test_the_published_step_is_refused_where_a_would_differ():
-    rule = rules.build("fed_svd", LAYOUT, form="spectral")
-    with pytest.raises(ValueError, match="needs every peer to hear every other"):
-        rules.check_topology("fed_svd", rule, topologies.build("ring", NUM))
+    rule = build("fed_svd", LAYOUT, form="spectral")
+    with pytest.raises(ValueError, match="needs every peer to receive from every other"):
+        methods.check_topology(rule.method, topologies.build("ring", NUM))
     # what would happen: other B, another eigenbasis, another A, and a cross term in the next mix
     x = common_a()
     states = [rule.init(row) for row in x]
-    gossip(rule, CODEC, InProcess(), x, range(NUM), states, pairing(), 0)
+    gossip(rule, x, states, pairing(), 0)
     assert (x[0, A] - x[2, A]).abs().max() > 0.1
     with pytest.raises(ValueError, match="rule.form = 'svd'"):
-        rules.build("fed_svd", LAYOUT, form="svd")
+        build("fed_svd", LAYOUT, form="svd")
 
 
 def test_nothing_to_factor_keeps_a():

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_rules import CODEC, LAYOUT, NUM, activation, complete, mix_once, product, random_rows, ring, simulated
+from one_round import build, gossip
+from test_rules import LAYOUT, NUM, activation, complete, mix_once, product, random_rows, ring, simulated
 from test_rules_aggregation import drifted
 
-from dfl import rules
 from dfl.factors import a_view, b_view
-from dfl.gossip import gossip
 from dfl.rules.padding import in_order, tail_gradient, tail_score
-from dfl.transport import InProcess
 
 RANKS = (1, 2, 2, 1, 2, 1)
 
@@ -24,10 +22,10 @@ def uneven() -> torch.Tensor:
 
 
 def run(name, x, w, rounds=1, **params):
-    rule, x = rules.build(name, LAYOUT, **params), x.clone()
+    rule, x = build(name, LAYOUT, **params), x.clone()
     states = [rule.init(row) for row in x]
     for t in range(rounds):
-        traffic = gossip(rule, CODEC, InProcess(), x, range(len(x)), states, w, t)
+        traffic = gossip(rule, x, states, w, t)
     return x, states, traffic, rule
 
 
@@ -81,9 +79,9 @@ class TestHetlora:
         assert (tail_gradient(LAYOUT, dead, 1, 2) == 0).all()
 
     def test_a_tail_that_shrinks_is_pruned_and_one_that_grows_is_not(self):
-        rule, x = rules.build("hetlora", LAYOUT, gamma=0.5, penalty=0.1), random_rows()
+        rule, x = build("hetlora", LAYOUT, gamma=0.5, penalty=0.1), random_rows()
         states = [rule.init(row) for row in x]
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, ring(), 0)
+        gossip(rule, x, states, ring(), 0)
         assert all(state["rank"] == 2 for state in states)
         for state, row in zip(states, x, strict=True):
             torch.testing.assert_close(rule.correct(state), 0.1 * tail_gradient(LAYOUT, row, 1, 2), rtol=0, atol=0)
@@ -92,20 +90,20 @@ class TestHetlora:
             b_view(x, pair)[2:, :, 1] *= 1.1
         w = np.eye(NUM)
         w[np.ix_([0, 5], [0, 5])] = 0.5
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, 1)
+        gossip(rule, x, states, w, 1)
         assert [int(state["rank"]) for state in states] == [1, 1, 2, 2, 2, 2]
         for pair in LAYOUT.pairs:
             assert not a_view(x, pair)[:2, 1].any() and not b_view(x, pair)[:2, :, 1].any()
             assert a_view(x, pair)[2:, 1].any(-1).all()
         # what is pruned neither travels nor comes back
-        traffic = gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, 2)
+        traffic = gossip(rule, x, states, w, 2)
         full = sum(pair.rank * (pair.d_in + pair.d_out) for pair in LAYOUT.pairs)
         assert traffic.message_bytes == 8 * (3 + full // 2 + 3 + full) and states[0]["rank"] == 1
 
     def test_no_penalty_is_no_correction(self):
         x = random_rows()[0]
-        rule = rules.build("hetlora", LAYOUT, gamma=0.5, penalty=0)
-        assert rule.correct(rule.init(x)) is None and rules.build("hetlora", LAYOUT).correct({}) is None
+        rule = build("hetlora", LAYOUT, gamma=0.5, penalty=0)
+        assert rule.correct(rule.init(x)) is None and build("hetlora", LAYOUT).correct({}) is None
 
     def test_ranks_shrink_in_a_run_down_to_the_least(self):
         result = simulated("hetlora", activation(0.5), rounds=20, gamma=0.6, min_rank=2)
@@ -118,7 +116,7 @@ class TestHetlora:
         ({"min_rank": 0}, "rule.min_rank = 0"), ({"order": 1}, "rule.order = 1 is not allowed; allowed: true, false")])
     def test_bad_values_are_refused(self, params, message):
         with pytest.raises(ValueError, match=message):
-            rules.build("hetlora", LAYOUT, **params)
+            build("hetlora", LAYOUT, **params)
 
 
 class TestReplicate:

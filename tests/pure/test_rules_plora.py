@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from test_rules import CODEC, LAYOUT, NUM, activation, assert_same, complete, mix_once, random_rows, ring, simulated
+from one_round import Built, build, gossip
+from test_rules import LAYOUT, NUM, activation, assert_same, complete, mix_once, random_rows, ring, simulated
 from tiny_runs import adapter_digests, make_config, make_run, write_data
 from torch.func import functional_call
 
-from dfl import rules
 from dfl.assemble import check
 from dfl.executors import Sequential, Stacked
 from dfl.factors import a_view, b_view, make_layout
-from dfl.gossip import gossip
 from dfl.rounds import Hooks, run_rounds
 from dfl.running import train
-from dfl.transport import InProcess
 
 WIDE = make_layout([("q", 5, 7, 4, 1.0), ("v", 5, 3, 6, 2.0)], [("head", (2, 3))])
 COUNTS = [1, 5, 2, 3, 1, 2]
@@ -39,7 +37,7 @@ def wide_rows(seed=0) -> torch.Tensor:
 
 def mixed(rule, x, w, t, layout=WIDE) -> tuple[torch.Tensor, int]:
     out = x.clone()
-    traffic = gossip(rule, CODEC, InProcess(), out, range(NUM), [rule.init(row) for row in x], w, t)
+    traffic = gossip(rule, out, [rule.init(row) for row in x], w, t)
     return out, traffic.message_bytes
 
 
@@ -58,14 +56,14 @@ def dense(x, w, chosen, layout=WIDE) -> np.ndarray:
 
 
 def test_draws_are_even_and_differ_between_peers_and_rounds():
-    rule, layout = rules.build("plora", WIDE, slots=2), WIDE
+    rule, layout = build("plora", WIDE, slots=2), WIDE
     table = np.array([[drawn(rule, layout, t, peer) for peer in range(NUM)] for t in range(300)])
     assert (table.sum(2) == 2).all()
     # every slot in two draws of five, within five standard deviations
     assert np.abs(table.mean((0, 1)) - 0.4).max() < 5 * np.sqrt(0.24 / (300 * NUM))
     for other in (table[:, 1:] == table[:, :-1], table[1:] == table[:-1]):
         assert 0.05 < other.all(2).mean() < 0.2  # by chance one draw in ten is the same
-    again, another = (rules.build("plora", WIDE, slots=2, seed=seed) for seed in (0, 1))
+    again, another = (build("plora", WIDE, slots=2, seed=seed) for seed in (0, 1))
     assert all(torch.equal(rule.masks(t, 3), again.masks(t, 3)) for t in range(20))
     assert any(not torch.equal(rule.masks(t, 3), another.masks(t, 3)) for t in range(20))
 
@@ -73,13 +71,13 @@ def test_draws_are_even_and_differ_between_peers_and_rounds():
 def test_half_of_the_slots_if_nothing_is_said():
     for rank, half in ((1, 1), (2, 1), (5, 2), (8, 4)):
         layout = make_layout([("q", rank, 3, 3, 1.0)])
-        assert drawn(rules.build("plora", layout), layout, 0, 0).sum() == half
+        assert drawn(build("plora", layout), layout, 0, 0).sum() == half
 
 
 @pytest.mark.parametrize("slots", [1, 2, COUNTS])
 @pytest.mark.parametrize("w", [ring(), complete()], ids=["ring", "complete"])
 def test_each_slot_is_averaged_over_those_who_trained_it(slots, w):
-    x, rule = wide_rows(), rules.build("plora", WIDE, slots=slots, head="mixed")
+    x, rule = wide_rows(), build("plora", WIDE, slots=slots, head="mixed")
     unheard = 0
     for t in range(4):
         chosen = np.array([drawn(rule, WIDE, t, peer) for peer in range(NUM)])
@@ -102,7 +100,7 @@ def test_each_slot_is_averaged_over_those_who_trained_it(slots, w):
 
 
 def test_who_alone_trained_a_slot_keeps_its_bits():
-    x, rule = wide_rows().float(), rules.build("plora", WIDE, slots=1)
+    x, rule = wide_rows().float(), build("plora", WIDE, slots=1)
     got, alone = mixed(rule, x, ring(), 0)[0], 0
     chosen = np.array([drawn(rule, WIDE, 0, peer) for peer in range(NUM)])
     for i in range(NUM):
@@ -118,12 +116,12 @@ def test_all_slots_are_lora():
         torch.testing.assert_close(mix_once("plora", random_rows(), ring(), slots=slots, head="mixed"),
                                    mix_once("lora", random_rows(), ring(), head="mixed"), rtol=0, atol=1e-15)
     assert_same(simulated("plora", activation(), slots=4), simulated("lora", activation()))
-    assert rules.build("plora", LAYOUT, slots=2).linear and not rules.build("plora", LAYOUT, slots=1).linear
+    assert build("plora", LAYOUT, slots=2).dated
 
 
 def test_a_complete_graph_is_the_server():
     """One global model; the server takes each slot's mean over those who trained it and keeps the others."""
-    rule, server = rules.build("plora", WIDE, slots=COUNTS), wide_rows()[:1]
+    rule, server = build("plora", WIDE, slots=COUNTS), wide_rows()[:1]
     x, change = server.expand(NUM, -1).clone(), torch.Generator().manual_seed(1)
     for t in range(6):
         masks = torch.stack([rule.masks(t, peer) for peer in range(NUM)])
@@ -136,7 +134,7 @@ def test_a_complete_graph_is_the_server():
 
 
 def test_means_move_and_ranges_do_not_widen():
-    x, rule = wide_rows(), rules.build("plora", WIDE, slots=2)
+    x, rule = wide_rows(), build("plora", WIDE, slots=2)
     got = mixed(rule, x, ring(), 0)[0]
     assert (got.mean(0) - x.mean(0)).abs().max() > 0.1
     assert (got <= x.amax(0) + 1e-12).all() and (got >= x.amin(0) - 1e-12).all()
@@ -173,14 +171,14 @@ REFUSED = {"none": 0, "too many": 6, "a flag": True, "no whole number": 2.0, "a 
 def test_bad_slots_are_refused(slots):
     for layout, rank in ((WIDE, None), (make_layout(()), 5)):
         with pytest.raises(ValueError, match=r"rule.slots = .* is not allowed; allowed: null .* from 1 to 5, or a list of 6, one a"):
-            rules.build("plora", layout, slots=slots, peers=6, rank=rank)
+            build("plora", layout, slots=slots, peers=6, rank=rank)
 
 
 def test_layers_of_unequal_rank_are_refused():
     with pytest.raises(ValueError, match=r"ranks are \[2, 3\]; allowed: one rank"):
-        rules.build("plora", make_layout([("q", 2, 3, 3, 1.0), ("v", 3, 3, 3, 1.0)]))
+        build("plora", make_layout([("q", 2, 3, 3, 1.0), ("v", 3, 3, 3, 1.0)]))
     with pytest.raises(ValueError, match="'plora' cannot mix peers of unequal ranks"):
-        rules.build("plora", WIDE, ranks=COUNTS)
+        build("plora", WIDE, ranks=COUNTS)
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +211,13 @@ def test_what_is_masked_out_moves_neither_in_value_nor_in_moments(pieces, optimi
     """Carried moments and weight decay would move it without any gradient."""
     run, _ = make_run(configured(pieces, train__optimizer=optimizer, train__momentum=momentum, train__state="carried",
                                  train__local_steps=3, lora__head="mixed"))
-    peers, rule = run.peers, run.rule
+    peers = run.peers
     for t in range(4):
         before, moments = peers.snapshot()
-        peers.local_phase(t, rule.trains(t), run.task, run.split, executor, [None] * 4, rule.masks)
+        peers.local_phase(t, run.gossip.plans(t), run.task, run.split, executor, [None] * 4)
         after, new = peers.snapshot()
         for i in range(4):
-            mask = rule.masks(t, i)
+            mask = run.gossip.plans(t)[i].mask
             assert torch.equal(after[i, ~mask], before[i, ~mask]) and (~mask).any()
             still = (after[i, mask] == before[i, mask]).float().mean()
             assert still < 0.1, (t, i, still)
@@ -248,7 +246,7 @@ def test_the_loop_is_folding_training_and_averaging(pieces, optimizer, lr, decay
     x = start.double().expand(num, -1).clone()
     norms = []
     for t in range(3):
-        chosen = np.array([drawn(run.rule, layout, t, i) for i in range(num)])
+        chosen = np.array([drawn(Built(run.gossip.method, layout), layout, t, i) for i in range(num)])
         for i in range(num):
             fixed, leaves = {}, {}
             for base, a, b, weight, pair in sites:
@@ -292,7 +290,10 @@ def test_no_mask_is_a_mask_of_everything(pieces):
     for masked in (False, True):
         run, _ = make_run(configured(pieces, rule="lora", train__state="carried"))
         everything = torch.ones(run.peers.layout.size, dtype=torch.bool)
-        run.rule = run.rule._replace(masks=(lambda t, peer, mask=everything: mask) if masked else None)
+        if masked:
+            schedule = run.gossip.method.schedule
+            plan = lambda t, peer, of=schedule.plan, mask=everything: of(t, peer)._replace(mask=mask)  # noqa: E731
+            run.gossip.method = run.gossip.method._replace(schedule=schedule._replace(plan=plan))
         run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
         rows.append(run.peers.x.clone())
     assert torch.equal(*rows)

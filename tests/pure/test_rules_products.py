@@ -3,20 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from test_rules import CODEC, LAYOUT, NUM, activation, mix_once, pairing, product, random_rows, ring, simulated
+from one_round import build, gossip
+from test_rules import LAYOUT, NUM, activation, mix_once, pairing, product, random_rows, ring, simulated
 
-from dfl import rules
 from dfl.factors import a_view, b_view
-from dfl.gossip import gossip
-from dfl.transport import InProcess
 
 
 def run(x, w, rounds=1, **params):
     """Rows, states and bytes after some rounds of florist."""
-    rule, x = rules.build("florist", LAYOUT, **params), x.clone()
+    rule, x = build("florist", LAYOUT, **params), x.clone()
     states = [rule.init(row) for row in x]
     for t in range(rounds):
-        traffic = gossip(rule, CODEC, InProcess(), x, range(len(x)), states, w, t)
+        traffic = gossip(rule, x, states, w, t)
     return x, states, traffic
 
 
@@ -39,9 +37,9 @@ class TestGauge:
         assert (mix_once("decaf", x, ring()) - x).abs().max() > 0.1
 
     def test_moments_go_on_to_fit(self):
-        assert rules.build("decaf", LAYOUT).changes_basis and not rules.build("decaf", LAYOUT, gauge="own").changes_basis
+        assert build("decaf", LAYOUT).changes_basis and not build("decaf", LAYOUT, gauge="own").changes_basis
         with pytest.raises(ValueError, match="rule.gauge = 'mine' is not allowed; allowed: none, own"):
-            rules.build("decaf", LAYOUT, gauge="mine")
+            build("decaf", LAYOUT, gauge="mine")
 
 
 class TestFlorist:
@@ -87,12 +85,12 @@ class TestFlorist:
 
     def test_a_rank_comes_back_when_a_neighbour_brings_it(self):
         x = random_rows()
-        rule, rows = rules.build("florist", LAYOUT, tau=0.95), x.clone()
+        rule, rows = build("florist", LAYOUT, tau=0.95), x.clone()
         for pair in LAYOUT.pairs:  # peer 0 is down to one slot
             a_view(rows, pair)[0, 1:], b_view(rows, pair)[0, :, 1:] = 0, 0
         states = [rule.init(row) for row in rows]
         states[0]["slots"] = torch.ones_like(states[0]["slots"])
-        gossip(rule, CODEC, InProcess(), rows, range(NUM), states, pairing(), 0)
+        gossip(rule, rows, states, pairing(), 0)
         assert (states[0]["slots"] == 2).all()
 
     def test_trains_from_zero(self):
@@ -106,4 +104,4 @@ class TestFlorist:
         ({"split": "x"}, "rule.split")])
     def test_bad_values_are_refused(self, params, message):
         with pytest.raises(ValueError, match=message):
-            rules.build("florist", LAYOUT, **params)
+            build("florist", LAYOUT, **params)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from one_round import build
 from test_rules import LAYOUT, NUM, mix_once, product, random_rows, ring
 from test_rules_aggregation import drifted, errors
 
-from dfl import rules
 from dfl.factors import a_view, b_view
 
 
@@ -55,4 +55,4 @@ def test_an_a_of_deficient_rank(ridge):
 @pytest.mark.parametrize("ridge", [-1, True, "much", float("inf")])
 def test_bad_values_are_refused(ridge):
     with pytest.raises(ValueError, match="rule.ridge = .* is not allowed; allowed: a number from 0"):
-        rules.build("lora_fair", LAYOUT, ridge=ridge)
+        build("lora_fair", LAYOUT, ridge=ridge)

@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from one_round import build, gossip
 
 import topologies
-from dfl import codecs, rules
+from dfl import methods
 from dfl.factors import a_view, b_view, empty_rows, make_layout
-from dfl.gossip import gossip
-from dfl.transport import InProcess
 
 NUM = 8
 LAYOUT = make_layout([("q", 4, 14, 12, 1.0), ("v", 4, 14, 12, 1.0), ("o", 4, 9, 16, 2.0)])
-CODEC = codecs.build("none")
 FULL = 12  # enough for everything: the smaller side of the largest layer
 
 
@@ -49,11 +47,11 @@ def models(x, states, rule) -> dict[str, np.ndarray]:
 
 def run(name, x, w, rounds, ranks=None, **params):
     """Idle rounds; the models after each of them."""
-    rule = rules.build(name, LAYOUT, ranks=ranks, **params)
+    rule = build(name, LAYOUT, ranks=ranks, **params)
     states = [rule.init(row) for row in x]
     history = [models(x, states, rule)]
     for t in range(rounds):
-        gossip(rule, CODEC, InProcess(), x, range(len(x)), states, w, t)
+        gossip(rule, x, states, w, t)
         history.append(models(x, states, rule))
     return history, states, rule
 
@@ -69,13 +67,13 @@ RANKS = (1, 1, 2, 2, 4, 4, 4, 4)
 class TestFedHL:
     @pytest.mark.parametrize("ranks", [None, RANKS])
     def test_is_the_dense_recursion(self, ranks):
-        x, w, rule = rows(0, ranks), ring(), rules.build("fedhl", LAYOUT, ranks=ranks, residual_rank=FULL)
+        x, w, rule = rows(0, ranks), ring(), build("fedhl", LAYOUT, ranks=ranks, residual_rank=FULL)
         states = [rule.init(row) for row in x]
         dense = {p.name: np.zeros((NUM, p.d_out, p.d_in)) for p in LAYOUT.pairs}
         for t in range(4):
             x += 0.1 * rows(9 + t, ranks)  # what the peers learn
             before = products(x, LAYOUT)
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            gossip(rule, x, states, w, t)
             after, residuals = products(x, LAYOUT), products(torch.stack([s["residual"] for s in states]), rule.residual)
             for p in LAYOUT.pairs:
                 whole = np.einsum("ij,jok->iok", w, dense[p.name] + before[p.name])
@@ -101,7 +99,7 @@ class TestFedHL:
         """Complete graph: X + mean_j (B_j A_j - T(X)), the same at every peer, when all start from X with its T(X)."""
         x = rows()
         x[:] = x[0]
-        rule = rules.build("fedhl", LAYOUT, residual_rank=FULL)
+        rule = build("fedhl", LAYOUT, residual_rank=FULL)
         states = [rule.init(row) for row in x]
         rest = torch.randn(rule.residual.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         states = [s | {"residual": rest.clone()} for s in states]
@@ -109,7 +107,7 @@ class TestFedHL:
         shared = products(x, LAYOUT)
         x += 0.1 * rows(3)  # what the clients learn
         trained = products(x, LAYOUT)
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.full((NUM, NUM), 1 / NUM), 0)
+        gossip(rule, x, states, np.full((NUM, NUM), 1 / NUM), 0)
         for name, value in models(x, states, rule).items():
             expected = start[name][0] + (trained[name] - shared[name]).mean(0)
             np.testing.assert_allclose(value, np.broadcast_to(expected, value.shape), atol=1e-10)
@@ -131,7 +129,7 @@ class TestFedHL:
         x, own = rows(0, ranks), [4] * NUM if ranks is None else ranks
         for pair in LAYOUT.pairs:
             b_view(x, pair)[:] = 0
-        rule = rules.build("fedhl", LAYOUT, ranks=ranks, residual_rank=FULL, drift_power=power)
+        rule = build("fedhl", LAYOUT, ranks=ranks, residual_rank=FULL, drift_power=power)
         states = [rule.init(row) for row in x]
         server = {p.name: np.zeros((p.d_out, p.d_in)) for p in LAYOUT.pairs}
         for t in range(6):
@@ -144,14 +142,14 @@ class TestFedHL:
             whole = sum(p.scaling ** 2 * np.square(server[p.name]).sum() for p in LAYOUT.pairs)
             weights = 1 / ((left_out / whole if t else left_out) ** power + 1e-6)
             weights /= weights.sum()
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.full((NUM, NUM), 1 / NUM), t)
+            gossip(rule, x, states, np.full((NUM, NUM), 1 / NUM), t)
             for name, value in models(x, states, rule).items():
                 server[name] = server[name] + np.einsum("j,jok->ok", weights, trained[name] - cut[name])
                 np.testing.assert_allclose(value, np.broadcast_to(server[name], value.shape), atol=1e-8)
 
     def test_off_the_complete_graph_models_are_averaged_and_progress_is_weighed(self):
         x, w = rows(0, RANKS), ring()
-        rule = rules.build("fedhl", LAYOUT, ranks=RANKS, residual_rank=FULL, drift_power=1)
+        rule = build("fedhl", LAYOUT, ranks=RANKS, residual_rank=FULL, drift_power=1)
         states = [rule.init(row) for row in x]
         for t in range(3):
             start, before = models(x, states, rule), products(x, LAYOUT)
@@ -160,7 +158,7 @@ class TestFedHL:
             weights /= weights.sum(1, keepdims=True)
             x += 0.2 * rows(30 + t, RANKS)
             learnt = {name: value - before[name] for name, value in products(x, LAYOUT).items()}
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            gossip(rule, x, states, w, t)
             for name, value in models(x, states, rule).items():
                 expected = np.einsum("ij,jok->iok", w, start[name]) + np.einsum("ij,jok->iok", weights, learnt[name])
                 np.testing.assert_allclose(value, expected, atol=1e-8)
@@ -169,13 +167,13 @@ class TestFedHL:
     def test_who_heard_nobody_keeps_all_of_its_progress(self):
         """Its next round starts where it stands, not where it was mixed last."""
         x = rows(0, RANKS)
-        rule = rules.build("fedhl", LAYOUT, ranks=RANKS, residual_rank=FULL, drift_power=2)
+        rule = build("fedhl", LAYOUT, ranks=RANKS, residual_rank=FULL, drift_power=2)
         states = [rule.init(row) for row in x]
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.eye(NUM), 0)
+        gossip(rule, x, states, np.eye(NUM), 0)
         x += rows(5, RANKS)
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, np.eye(NUM), 1)
+        gossip(rule, x, states, np.eye(NUM), 1)
         alone = models(x, states, rule)
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, ring(), 2)
+        gossip(rule, x, states, ring(), 2)
         for name, value in models(x, states, rule).items():
             np.testing.assert_allclose(value, np.einsum("ij,jok->iok", ring(), alone[name]), atol=1e-9)
 
@@ -190,11 +188,11 @@ class TestFedHL:
     @pytest.mark.parametrize("power, pairs_sent", [(0, 1), (2, 2)])
     def test_a_message_holds_the_pair_and_as_much_of_the_residual_as_there_is(self, power, pairs_sent):
         x, w = rows(0, RANKS), ring()
-        rule = rules.build("fedhl", LAYOUT, ranks=RANKS, residual_rank=3, drift_power=power)
+        rule = build("fedhl", LAYOUT, ranks=RANKS, residual_rank=3, drift_power=power)
         states = [rule.init(row) for row in x]
         for t in range(3):
             kept = [[int((a_view(s["residual"], p) != 0).any(-1).sum()) for p in rule.residual.pairs] for s in states]
-            traffic = gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            traffic = gossip(rule, x, states, w, t)
             numbers = sum(len(LAYOUT.pairs) + (power > 0) + sum((pairs_sent * rank + more) * (p.d_in + p.d_out)
                                                                 for p, more in zip(LAYOUT.pairs, mine, strict=True))
                           for rank, mine in zip(RANKS, kept, strict=True))
@@ -225,10 +223,10 @@ class TestCollapse:
         """Energy of the network mean in its two leading directions, and its distance from the mean before."""
         x, pair = self.start()
         mean = (b_view(x, pair) @ a_view(x, pair)).mean(0).numpy()
-        rule = rules.build(name, self.WIDE, ranks=self.RANKS, **params)
+        rule = build(name, self.WIDE, ranks=self.RANKS, **params)
         states = [rule.init(row) for row in x]
         for t in range(60):
-            gossip(rule, CODEC, InProcess(), x, range(8), states, ring(), t)
+            gossip(rule, x, states, ring(), t)
         after = b_view(x, pair) @ a_view(x, pair)
         if rule.residual is not None:
             (other,) = rule.residual.pairs
@@ -250,12 +248,12 @@ class TestCollapse:
 
 class TestFedEx:
     def test_every_round_is_exact_at_every_peer(self):
-        x, w, rule = rows(), ring(), rules.build("fedex", LAYOUT, residual_rank=FULL)
+        x, w, rule = rows(), ring(), build("fedex", LAYOUT, residual_rank=FULL)
         states = [rule.init(row) for row in x]
         kept = {p.name: np.zeros((NUM, p.d_out, p.d_in)) for p in LAYOUT.pairs}
         for t in range(5):
             before, factors = products(x, LAYOUT), x.clone()
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            gossip(rule, x, states, w, t)
             torch.testing.assert_close(x, torch.from_numpy(w) @ factors, rtol=0, atol=1e-12)
             for name, value in models(x, states, rule).items():
                 expected = kept[name] + np.einsum("ij,jok->iok", w, before[name])
@@ -287,11 +285,11 @@ class TestFlora:
         assert all(torch.equal(s["residual"], states[0]["residual"]) for s in states)
 
     def test_is_refused_where_not_everybody_hears_everybody(self):
-        rule = rules.build("flora", LAYOUT)
-        rules.check_topology("flora", rule, topologies.build("complete", NUM))
+        rule = build("flora", LAYOUT)
+        methods.check_topology(rule.method, topologies.build("complete", NUM))
         for graph in (topologies.build("ring", NUM), topologies.build("edge_activation", NUM, base="complete", p=0.5)):
             with pytest.raises(ValueError, match="rule.name = 'flora' needs"):
-                rules.check_topology("flora", rule, graph)
+                methods.check_topology(rule.method, graph)
 
 
 class TestChoco:
@@ -307,10 +305,10 @@ class TestChoco:
             b_view(x, pair)[i] = torch.from_numpy(0.3 * shared_b + 0.3 * rng.standard_normal((48, 4)))
             a_view(x, pair)[i] = torch.from_numpy(shared_a + 0.2 * rng.standard_normal((4, 36)) / 6)
         mean = (b_view(x, pair) @ a_view(x, pair)).mean(0)
-        rule = rules.build("fedex_choco", self.THIN, gamma=gamma, residual_rank=36)
+        rule = build("fedex_choco", self.THIN, gamma=gamma, residual_rank=36)
         states, (other,), errors = [rule.init(row) for row in x], rule.residual.pairs, []
         for t in range(rounds):
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, ring(), t)
+            gossip(rule, x, states, ring(), t)
             rest = torch.stack([s["residual"] for s in states])
             whole = b_view(x, pair) @ a_view(x, pair) + b_view(rest, other) @ a_view(rest, other)
             torch.testing.assert_close(whole.mean(0), mean, rtol=0, atol=1e-10 * float(whole.norm()))
@@ -332,10 +330,10 @@ class TestChoco:
         layout = make_layout([(name, 3, 37, 51, 1.0) for name in "qkv"])
         x = empty_rows(NUM, layout.size)
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-        rule, w = rules.build("fedex_choco", layout), topologies.build(graph, NUM).matrix(0)
+        rule, w = build("fedex_choco", layout), topologies.build(graph, NUM).matrix(0)
         states = [rule.init(row) for row in x]
         for t in range(8):  # the copies are full after five
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, w, t)
+            gossip(rule, x, states, w, t)
         holders = {}
         for state in states:
             for j, copy in zip(state["holders"].tolist(), state["copies"], strict=True):
@@ -345,11 +343,11 @@ class TestChoco:
             assert all(torch.equal(copy, states[j]["copy"]) for copy in copies)
 
     def test_needs_a_static_graph_and_every_message(self):
-        rule = rules.build("fedex_choco", LAYOUT)
+        rule = build("fedex_choco", LAYOUT)
         with pytest.raises(ValueError, match="same in every round"):
-            rules.check_topology("fedex_choco", rule, topologies.build("edge_activation", NUM, base="complete", p=0.5))
+            methods.check_topology(rule.method, topologies.build("edge_activation", NUM, base="complete", p=0.5))
         x = rows()
         states = [rule.init(row) for row in x]
-        gossip(rule, CODEC, InProcess(), x, range(NUM), states, ring(), 0)
+        gossip(rule, x, states, ring(), 0)
         with pytest.raises(ConnectionError, match="copies are out of step"):
-            gossip(rule, CODEC, InProcess(), x, range(NUM), states, topologies.build("complete", NUM).matrix(0), 1)
+            gossip(rule, x, states, topologies.build("complete", NUM).matrix(0), 1)

@@ -3,21 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from test_rules import CODEC, LAYOUT, NUM, activation, complete, mix_once, product, random_rows, ring, simulated
+from one_round import build, gossip
+from test_rules import LAYOUT, NUM, activation, complete, mix_once, product, random_rows, ring, simulated
 
 import topologies
-from dfl import rules
 from dfl.factors import a_view, b_view, pack
-from dfl.gossip import gossip
 from dfl.rules.sketches import Sketch
-from dfl.transport import InProcess
 
 
 def idle(rule, x, w, rounds, start=0):
     """Rows and states after rounds without training."""
     x, states = x.clone(), [rule.init(row) for row in x]
     for t in range(start, start + rounds):
-        gossip(rule, CODEC, InProcess(), x, range(len(x)), states, w, t)
+        gossip(rule, x, states, w, t)
     return x, states
 
 
@@ -55,7 +53,7 @@ def test_many_rounds_of_truncation_lose_nothing():
     """Ring of 8, rank 2, mean of rank 16: consensus on the sketch of the true mean, where product mixing is far off."""
     layout, x = wide()
     ring_of_8 = topologies.build("ring", 8).matrix(0)
-    rule = rules.build("fedask", layout, s=16, l=20, steps=20, memory=True)
+    rule = build("fedask", layout, s=16, l=20, steps=20, memory=True)
     out, states = idle(rule, x, ring_of_8, 200)
     sketches = stacked(states)
     truth = torch.stack([Sketch(layout, 16, 20, 0).of(row) for row in x]).mean(0)
@@ -65,14 +63,14 @@ def test_many_rounds_of_truncation_lose_nothing():
     u, s, vh = torch.linalg.svd(mean)
     best = (u[:, :2] * s[:2]) @ vh[:2]
     torch.testing.assert_close(b_view(out, pair)[5] @ a_view(out, pair)[5], best, rtol=0, atol=1e-7)
-    lossy, _ = idle(rules.build("decaf", layout), x, ring_of_8, 60)
+    lossy, _ = idle(build("decaf", layout), x, ring_of_8, 60)
     assert (b_view(lossy, pair)[5] @ a_view(lossy, pair)[5] - best).norm() > 0.1 * best.norm()
 
 
 def test_the_mean_of_the_sketches_moves_by_the_mean_progress_only():
     layout, x = wide(rank=3)
     ring_of_8 = topologies.build("ring", 8).matrix(0)
-    rule, sketch = rules.build("fedask", layout, s=4, l=6, memory=True), Sketch(layout, 4, 6, 0)
+    rule, sketch = build("fedask", layout, s=4, l=6, memory=True), Sketch(layout, 4, 6, 0)
     states, progress = [rule.init(row) for row in x], 0
     start = stacked(states).mean(0)
     for t in range(30):
@@ -80,19 +78,19 @@ def test_the_mean_of_the_sketches_moves_by_the_mean_progress_only():
         x += 0.1 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(t))
         progress = progress + (torch.stack([sketch.of(row) for row in x]) - before).mean(0)
         w = ring_of_8 if t % 3 else np.eye(8)  # some rounds alone
-        gossip(rule, CODEC, InProcess(), x, range(8), states, w, t)
+        gossip(rule, x, states, w, t)
     torch.testing.assert_close(stacked(states).mean(0), start + progress, rtol=0, atol=1e-9)
 
 
 def test_steps_of_mixing_before_a_decoding():
     x = random_rows()
-    rule = rules.build("fedask", LAYOUT, steps=3, memory=True)
+    rule = build("fedask", LAYOUT, steps=3, memory=True)
     kept, states = idle(rule, x, ring(), 2)
     assert torch.equal(kept, x) and not torch.equal(states[0]["sketch"], states[0]["held"])
     mixed, _ = idle(rule, x, ring(), 3)
     thrice = np.linalg.matrix_power(ring(), 3)
     params = {"s": 7, "l": 9}
-    exact, _ = idle(rules.build("fedask", LAYOUT, steps=3, memory=True, **params), x, ring(), 3)
+    exact, _ = idle(build("fedask", LAYOUT, steps=3, memory=True, **params), x, ring(), 3)
     torch.testing.assert_close(product(exact), product(mix_once("decaf", x, thrice)), rtol=0, atol=1e-7)
     assert not torch.equal(mixed, x)
 
@@ -112,7 +110,7 @@ def test_unequal_ranks_do_not_collapse():
     pair = layout.pairs[0]
     for peer, rank in enumerate(ranks):
         a_view(x, pair)[peer, rank:], b_view(x, pair)[peer, :, rank:] = 0, 0
-    rule = rules.build("fedask", layout, s=24, l=24, ranks=ranks, steps=30, memory=True)
+    rule = build("fedask", layout, s=24, l=24, ranks=ranks, steps=30, memory=True)
     out, states = idle(rule, x, topologies.build("ring", 8).matrix(0), 150)
     mean = (b_view(x, pair) @ a_view(x, pair)).mean(0)
     u, s, vh = torch.linalg.svd(mean)
@@ -124,9 +122,9 @@ def test_unequal_ranks_do_not_collapse():
 
 
 def test_bytes_are_those_of_the_sketch():
-    rule = rules.build("fedask", LAYOUT, s=3, l=4, head="mixed")
+    rule = build("fedask", LAYOUT, s=3, l=4, head="mixed")
     assert rule.length(0) == sum(pair.d_out * 3 + 4 * pair.d_in for pair in LAYOUT.pairs) + 12
-    assert rules.build("fedask", LAYOUT).length(0) == 2 * (5 * 4 + 5 * 7) + 9 * 4 + 8 * 4  # s = 2 R, l = 2 s, as far as the layer goes
+    assert build("fedask", LAYOUT).length(0) == 2 * (5 * 4 + 5 * 7) + 9 * 4 + 8 * 4  # s = 2 R, l = 2 s, as far as the layer goes
 
 
 def test_it_learns_and_a_frame_of_its_own_changes_no_product():
@@ -136,7 +134,7 @@ def test_it_learns_and_a_frame_of_its_own_changes_no_product():
     x = random_rows()
     torch.testing.assert_close(product(mix_once("fedask", x, ring(), gauge="own")), product(mix_once("fedask", x, ring())),
                                rtol=0, atol=1e-10)
-    assert NUM == len(x) and not rules.build("fedask", LAYOUT, gauge="own").changes_basis
+    assert NUM == len(x) and not build("fedask", LAYOUT, gauge="own").changes_basis
 
 
 @pytest.mark.parametrize("params, message", [
@@ -146,4 +144,4 @@ def test_it_learns_and_a_frame_of_its_own_changes_no_product():
     ({"gauge": "x"}, "rule.gauge"), ({"split": "x"}, "rule.split")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        rules.build("fedask", LAYOUT, **params)
+        build("fedask", LAYOUT, **params)

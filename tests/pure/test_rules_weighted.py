@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from one_round import build, gossip
 
 import topologies
-from dfl import codecs, rules
 from dfl.factors import a_view, b_view, empty_rows, head_view, make_layout
-from dfl.gossip import gossip
-from dfl.transport import InProcess
 
 NUM = 5
-CODEC = codecs.build("none")
 
 
 def ring():
@@ -20,7 +17,7 @@ def ring():
 
 def mixed(rule, x, w):
     out = x.clone()
-    gossip(rule, CODEC, InProcess(), out, range(len(x)), [rule.init(row) for row in x], w, 0)
+    gossip(rule, out, [rule.init(row) for row in x], w, 0)
     return out
 
 
@@ -48,7 +45,7 @@ class TestDora:
         return found
 
     def rule(self, **params):
-        return rules.build("dora", self.LAYOUT, weights=self.WEIGHTS, **params)
+        return build("dora", self.LAYOUT, weights=self.WEIGHTS, **params)
 
     def test_is_the_exact_average_of_the_weights_while_the_rank_suffices(self):
         x, w = self.rows(2), ring()  # three neighbours of rank 2 in rank 6
@@ -68,7 +65,7 @@ class TestDora:
         x, w = self.rows(6), ring()
         rule, out = self.rule(), x.clone()
         states = [rule.init(row) for row in x]
-        gossip(rule, CODEC, InProcess(), out, range(NUM), states, w, 0)
+        gossip(rule, out, states, w, 0)
         for i in range(NUM):
             lost = 0.0
             for pair, place in zip(self.LAYOUT.pairs, self.LAYOUT.magnitudes, strict=True):
@@ -105,8 +102,8 @@ class TestDora:
         x, w = self.rows(2), ring()
         weights = {name: weight.bfloat16() for name, weight in self.WEIGHTS.items()}
         x = empty_rows(NUM, self.LAYOUT.size).copy_(x)
-        out = mixed(rules.build("dora", self.LAYOUT, weights=weights), x, w)
-        exact = mixed(rules.build("dora", self.LAYOUT, weights={n: v.double() for n, v in weights.items()}), x.double(), w)
+        out = mixed(build("dora", self.LAYOUT, weights=weights), x, w)
+        exact = mixed(build("dora", self.LAYOUT, weights={n: v.double() for n, v in weights.items()}), x.double(), w)
         magnitudes = self.LAYOUT.groups["M"]
         np.testing.assert_allclose(out[:, magnitudes], exact[:, magnitudes], rtol=1e-6)
         for pair in self.LAYOUT.pairs:
@@ -135,9 +132,9 @@ class TestHira:
 
     def test_never_above_the_plain_truncation_and_better_with_more_sweeps(self):
         x, w = self.rows(), ring()
-        errors = [self.errors(mixed(rules.build("hira", self.LAYOUT, weights=self.WEIGHTS, sweeps=k), x, w), x, w, self.WEIGHTS["q"])
+        errors = [self.errors(mixed(build("hira", self.LAYOUT, weights=self.WEIGHTS, sweeps=k), x, w), x, w, self.WEIGHTS["q"])
                   for k in (0, 1, 5, 50)]
-        plain = self.errors(mixed(rules.build("decaf", self.LAYOUT), x, w), x, w, self.WEIGHTS["q"])
+        plain = self.errors(mixed(build("decaf", self.LAYOUT), x, w), x, w, self.WEIGHTS["q"])
         np.testing.assert_allclose(errors[0], plain, rtol=1e-9)
         for worse, better in zip(errors, errors[1:], strict=False):
             assert (better <= worse + 1e-12).all()
@@ -146,7 +143,7 @@ class TestHira:
     def test_it_stops_when_a_sweep_is_no_longer_worth_it(self):
         """`sweeps` is at most: a peer's last sweep took less than 1e-4 of its squared error, all before it more."""
         x, w, weights = self.rows(), ring(), {"q": self.WEIGHTS["q"] ** 0.3}
-        outs = [mixed(rules.build("hira", self.LAYOUT, weights=weights, sweeps=k), x, w) for k in range(60)]
+        outs = [mixed(build("hira", self.LAYOUT, weights=weights, sweeps=k), x, w) for k in range(60)]
         errors = np.stack([self.errors(out, x, w, weights["q"]) for out in outs]) ** 2
         falls = (errors[:-1] - errors[1:]) / errors[1:]
         for peer in range(NUM):
@@ -157,7 +154,7 @@ class TestHira:
     def test_a_step_solves_the_dense_weighted_least_squares(self):
         """After one sweep A is optimal for its B, column by column, by numpy's own solver."""
         x, w = self.rows(), ring()
-        out = mixed(rules.build("hira", self.LAYOUT, weights=self.WEIGHTS, sweeps=1), x, w)
+        out = mixed(build("hira", self.LAYOUT, weights=self.WEIGHTS, sweeps=1), x, w)
         (pair,) = self.LAYOUT.pairs
         target = np.einsum("ij,jok->iok", w, (b_view(x, pair) @ a_view(x, pair)).numpy())
         for peer in range(NUM):
@@ -169,13 +166,13 @@ class TestHira:
 
     def test_with_equal_weights_it_is_the_plain_truncation(self):
         x, w = self.rows(), ring()
-        out = mixed(rules.build("hira", self.LAYOUT, weights={"q": torch.ones(10, 14, dtype=torch.float64)}), x, w)
+        out = mixed(build("hira", self.LAYOUT, weights={"q": torch.ones(10, 14, dtype=torch.float64)}), x, w)
         (pair,) = self.LAYOUT.pairs
-        plain = mixed(rules.build("decaf", self.LAYOUT), x, w)
+        plain = mixed(build("decaf", self.LAYOUT), x, w)
         torch.testing.assert_close(b_view(out, pair) @ a_view(out, pair), b_view(plain, pair) @ a_view(plain, pair), rtol=0, atol=1e-9)
 
     def test_from_b_zero(self):
         x = self.rows()
         x[:, self.LAYOUT.groups["B"]] = 0
-        out = mixed(rules.build("hira", self.LAYOUT, weights=self.WEIGHTS), x, ring())
+        out = mixed(build("hira", self.LAYOUT, weights=self.WEIGHTS), x, ring())
         assert (out[:, self.LAYOUT.groups["B"]] == 0).all() and out[:, self.LAYOUT.groups["A"]].abs().sum() > 0

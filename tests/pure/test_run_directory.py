@@ -193,7 +193,7 @@ def test_pruning_and_replacing_leave_what_is_not_of_the_checkpoint(root, tmp_pat
     writer = checkpoint.Checkpointer(tmp_path, InProcess(), 0, "base", 1)
 
     def save(rounds):
-        writer.save(rounds, loaded.adapted, run.peers.ids, run.peers.x, run.peers.rows(), {}, None)
+        writer.save(rounds, loaded.adapted, run.peers.ids, run.peers.x, run.rows(), {}, None)
 
     save(1)
     notes = tmp_path / "checkpoints/round-00001/peer-0/notes.txt"

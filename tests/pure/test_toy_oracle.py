@@ -171,5 +171,5 @@ def test_a_plain_numpy_loop_agrees(method, params, interval):
 def test_the_guard_rejects_nobody_who_is_honest(method):
     """Peers that hardly ever meet drift far apart; B begins at zero."""
     rule, params = METHODS[method]
-    result = simulate(rule, graph(0.02, 0), toy(0).factors(), toy(0).local_step, ROUNDS, guard=30.0, **params)
+    result = simulate(rule, graph(0.02, 0), toy(0).factors(), toy(0).local_step, ROUNDS, guard="norm", **params)
     assert sum(m["edges"] for m in result.measures) > 100 and sum(m["rejected"] for m in result.measures) == 0

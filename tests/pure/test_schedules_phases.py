@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import tiny_runs
 import yaml
+from one_round import build
 from test_rules import LAYOUT
 from toy import Toy
 
 import topologies
-from dfl import rules, simulate
 from dfl import running as train
-from dfl.rules import phases
-from dfl.rules.phases import Phases
+from dfl import simulate
+from dfl.schedules import phases
+from dfl.schedules.phases import Phases
 
 
 def graph(p=0.1, n=10, seed=3):
@@ -103,7 +104,7 @@ def test_transposed_products(name, params):
 
 
 def test_the_rule_trains_by_them():
-    rule = rules.build("tad", LAYOUT, mixing=graph(), rounds=60)
+    rule = build("tad", LAYOUT, topology=graph(), rounds=60)
     assert "".join("".join(rule.trains(t)) for t in range(60)) == word(Phases(graph(), [60], 0.01), 60)
     assert rule.facts["T"] == "auto" and "0.01 of its squared disagreement" in rule.facts["reason"]
     assert rule.sends(0) == {"A", "B"}
@@ -128,10 +129,10 @@ def test_it_ends_nearer_than_the_interval_that_ignored_parity():
     ({"theta": 0}, "rule.theta = 0 is not allowed; allowed: a number above 0 and below 1"), ({"theta": 1.0}, "rule.theta = 1.0"),
     ({"theta": "small"}, "rule.theta = 'small'"), ({"cap": 0}, "rule.cap = 0 is not allowed; allowed: a whole number from 1"),
     ({"ends": [5, 5]}, "rule.ends"), ({"ends": [20]}, "rule.ends = .20. is not allowed"), ({"ends": 3}, "rule.ends = 3"),
-    ({"mixing": None}, "rule.T = 'auto' needs the topology and the number of rounds")])
+    ({"topology": None}, "rule.T = 'auto' needs the topology and the number of rounds")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        rules.build("tad", LAYOUT, **{"mixing": graph(), "rounds": 20} | params)
+        build("tad", LAYOUT, **{"topology": graph(), "rounds": 20} | params)
 
 
 def test_a_graph_that_never_mixes_is_refused():

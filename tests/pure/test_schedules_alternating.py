@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from one_round import build
 from test_rules import LAYOUT, activation, assert_same, mix_once, random_rows, ring, simulated
 
 import topologies
-from dfl import rules
-from dfl.rules.alternating import phase
+from dfl.schedules.alternating import phase
 
 
 def trained(name: str, rounds: int, **params) -> str:
-    rule = rules.build(name, LAYOUT, **params)
+    rule = build(name, LAYOUT, **params)
     return "".join("".join(sorted(rule.trains(t))) for t in range(rounds))
 
 
@@ -24,15 +24,15 @@ def test_unequal_phases_and_patterns():
 
 
 def test_only_the_trained_factor_of_rolora_travels():
-    rule = rules.build("rolora", LAYOUT, pattern="BBA")
+    rule = build("rolora", LAYOUT, pattern="BBA")
     assert [rule.sends(t) for t in range(3)] == [{"B"}, {"B"}, {"A"}]
-    assert rules.build("adf", LAYOUT, pattern="BBA").sends(0) == {"A", "B"}
+    assert build("adf", LAYOUT, pattern="BBA").sends(0) == {"A", "B"}
 
 
 def test_the_choice_is_in_the_log():
-    assert rules.build("adf", LAYOUT, T=[5, 2]).facts == {"T": [5, 2]}
-    assert rules.build("tad", LAYOUT, pattern="BBA").facts == {"pattern": "BBA", "reason": "given in the recipe"}
-    assert rules.build("adf", LAYOUT).facts == {"T": 5} and rules.build("rolora", LAYOUT).facts == {}
+    assert build("adf", LAYOUT, T=[5, 2]).facts == {"T": [5, 2]}
+    assert build("tad", LAYOUT, pattern="BBA").facts == {"pattern": "BBA", "reason": "given in the recipe"}
+    assert build("adf", LAYOUT).facts == {"T": 5} and build("rolora", LAYOUT).facts == {"T": 1}
 
 
 def test_equal_intervals_and_their_pattern_are_one_schedule():
@@ -48,11 +48,11 @@ def test_equal_intervals_and_their_pattern_are_one_schedule():
 @pytest.mark.parametrize("name", ["adf", "tad", "rolora"])
 def test_what_is_no_schedule_is_refused(name, params, message):
     with pytest.raises(ValueError, match=message):
-        rules.build(name, LAYOUT, **params)
+        build(name, LAYOUT, **params)
 
 
 def test_in_a_phase_of_b_mixing_still_moves_a():
-    rule = rules.build("adf", LAYOUT, pattern="BBA")
+    rule = build("adf", LAYOUT, pattern="BBA")
     x = random_rows()
     mixed = mix_once("adf", x, ring(), t=0, T=5)
     assert rule.trains(0) == {"B"} and not torch.equal(mixed[:, LAYOUT.groups["A"]], x[:, LAYOUT.groups["A"]])
@@ -65,7 +65,7 @@ class TestShareA:
         a, b = LAYOUT.groups["A"], LAYOUT.groups["B"]
         assert torch.equal(mixed[:, b], x[:, b])
         torch.testing.assert_close(mixed[:, a], torch.from_numpy(ring()) @ x[:, a], rtol=0, atol=1e-14)
-        rule = rules.build("share_a", LAYOUT)
+        rule = build("share_a", LAYOUT)
         assert rule.trains(0) == {"A", "B"} and rule.length(0) == a.stop - a.start
 
     def test_full_averaging_makes_a_common_and_keeps_b_apart(self):

@@ -2,7 +2,7 @@
 
 While a factor is frozen it is only mixed: after the rounds s .. t its disagreement is (I - J) W(t) ... W(s) times what it was. All
 of it follows from the topology and its seed, so that every process finds the same phases alone, and no message is needed. Not for
-intervals that a recipe gives (`dfl.rules.alternating`); nothing here looks at a model.
+intervals that a recipe gives (`dfl.schedules.alternating`); nothing here looks at a model.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,117 @@
+"""Any method on any topology with the caller's own local step: no model, no processes, the round that a run takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl import methods
+from dfl.engine.gossip import Gossip
+from dfl.factors import Layout, pack, unpack
+from dfl.masks import Held
+from dfl.measures import measure
+from dfl.methods import Choice, Context
+from dfl.slots import Plan
+from dfl.topology import check_averages
+from dfl.transport import InProcess
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+LocalStep = Callable[[Factors, int, frozenset[str]], None]
+
+
+class MixingSequence(Protocol):
+    """What the simulator asks of a topology; `topologies.build` gives one."""
+
+    num_peers: int
+
+    def matrix(self, t: int, alive=None) -> np.ndarray: ...
+
+
+class Simulation(NamedTuple):
+    """The factors after the last round, in the shape they came in, and a dict of measures for each measured round."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    measures: list[dict[str, float]]
+
+
+def simulate(method: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
+             trigger: str | Choice = "always", codec: str | Choice = "none", channel: str | Choice = "perfect",
+             guard: str | Choice = "finite", wrapper: str | Choice = "none", measure_every: int = 1, measure_from: int = 0,
+             ranks: Sequence[int] | None = None, lr: float = 0.0, local_steps: int = 0, seed: int = 0, **params) -> Simulation:
+    """Run `rounds` rounds of `method` over `topology` with the caller's own local training.
+
+    factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
+    local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
+        whatever it does to a factor outside `trains` (a set of "A", "B") is undone, and so is, when it returns, what it
+        does to slots that the schedule does not train at a peer (`plora`).
+    trigger, codec, channel, guard, wrapper: what fills these slots, a name or `dfl.methods.Choice(name, parameters)`.
+    params: the method's own, as in a recipe (`T=5`, `split="left"`).
+    measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
+    ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
+    lr, local_steps: what `local_step` uses, for methods that have to know.
+
+    ValueError where method, parameter, topology and factors do not fit each other; TypeError where peers hold different
+    values of a factor that the method takes for common (FFA's A).
+    """
+    layout, x = pack(factors)
+    if len(x) != topology.num_peers:
+        raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
+    check_averages(topology)
+    slots = {"trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper}
+    slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items()}
+    graph = topology if hasattr(topology, "receivers") else Rows(topology)
+    context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
+    built = methods.build(method, context, params, slots)
+    methods.check_topology(built, topology)
+    gossip = Gossip(built, layout, graph, InProcess(), range(len(x)), x, seed=seed)
+    history = []
+    for t in range(rounds):
+        _train(x, layout, local_step, t, gossip.plans(t))
+        measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
+        before = x.clone() if measured else x
+        report = gossip.round(t, x, lr=lr, local_steps=local_steps)
+        if measured:
+            history.append({"round": t, "edges": report.messages, "message_bytes": report.message_bytes,
+                            "broadcasts": report.broadcasts, "lost": report.lost, "rejected": len(report.rejected),
+                            **measure(before, x, graph.matrix(t), layout)})
+    return Simulation(unpack(x, layout), history)
+
+
+class Rows:
+    """Rows and columns of a sequence that gives matrices alone. The last one is kept.
+
+    ValueError where the rows of W(t) do not sum to one: a sequence from outside may say nothing of itself.
+    """
+
+    def __init__(self, sequence: MixingSequence):
+        self.sequence, self._last = sequence, (-1, np.zeros((0, 0)))
+
+    def matrix(self, t: int) -> np.ndarray:
+        if self._last[0] != t:
+            self._last = (t, np.asarray(self.sequence.matrix(t)))
+            sums = self._last[1].sum(1)
+            if not np.allclose(sums, 1, rtol=0, atol=1e-6):
+                peer = int(np.abs(sums - 1).argmax())
+                raise ValueError(f"row {peer} of W in round {t} sums to {sums[peer]:.6g}: receivers would not average; "
+                                 "allowed: rows that sum to one")
+        return self._last[1]
+
+    def neighbors(self, t: int, i: int) -> dict[int, float]:
+        return {int(j): float(self.matrix(t)[i, j]) for j in np.flatnonzero(self.matrix(t)[i])}
+
+    def receivers(self, t: int, j: int) -> list[int]:
+        return [int(i) for i in np.flatnonzero(self.matrix(t)[:, j]) if i != j]
+
+
+def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, plans: Sequence[Plan]) -> None:
+    trains = plans[0].trains
+    trained = torch.zeros(x.shape, dtype=torch.bool)
+    for cut in layout.columns(trains):
+        trained[:, cut] = True
+    if plans[0].mask is not None:
+        trained &= torch.stack([plan.mask for plan in plans])
+    held = Held(trained, x.clone())
+    local_step(unpack(x, layout), t, trains)
+    held.put_back(x)

@@ -1,0 +1,215 @@
+"""Named methods of the literature: which rule, which schedule. A user types the name, and may still change one slot."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dfl.channels import CHANNELS
+from dfl.codecs import CODECS
+from dfl.factors import Layout
+from dfl.guards import GUARDS
+from dfl.plugins import check_parameters, did_you_mean, first_line, lookup, parameters
+from dfl.rules import RULES
+from dfl.schedules import SCHEDULES
+from dfl.schedules.groups import groups_of
+from dfl.slots import Channel, Codec, Guard, Rule, Schedule, Trigger
+from dfl.triggers import TRIGGERS
+from dfl.wrappers import WRAPPERS
+
+
+class Row(NamedTuple):
+    """A method of the table: a rule under a schedule, with parameters that make it what it is; `adapter`: the one that it is for."""
+
+    rule: str
+    schedule: str = "both"
+    fixed: Mapping[str, object] = {}
+    adapter: str | None = None
+    about: str | None = None  # None: the rule's own first line
+
+
+ACTIVE = {"T": 1, "exchange": "active"}
+METHODS: dict[str, Row] = {
+    "lora": Row("average", about="Train A and B, mix A and B (Dec-LoRA, DLoRA; PS of the aggregation-broadcast analysis)."),
+    "ffa": Row("average", "frozen_a", about="Freeze the shared A, train and mix B (FFA-LoRA as gossip: DLoRA-FA, ConLoRA)."),
+    "share_a": Row("average", "share_a", about="Train A and B, mix A alone: every peer keeps a B of its own (FedSA-LoRA as gossip)."),
+    "rolora": Row("average", "alternate", ACTIVE,
+                  about="Train B and A in turn, round by round, and mix only the one trained (RoLoRA as gossip)."),
+    "adf": Row("average", "alternate", about="Train B and A in turn, T rounds each, and mix both every round (ADF-LoRA)."),
+    "tad": Row("average", "automatic", about="ADF with phases chosen from the topology: sparser graphs get longer ones (TAD-LoRA)."),
+    "lora_a2": Row("lora_a2", "alternate", ACTIVE),
+    "plora": Row("plora", "random_slots"),
+    "fedrot": Row("fedrot"),
+    "flora_na": Row("flora_na"),
+    "lora_fair": Row("lora_fair"),
+    "fed_svd": Row("fed_svd", "frozen_a"),
+    "decaf": Row("decaf"),
+    "florist": Row("florist"),
+    "fedask": Row("fedask"),
+    "hetlora": Row("hetlora"),
+    "replicate": Row("replicate"),
+    "fedhl": Row("fedhl"),
+    "carry": Row("carry"),
+    "fedex": Row("fedex"),
+    "fedex_choco": Row("fedex_choco"),
+    "flora": Row("flora"),
+    "fed_sb": Row("average", adapter="sb", about="Train and mix only the core R of B R A, with B and A frozen and common (Fed-SB)."),
+    "ravan": Row("ravan", adapter="ravan"),
+    "dora": Row("dora", adapter="dora"),
+    "hira": Row("hira", adapter="hira"),
+    "local": Row("average", "alone", about="Train alone, never mix: the baseline that gossip has to beat."),
+}
+SLOTS = {"schedule": SCHEDULES, "rule": RULES, "trigger": TRIGGERS, "codec": CODECS, "channel": CHANNELS, "guard": GUARDS,
+         "wrapper": WRAPPERS}
+DEFAULTS = {"trigger": "always", "codec": "none", "channel": "perfect", "guard": "norm", "wrapper": "none"}
+
+
+class Choice(NamedTuple):
+    """What fills a slot: a name and its parameters."""
+
+    name: str
+    params: Mapping[str, object] = {}
+
+
+class Method(NamedTuple):
+    """All slots of a round, filled."""
+
+    name: str
+    schedule: Schedule
+    rule: Rule
+    trigger: Trigger
+    codec: Codec
+    channel: Channel
+    guard: Guard
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What was chosen, for the log."""
+        return {**self.schedule.facts, **self.rule.facts, **self.trigger.facts}
+
+
+class Context(NamedTuple):
+    """What a factory may ask for beside its own parameters, by name: of the run, not of the user."""
+
+    layout: Layout
+    head: str = "frozen"
+    ranks: Sequence[int] | None = None  # the rank of every peer, where they differ
+    peers: int | None = None
+    rank: int | None = None  # the largest
+    weights: Mapping | None = None  # the frozen weight of every adapted layer
+    topology: object | None = None
+    rounds: int | None = None
+
+    def known(self, factory) -> dict[str, object]:
+        given = {name: value for name, value in self._asdict().items() if name not in ("head",) and value is not None}
+        return {name: value for name, value in given.items() if name in parameters(factory)}
+
+
+OF_THE_RUN = frozenset(Context._fields)
+
+
+def fill(name: str, params: Mapping[str, object] = {}, slots: Mapping[str, Choice] = {}) -> dict[str, Choice]:
+    """Every slot of method `name` with the user's parameters and his own choice of some slots.
+
+    A parameter of the method goes to the rule or schedule that takes it, to both where both do. ValueError names what
+    nobody takes.
+    """
+    row = lookup("rule.name", METHODS, name)
+    filled = {slot: Choice(default) for slot, default in DEFAULTS.items()}
+    filled |= {"rule": Choice(row.rule), "schedule": Choice(row.schedule)}
+    for slot, choice in slots.items():
+        lookup(f"{slot}.name", SLOTS[slot], choice.name)
+        filled[slot] = choice
+    takers = {slot: _own(SLOTS[slot][filled[slot].name]) for slot in ("rule", "schedule") if slot not in slots}
+    merged = {**row.fixed, **params}
+    if "pattern" in params and "T" not in params:  # the rounds one by one, in place of the row's interval
+        merged.pop("T", None)
+    for key, value in merged.items():
+        if key in params and not any(key in taken for taken in takers.values()):
+            allowed = sorted(set().union(*takers.values()))
+            raise ValueError(f"rule.{key} = {value!r}: {name!r} has no such parameter{did_you_mean(key, allowed)}; "
+                             f"allowed: {', '.join(allowed) or 'nothing beside name'}")
+        for slot in takers:
+            if key in takers[slot]:
+                filled[slot] = filled[slot]._replace(params={**filled[slot].params, key: value})
+    for slot, choice in filled.items():
+        factory = SLOTS[slot][choice.name]
+        check_parameters(slot, choice.name, factory, choice.params, hidden=OF_THE_RUN)
+    return filled
+
+
+def _own(factory) -> set[str]:
+    return set(parameters(factory)) - OF_THE_RUN
+
+
+def automatic_phases(name: str, params: Mapping[str, object]) -> bool:
+    """Whether the method of this name and parameters decides by the topology when to switch factors."""
+    return METHODS[name].schedule == "automatic" and params.get("T", "auto") == "auto" and params.get("pattern") is None
+
+
+def accepts(name: str, parameter: str) -> bool:
+    """Whether the rule or the schedule of method `name` asks for `parameter`."""
+    row = METHODS[name]
+    return parameter in parameters(RULES[row.rule]) or parameter in parameters(SCHEDULES[row.schedule])
+
+
+def build(name: str, context: Context, params: Mapping[str, object] = {}, slots: Mapping[str, Choice] = {}) -> Method:
+    """The method with all slots filled. ValueError for what does not fit together, by slot and reason."""
+    filled = fill(name, params, slots)
+    if context.ranks is not None and "ranks" not in parameters(RULES[filled["rule"].name]):
+        able = ", ".join(method for method in METHODS if accepts(method, "ranks"))
+        raise ValueError(f"rule.name = {name!r} cannot mix peers of unequal ranks {sorted(set(context.ranks))}; allowed: {able}, "
+                         "or one lora.rank")
+
+    def make(slot: str, *arguments):
+        factory = SLOTS[slot][filled[slot].name]
+        try:
+            return factory(*arguments, **filled[slot].params, **context.known(factory))
+        except ValueError as error:  # the user knows the parameter of a slot that he has not filled as one of the method
+            raise ValueError(str(error).replace(f"{slot}.", "rule.", 1) if slot == "schedule" and slot not in slots else str(error)) \
+                from None
+
+    schedule = make("schedule", groups_of(context.layout, context.head))
+    rule = make("wrapper", make("rule", context.layout))
+    method = Method(name, schedule, rule, make("trigger"), make("codec"), make("channel"), make("guard"))
+    check_slots(method, filled)
+    return method
+
+
+def check_slots(method: Method, filled: Mapping[str, Choice]) -> None:
+    """ValueError for slots that do not go together."""
+    rule, name = method.rule, filled["rule"].name
+    if method.schedule.sends not in rule.takes and method.schedule.sends != "nothing":
+        raise ValueError(f"schedule.name = {filled['schedule'].name!r} exchanges {method.schedule.sends!r}, which rule {name!r} "
+                         f"cannot mix; it takes: {', '.join(sorted(rule.takes))}")
+    held_back = not method.trigger.always
+    if held_back and (rule.dated or rule.lossless or method.schedule.sends == "active"):
+        why = ("its messages mean something in their own round alone" if rule.dated else "its copies have to stay equal at both ends"
+               if rule.lossless else "another factor is exchanged from round to round")
+        raise ValueError(f"trigger.name = {filled['trigger'].name!r} holds messages back, which {method.name!r} cannot have: {why}; "
+                         "allowed: always")
+    if rule.lossless and not method.channel.perfect:
+        raise ValueError(f"channel.name = {filled['channel'].name!r} loses messages, which {method.name!r} cannot have: its copies "
+                         "have to stay equal at both ends; allowed: perfect")
+
+
+def check_topology(method: Method, topology) -> None:
+    """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others."""
+    if method.rule.needs == "any":
+        return
+    # a mixing sequence from outside may not tell its period
+    if getattr(topology, "period", None) != 1:
+        raise ValueError(f"rule.name = {method.name!r} needs a topology that is the same in every round; allowed: ring, complete, "
+                         "... (`dfl list`)")
+    w = topology.matrix(0)
+    if method.rule.needs == "complete" and not np.allclose(w, w[0], rtol=0, atol=1e-12):
+        raise ValueError(f"rule.name = {method.name!r} needs every peer to receive from every other with equal weights; allowed: "
+                         "topology complete")
+
+
+def describe_slot(slot: str) -> dict[str, str]:
+    return {name: first_line(factory) for name, factory in SLOTS[slot].items()}
+
+
+def describe() -> dict[str, str]:
+    return {name: row.about or first_line(RULES[row.rule]) for name, row in METHODS.items()}

@@ -1,0 +1,172 @@
+"""What fills the slots of a round, as types: schedule, trigger, codec, channel, guard and rule.
+
+Each is a tuple of pure functions with explicit state. None knows a rank, a clock, a disk or a global generator: what is
+random is a function of a key. A peer's state in a slot is a flat dictionary of tensors, which nobody changes in place.
+
+Shape suffixes: D numbers of a peer's row, M numbers of a part of a message, K integers beside the parts.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfl.factors import Layout
+
+State = dict[str, Tensor]
+EXACT = -1  # under this id an inbox holds the receiver's own message as it is, where others know it rounded or from before
+
+
+class Message(NamedTuple):
+    """What one peer tells another.
+
+    parts: numbers by name, floating point (M,), which a codec may round. meta: integers by name, int64 (K,), which
+    reach the receiver as they are: ranks, masks, and scalars as their bits (`bits_of`).
+    """
+
+    parts: Mapping[str, Tensor]
+    meta: Mapping[str, Tensor] = {}
+
+
+def bits_of(value: Tensor) -> Tensor:
+    """A scalar as the int64 (1,) of its float64 bits, for `Message.meta`."""
+    return value.detach().reshape(1).to(torch.float64).view(torch.int64)
+
+
+def scalar_of(bits: Tensor) -> Tensor:
+    """What `bits_of` was given, as float64 (1,)."""
+    return bits.view(torch.float64)
+
+
+class Plan(NamedTuple):
+    """What a peer does in a round: the groups (A, B, head, ...) that receive gradients, the groups whose exchange is
+    due (none: nobody speaks), and which numbers of the row are trained, (D,) bool; None: all of the groups in
+    `trains`."""
+
+    trains: frozenset[str]
+    sends: frozenset[str]
+    mask: Tensor | None = None
+
+
+class Round(NamedTuple):
+    """All that a slot may know of round t at one peer."""
+
+    t: int
+    peer: int
+    weights: Mapping[int, float]  # the peer's row of W(t): neighbours and itself
+    plan: Plan = Plan(frozenset(), frozenset())
+    lr: float = 0.0  # train.lr at this time of its schedule
+    local_steps: int = 0
+    rates: Mapping[str, float] = {}  # the learning rate of each trained group, which may be a multiple of lr
+
+
+class Schedule(NamedTuple):
+    """What trains and what is sent in round t.
+
+    plan(t, peer) -> Plan, a pure function: the groups are the same at every peer, the mask may differ. sends: what it
+    has exchanged over the rounds, one of SENDS. common: groups that hold the same values at every peer and never
+    travel; what changes them does so alike everywhere. facts: what was chosen when it was built, for the log.
+    """
+
+    plan: Callable[[int, int], Plan]
+    sends: str = "pairs"
+    common: frozenset[str] = frozenset()
+    facts: Mapping[str, object] = {}
+
+
+# what a schedule has exchanged: both factors in every round, the one that trains, B or A alone, cores, or nothing
+SENDS = ("pairs", "active", "B", "A", "core", "nothing")
+NEEDS = ("any", "static", "complete")
+Inbox = Mapping[int, Message]  # the message of each contributing peer, its own among them, by peer id
+
+
+class Rule(NamedTuple):
+    """How what arrives is combined.
+
+    init(x_D) -> state;  send(x_D, state, round) -> (Message, state);
+    mix(x_D, inbox, state, round) -> (x_D, state), a new row, the old one untouched; the inbox has one message for each
+    weight; correct(state) -> a vector (D,) added to each local gradient, or None.
+    linear: the mixed row is W x, so that with learning rate 0 t rounds give W(t-1) ... W(0) x0.
+    averages: `mix` uses messages, or the products of their factors, only in sums over the inbox weighted by
+    round.weights, whatever
+        the ids in it are. Then rounding and silence keep the mean that the rule keeps: mix gets the peer's own message
+        as it is, with weight 1, under the id EXACT, and what the others know of it with w_ii - 1: m_i + sum_j w_ij
+        (m^_j - m^_i).
+    product: the rule is about products; its consensus model is the best rank-r part of the mean product.
+    changes_basis: mixing turns the factors' basis, so that optimiser moments no longer fit.
+    residual: the layout of state["residual"], a row of low-rank products E that the model adds to those of the factors;
+        None: the rule keeps none.
+    needs: what W(t) must be: any; static, the same in every round; complete, static with all rows equal.
+    takes: the kinds of schedule (SENDS) that it can mix under.
+    dated: a message means something in its own round alone, so that none can be held back.
+    lossless: no message may be lost or held back, since both ends keep copies that have to stay equal.
+    readable(message, own, round) -> whether `mix` can read a neighbour's message beside the peer's own, for messages of many
+        lengths; None: where its parts are those of the own, as long as they.
+    facts: what was chosen when the rule was built, for the log.
+    """
+
+    init: Callable[[Tensor], State]
+    send: Callable[[Tensor, State, Round], tuple[Message, State]]
+    mix: Callable[[Tensor, Inbox, State, Round], tuple[Tensor, State]]
+    correct: Callable[[State], Tensor | None] = lambda state: None
+    linear: bool = False
+    averages: bool = False
+    product: bool = False
+    changes_basis: bool = False
+    residual: Layout | None = None
+    needs: str = "any"
+    takes: frozenset[str] = frozenset(SENDS)
+    dated: bool = False
+    lossless: bool = False
+    readable: Callable[[Message, Message, Round], bool] | None = None
+    facts: Mapping[str, object] = {}
+
+
+class Trigger(NamedTuple):
+    """Whether a peer speaks.
+
+    init(message) -> state;  decide(message, state, round) -> (whether it speaks, state). Who is silent is taken by its
+    neighbours to be where it was when it last spoke. always: it speaks in every round, whatever the message.
+    """
+
+    init: Callable[[Message], State]
+    decide: Callable[[Message, State, Round], tuple[bool, State]]
+    always: bool = False
+    facts: Mapping[str, object] = {}
+
+
+class Codec(NamedTuple):
+    """How a part becomes bytes.
+
+    init(parts) -> state;  encode(parts, state, key) -> ({name: uint8 (bytes,)}, state);  decode(name, bytes, numel,
+    dtype) -> (M,). key: a seed of its own for every (peer, round), by which to round at random so that no number is
+    biased; None: the rule takes care of that (`Rule.averages`). exact: what is decoded is what was encoded, to the bit.
+    """
+
+    init: Callable[[Mapping[str, Tensor]], State]
+    encode: Callable[[Mapping[str, Tensor], State, int | None], tuple[dict[str, Tensor], State]]
+    decode: Callable[[str, Tensor, int, torch.dtype], Tensor]
+    exact: bool = False
+
+
+class Channel(NamedTuple):
+    """What the way from one peer to another does to a message.
+
+    init() -> state of an edge;  deliver(message, state, key) -> (message, or None where it is lost, state). key: a seed
+    of its own for every (sender, receiver, round). perfect: it delivers everything unchanged.
+    """
+
+    init: Callable[[], State]
+    deliver: Callable[[Message, State, int], tuple[Message | None, State]]
+    perfect: bool = False
+
+
+class Guard(NamedTuple):
+    """What may enter a receiver's mix at all: rejects(norms, peer, x_D) -> the ids of the neighbours whose messages may not.
+
+    norms: of each part of each message that the receiver holds, {peer: {part: norm}}, its own among them, not finite where a number is
+    not; x_D: its row, to compare with.
+    """
+
+    rejects: Callable[[Mapping[int, Mapping[str, float]], int, Tensor], list[int]]
