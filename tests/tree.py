@@ -1,4 +1,4 @@
-"""The README's file tree, from the first sentence of every file: `python tests/tree.py` writes it anew."""
+"""The README's list of rooms, from the first sentence of each: `python tests/tree.py` writes it anew."""
 
 import ast
 import re
@@ -6,59 +6,47 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# files that cannot say it themselves
-SAID = {".gitignore": "what is not committed", "README.md": "this page",
-        "setup.cfg": "metadata, dependencies with lower bounds, extras",
-        "pyproject.toml": "build backend, style and test settings", ".ci/run": "what has to pass before anything lands",
-        "topologies/README.md": "the library and the command, all names, how to choose",
-        "benchmarks/README.md": "what was measured, how, and what came out", "launch/README.md": "torchrun, Slurm, sweeps, in full",
-        "dfl/report/page.html": "the frame of a report", "dfl/report/page.css": "how it looks, light and dark, wide and narrow",
-        "dfl/report/page.js": "draws the charts, reads values, no library",
-        "dfl/rules/README.md": "all rules in one table, and how to choose",
-        "tests/README.md": "which tests run when, and their markers"}
-COLLAPSED = {"topologies/gallery/": "the drawn topologies, made by `python -m topologies gallery`",
-             "tests/data/checkpoint_v1/": "a run as the first version of the checkpoint format left it"}
-_ORDER = ("", "topologies", "dfl", "launch", "benchmarks", "tests", ".ci")
+# rooms that are no packages, or more than one
+SAID = {".ci": "what has to pass before anything lands",
+        "benchmarks": "a configuration in, one stamped JSON out; what was measured",
+        "dfl": "the framework; modules that belong to no room below lie in it",
+        "launch": "start scripts, Slurm scripts, recipes",
+        "tests": "pure, several processes, launchers, real data"}
+_BLOCK = re.compile(r"(## Rooms\n.*?```text\n).*?(```)", re.S)
 
 
-def sentence(path: str) -> str:
-    """What a file is: its docstring's or first comment's first sentence."""
-    text = (ROOT / path).read_text(errors="replace") if not path.endswith(".png") else ""
-    if path in SAID:
-        return SAID[path]
-    if path.endswith(".py"):
-        said = ast.get_docstring(ast.parse(text)) or ""
-    elif path.endswith(".json"):
-        return "measured, stamped, never edited"
-    else:
-        comments = re.findall(r"^#(?!!|SBATCH) ?(.*)$", text, re.M)
-        said = comments[0] if comments else ""
-    first = re.split(r"(?<=[a-z0-9)`])\. |\n\n", " ".join(said.split("\n\n")[0].split()))[0].rstrip(".")
-    return first if len(first) <= 140 else first[:137] + "..."
+def rooms(root: Path = ROOT) -> list[str]:
+    """The folders at the top that hold committed files, and the packages in dfl, in the order of the list."""
+    done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True,
+                          check=True)
+    folders = {Path(path).parent for path in done.stdout.split("\n") if path and (root / path).exists()}
+    top = {folder.parts[0] for folder in folders if folder.parts}
+    packages = {f"dfl/{folder.parts[1]}" for folder in folders if folder.parts[:1] == ("dfl",) and len(folder.parts) > 1}
+    order = ("topologies", "dfl", "launch", "benchmarks", "tests")
+    return sorted(top | packages, key=lambda room: (order.index(room.split("/")[0]) if room.split("/")[0] in order else 9, room))
+
+
+def sentence(room: str) -> str:
+    """What a room is for: its own first sentence."""
+    if room in SAID:
+        return SAID[room]
+    said = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or ""
+    said = " ".join(said.split("\n\n")[0].split())
+    first = re.split(r"(?<=[a-z0-9)`])\. |: (?=a table|`)|: one module", said)[0].rstrip(".")
+    return first if len(first) <= 100 else first[:100].rpartition(", ")[0]
 
 
 def tree() -> str:
-    done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
-                          text=True, check=True)
-    listed = done.stdout.split()
-    folders: dict[str, list[str]] = {}
-    for path in sorted(p for p in listed if (ROOT / p).exists()):
-        folder, _, name = path.rpartition("/")
-        folders.setdefault(f"{folder}/" if folder else "", []).append(name)
     lines = []
-    for folder in sorted(folders, key=lambda f: (_ORDER.index(f.partition("/")[0]), f)):
-        if any(folder.startswith(inner) and folder != inner for inner in COLLAPSED):
-            continue
-        names = ["*"] if folder in COLLAPSED else folders[folder]
-        indent = "    " if folder else ""
-        lines += [folder] if folder else []
-        for name in names:
-            said = COLLAPSED[folder] if name == "*" else sentence(folder + name)
-            lines.append(f"{indent}{name.ljust(26)}  {said}".rstrip())
+    for room in rooms():
+        name = f"    {room.split('/')[1]}/" if "/" in room else f"{room}/"
+        lines.append(f"{name.ljust(18)}  {sentence(room)}".rstrip())
     return "\n".join(lines)
 
 
+def with_tree(text: str) -> str:
+    return _BLOCK.sub(lambda found: f"{found[1]}{tree()}\n{found[2]}", text)
+
+
 if __name__ == "__main__":
-    readme = (ROOT / "README.md").read_text()
-    block = re.compile(r"(## The tree\n.*?```text\n).*?(```)", re.S)
-    (ROOT / "README.md").write_text(block.sub(lambda m: f"{m[1]}{tree()}\n{m[2]}", readme))
+    (ROOT / "README.md").write_text(with_tree((ROOT / "README.md").read_text()))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documents
 import pytest
 from tiny_runs import adapter_digests
 
@@ -21,8 +22,8 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 ENVIRONMENT.pop("OMP_NUM_THREADS", None)  # as a user has it: what a run computes may not depend on the cores
 
 
-def run(*command: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(*command: str, status: int = 0, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -83,20 +84,17 @@ def test_more_processes_than_peers_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def test_every_command_of_the_readme(tmp_path):
-    """In the README's order, as written; the two scripts are given arguments that shorten them."""
-    commands = readme_commands()
-    assert len(commands) > 6
-    for command in commands:
+@pytest.mark.parametrize("document", documents.with_commands())
+def test_every_command_of_the_documents(document, tmp_path):
+    """In the document's order, as written, in a folder of somebody who has the recipes that documents give; the two scripts are
+    given arguments that shorten them."""
+    place = tmp_path / "place"
+    place.mkdir()
+    documents.workplace(place)
+    for command in documents.commands(document):
         short = {"bash launch/quickstart.sh": f" {' '.join(SHORT)} --output {tmp_path}/quickstart",
                  "bash launch/test.sh": " --collect-only -q"}.get(command, "")
-        overwrite = " --overwrite" if "train" in command and "--resume" not in command and "--dry-run" not in command else ""
-        run("bash", "-c", command + short + overwrite)
+        run("bash", "-euc", command + short, cwd=ROOT if short else place)
 
 
 @pytest.mark.parametrize("words", [["train", QUICKSTART, "--dry-run"], ["train", QUICKSTART, *SHORT],

@@ -1,13 +1,17 @@
-"""The README is true: its tree is the tree, its code runs, its round is the loop's round."""
+"""The documents are true: rooms, tables and references are the project's, code runs, the round for readers is the loop's round."""
 
+import hashlib
 import importlib.util
 import re
-import subprocess
+import shutil
 from pathlib import Path
 
+import documents
 import pytest
+import reference
 import tiny_models
 import torch
+import tree
 import yaml
 from tiny_runs import make_config, make_run, write_data
 from torch.func import functional_call
@@ -15,6 +19,7 @@ from torch.func import functional_call
 from dfl import config as configuration
 from dfl import methods
 from dfl.assemble import check
+from dfl.cli import COMMANDS
 from dfl.factors import a_view, b_view
 from dfl.record import read_lines
 from dfl.rounds import Hooks, run_rounds
@@ -22,13 +27,12 @@ from dfl.rules import RULES
 from dfl.running import train
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text()
+README = documents.text("README.md")
 
 
 def block(containing: str) -> str:
-    """The one fenced code block with this text."""
-    (found,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if containing in code]
-    return found
+    """The one block of Python with this text, in whichever document."""
+    return documents.block("python", containing)
 
 
 @pytest.mark.parametrize("interval", [1, 2])
@@ -75,7 +79,7 @@ def test_the_simulator_example_runs(capsys):
 
 
 def test_the_hook_ends_a_run(tmp_path):
-    """As the README has it, in a module of its own; a run whose accuracy cannot rise ends after the third evaluation and one round."""
+    """In a module of its own; a run whose accuracy cannot rise ends after the third evaluation and one round."""
     (tmp_path / "patience.py").write_text(block("class Patience"))
     spec = importlib.util.spec_from_file_location("patience", tmp_path / "patience.py")
     module = importlib.util.module_from_spec(spec)
@@ -87,48 +91,89 @@ def test_the_hook_ends_a_run(tmp_path):
     assert 3 <= records[-1]["round"] <= 6
 
 
-def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
-    model, data = tiny_models.save(tmp_path / "model", "bert", layers=2), write_data(tmp_path)
-    tree = make_config(model, data, tmp_path / "elsewhere", train__rounds=2).to_dict()
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(tree))
+def test_own_data_from_recipe_to_loaded_adapter(tmp_path, monkeypatch, capsys):
+    """The README's recipe, script and loading, with a small model in place of the one that it names and two rounds."""
+    documents.workplace(tmp_path)
     monkeypatch.chdir(tmp_path)
     said = {}
     exec(block("result = dfl.train("), said)
-    assert said["again"].metrics == said["result"].metrics and (tmp_path / "runs" / "mine" / "run.json").is_file()
+    assert said["again"].metrics == said["result"].metrics and (tmp_path / "runs" / "script" / "run.json").is_file()
     assert "'mean'" in capsys.readouterr().out
+    assert said["result"].finished and len(said["result"].adapters) == yaml.safe_load(documents.recipes()["my.yaml"])["peers"]
+    shutil.move("runs/script", "runs/mine")
+    loading = block("runs/mine/checkpoints/round-00100/consensus").replace("round-00100", "round-00002")
+    for name, kind in documents.MODELS.items():
+        loading = loading.replace(name, str(tmp_path / "models" / kind))
+    loaded = {}
+    exec(loading, loaded)
+    tensors = {name: value for name, value in loaded["model"].state_dict().items() if "lora_" in name}
+    assert tensors and all(value.abs().sum() for value in tensors.values())
 
 
-def test_the_recipe_example_is_a_recipe():
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
-    config = configuration.from_dict(yaml.safe_load(text))
-    check(config)
+@pytest.mark.parametrize("name", documents.recipes())
+def test_every_recipe_is_a_recipe(name):
+    check(configuration.from_dict(yaml.safe_load(documents.recipes()[name])))
 
 
-def test_the_tree_is_the_tree():
-    (tree,) = re.findall(r"## The tree\n.*?```text\n(.*?)```", README, re.S)
-    named, folder = set(), ""
-    for line in tree.splitlines():
-        entry = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
-        if not line.startswith(" "):
-            folder = entry if entry.endswith("/") else ""
-            named |= set() if folder else {entry}
-        else:
-            named.add(folder + entry)
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
-                            text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    files = {f for f in listed.stdout.split() if (ROOT / f).exists()}
-    whole = {n for n in named if n.endswith("/*")}  # a folder whose files speak for themselves
-    covered = {f for f in files if any(f.startswith(n[:-1]) for n in whole)}
-    assert files - covered == named - whole
+def test_the_readme_is_short():
+    assert README.count("\n") <= 185
+
+
+def test_the_rooms_are_the_rooms():
+    assert README == tree.with_tree(README), "run python tests/tree.py"
+    listed = {line.strip().split("/")[0] for line in tree.tree().splitlines()}
+    packages = {path.parent.name for path in (ROOT / "dfl").glob("*/__init__.py")}
+    assert packages | {"topologies", "dfl", "launch", "benchmarks", "tests"} <= listed
+    assert all(len(line) > 22 for line in tree.tree().splitlines())  # every room says what it is for
+
+
+def test_the_configuration_reference_is_the_schema():
+    text = reference.README.read_text()
+    assert text == reference.with_reference(text), "run python tests/reference.py"
+    # every field has a row that says something, and what is said beside the schema is of fields that have no comment there
+    rows = dict(re.findall(r"^\| `([\w.]+)` \|.*\| (.*) \|$", text, re.M))
+    fields = {f"{prefix}.{name}".lstrip("."): said for prefix, cls in reference.sections() for name, said in
+              reference.comments(cls).items() if not any(other == f"{prefix}.{name}".lstrip(".") for other, _ in reference.sections())}
+    assert rows.keys() >= fields.keys() and all(rows[name] for name in fields), [name for name in fields if not rows[name]]
+    assert not [name for name in reference.SAID if fields[name]]
+
+
+@pytest.mark.parametrize("path", documents.paths())
+def test_links_lead_somewhere(path):
+    folder = (ROOT / path).parent
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", documents.text(path))
+    assert not [target for target in targets if not (folder / target).exists()]
+
+
+@pytest.mark.parametrize("path", documents.paths())
+def test_scripts_that_are_named_are_there(path):
+    """`python X.py`, `bash X.sh` and `dfl COMMAND` in a sentence: those in blocks are run."""
+    text = documents.text(path)
+    scripts = re.findall(r"`(?:python|bash) ([\w/.-]+\.(?:py|sh))", text)
+    assert not [script for script in scripts if not (ROOT / script).exists()]
+    assert set(re.findall(r"`dfl ([a-z]+)", text)) <= COMMANDS.keys()
+
+
+def test_every_block_of_commands_is_run():
+    """In a workplace, or by the tests that the table names."""
+    for path in documents.paths():
+        tests = documents.ELSEWHERE.get(path, ("tests/launch/test_launch.py",))
+        assert not documents.commands(path) or all((ROOT / test).is_file() for test in tests), path
+    assert {"README.md", "dfl/cli/README.md", "dfl/tasks/README.md"} <= set(documents.with_commands())
+
+
+def test_the_license_is_the_license():
+    text = documents.text("LICENSE")
+    assert "Version 2.0, January 2004" in text and text.count("\n") == 202
+    assert hashlib.sha256(text.encode()).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    assert "license = Apache-2.0" in documents.text("setup.cfg")
 
 
 def test_the_results_are_the_committed_ones():
     spec = importlib.util.spec_from_file_location("real_input", ROOT / "benchmarks" / "real_input.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
-    assert study.table() in README
+    assert study.table() in documents.text("benchmarks/README.md")
 
 
 def test_the_table_of_rules_is_the_registry():
