@@ -8,7 +8,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from dfl import codecs, partition, rules
+from dfl import methods, partition
 from dfl.config import aliases, schema
 from dfl.plugins import first_line, parameters
 
@@ -19,7 +19,6 @@ SAID = {
     "peers": "participants; any number in one process",
     "seed": "of adapters, heads, batches, dropout and whatever a rule draws",
     "data_seed": "of the partition, the validation split, the subsets and the order of examples; null: seed",
-    "codec": "how a message becomes bytes",
     "partition": "who holds which examples",
     "output": "the run's folder",
     "device": "auto: a GPU where torch sees one",
@@ -55,9 +54,8 @@ SAID = {
     "train.lr_ratio.head": "of a head that is trained",
     "eval.batch_size": "examples in a pass",
 }
-# choices by name: the field, its table, and parameters that a run fills in and no recipe gives
-PLUGINS = {"rule": rules.RULES, "codec": codecs.CODECS, "partition": partition.PARTITIONS}
-OF_THE_RUN = ("ranks", "peers", "rank", "head", "weights", "topology", "mixing", "rounds", "ends", "seed")
+# choices by name, beside the methods (`rule`)
+PLUGINS = {**{slot: table for slot, table in methods.SLOTS.items() if slot != "rule"}, "partition": partition.PARTITIONS}
 OPENS = {"rule": "rules, and what to choose: [dfl/rules](../rules/README.md)",
          "topology": "names and parameters: [topologies](../../topologies/README.md)"}
 
@@ -158,17 +156,35 @@ def reference() -> str:
     for prefix, cls in sections():
         about = "" if cls.__doc__.startswith(f"{cls.__name__}(") else "\n\n" + " ".join(inspect.getdoc(cls).split())
         parts.append(f"### {f'`{prefix}`' if prefix else 'At the top'}{about}\n\n{table(prefix, cls)}")
+    parts.append(f"### Names for `rule`\n\n{named_methods()}")
     parts += [f"### Names for `{field}`\n\n{choices(field)}" for field in PLUGINS]
     return "\n\n".join(parts)
 
 
 def choices(field: str) -> str:
     """The names that a field takes, each with its parameters and their defaults (none: it has to be given)."""
+    return _table((name, given(factory), first_line(factory)) for name, factory in PLUGINS[field].items())
+
+
+def named_methods() -> str:
+    """The names that `rule` takes: parameters go to the rule or to the schedule, whichever takes them."""
+    about, rows = methods.describe(), []
+    for name, row in methods.METHODS.items():
+        own = given(methods.RULES[row.rule]) | given(methods.SCHEDULES[row.schedule])
+        rows.append((f"{name}", own | {key: value for key, value in row.fixed.items() if key in own}, about[name]))
+    return _table(rows)
+
+
+def given(factory) -> dict[str, object]:
+    """What a recipe may give, with defaults; what the run knows itself is left out."""
+    return {key: p.default for key, p in parameters(factory).items() if key not in methods.OF_THE_RUN | {"seed", "ends"}}
+
+
+def _table(rows) -> str:
     lines = ["| name | parameters | |", "| --- | --- | --- |"]
-    for name, factory in PLUGINS[field].items():
-        given = [f"`{key}`" if p.default is p.empty else f"`{key}: {plain(p.default)}`" for key, p in parameters(factory).items()
-                 if key not in OF_THE_RUN]
-        lines.append(f"| `{name}` | {', '.join(given)} | {first_line(factory)} |".replace("||", "\\|\\|"))
+    for name, params, about in rows:
+        shown = [f"`{key}`" if value is inspect.Parameter.empty else f"`{key}: {plain(value)}`" for key, value in params.items()]
+        lines.append(f"| `{name}` | {', '.join(shown)} | {about} |".replace("||", "\\|\\|"))
     return "\n".join(lines)
 
 

@@ -17,8 +17,8 @@ _WORKPLACE = ("launch/README.md", "tests/workplace.py")
 # test file -> files and folders that it is about, beside itself and what it shares with every test
 ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_launch.py": (
-        *_RUN, "README.md", "dfl/tasks/README.md", "tests/documents.py", "setup.cfg", "launch/quickstart.sh", "launch/environment.sh",
-        "launch/test.sh", "launch/recipes", "dfl/cli"),
+        *_RUN, "README.md", "dfl/README.md", "dfl/tasks/README.md", "tests/documents.py", "setup.cfg", "launch/quickstart.sh",
+        "launch/environment.sh", "launch/test.sh", "launch/recipes", "dfl/cli"),
     "tests/launch/test_survival.py": (
         *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/checkpoint.py", "dfl/folder.py", "dfl/lease.py", "dfl/record.py",
         "dfl/company.py"),

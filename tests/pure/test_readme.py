@@ -115,6 +115,10 @@ def test_every_recipe_is_a_recipe(name):
     check(configuration.from_dict(yaml.safe_load(documents.recipes()[name])))
 
 
+def test_the_readme_counts_the_methods():
+    assert f"{len(methods.METHODS) - 1} methods behind one interface" in README  # local training is none
+
+
 def test_the_readme_is_short():
     assert README.count("\n") <= 185
 
