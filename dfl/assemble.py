@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dfl import executors, memory, methods, partition, ranks, tasks
+from dfl import executors, extensions, memory, methods, partition, ranks, tasks
 from dfl.adapters import Adapted, attach
 from dfl.beside import with_residual, with_start
 from dfl.checkpoint import UnreadableError, read_state
@@ -49,6 +49,7 @@ class Loaded(NamedTuple):
 
 def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
+    extensions.load(config.plugins)
     memory.check_peers(config)
     lookup("model.task", tasks.TASKS, config.model.task)
     lookup("data.source", tasks.SOURCES, config.data.source)

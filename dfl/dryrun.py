@@ -59,10 +59,14 @@ def planned_place(config: Config) -> Place:
 
 
 def _code(config: Config) -> list[str]:
-    if not config.callbacks:
-        return []
-    return [f"callbacks = {', '.join(config.callbacks)}: this recipe names code, which a run imports and executes with your rights; "
-            "this dry run has looked for it and executed nothing"]
+    notes = []
+    if config.plugins:
+        notes.append(f"plugins = {', '.join(config.plugins)}: this recipe names code, which this dry run has imported and executed "
+                     "with your rights, to learn the names in it")
+    if config.callbacks:
+        notes.append(f"callbacks = {', '.join(config.callbacks)}: this recipe names code, which a run imports and executes with your "
+                     "rights; this dry run has looked for it and executed nothing")
+    return notes
 
 
 def _elsewhere(config: Config) -> list[str]:

@@ -104,7 +104,10 @@ def _check_counts(num_peers, seed) -> None:
 
 
 def _static(name: str, num_peers: int, rule: Rule, seed: int, params: Mapping) -> Topology:
-    graph = static_graph({"name": name, **params}, num_peers, seed)
+    return _still(name, static_graph({"name": name, **params}, num_peers, seed), rule)
+
+
+def _still(name: str, graph: Links | Lattice | Circulant, rule: Rule) -> Topology:
     if isinstance(graph, Circulant) and rule.name in ("metropolis", "lazy"):
         return _own_weights(name, rule, circulant.equal_weights(name, graph))
     return StaticTopology(name, graph, rule)
@@ -121,6 +124,10 @@ def _sequence(name: str, num_peers: int, rule: Rule, seed: int, params: Mapping)
         return build(spec, count, seed=seed)
 
     topology = call(name, factory, num_peers, params, rule=rule, seed=seed, static_graph=base, build=inner)
+    if isinstance(topology, Links | Lattice | Circulant):  # a factory of another package that makes a graph
+        if isinstance(topology, Links) and not disconnected:
+            _refuse_disconnected(name, topology)
+        return _still(name, topology, rule)
     return topology if takes(factory, "rule") else _own_weights(name, rule, topology)
 
 

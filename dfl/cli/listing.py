@@ -9,7 +9,8 @@ def add(parser) -> None:
 
 def run(args, overrides: list[str]) -> int:
     import topologies
-    from dfl import methods, partition, tasks
+    from dfl import extensions, methods, partition, tasks
+    extensions.load()
     slots = [(f"{slot}s", methods.describe_slot(slot)) for slot in methods.SLOTS]
     for kind, table in (("methods (rule in a recipe)", methods.describe()), ("topologies", topologies.describe()), *slots,
                         ("tasks", tasks.describe()), ("data sources", tasks.describe(tasks.SOURCES)),

@@ -150,6 +150,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     baseline: Literal["local"] | None = None  # also train without mixing, for the closing table
+    plugins: tuple[str, ...] = ()  # modules that put rules, codecs, ... of their own into the tables; imported, also by a dry run
     # own hooks: package.module:Class of a dfl.Callback; one or a list. A run imports and executes them: such a recipe is code
     callbacks: tuple[str, ...] = ()
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, mlflow; one name or a list

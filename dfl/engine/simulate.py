@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfl import methods
+from dfl import extensions, methods
 from dfl.engine.gossip import Gossip
 from dfl.factors import Layout, pack, unpack
 from dfl.masks import Held
@@ -37,16 +37,18 @@ class Simulation(NamedTuple):
 
 
 def simulate(method: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
-             trigger: str | Choice = "always", codec: str | Choice = "none", channel: str | Choice = "perfect",
-             guard: str | Choice = "finite", wrapper: str | Choice = "none", measure_every: int = 1, measure_from: int = 0,
-             ranks: Sequence[int] | None = None, lr: float = 0.0, local_steps: int = 0, seed: int = 0, **params) -> Simulation:
+             schedule: str | Choice | None = None, trigger: str | Choice = "always", codec: str | Choice = "none",
+             channel: str | Choice = "perfect", guard: str | Choice = "finite", wrapper: str | Choice = "none",
+             measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None, lr: float = 0.0,
+             local_steps: int = 0, seed: int = 0, **params) -> Simulation:
     """Run `rounds` rounds of `method` over `topology` with the caller's own local training.
 
     factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
     local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
         whatever it does to a factor outside `trains` (a set of "A", "B") is undone, and so is, when it returns, what it
         does to slots that the schedule does not train at a peer (`plora`).
-    trigger, codec, channel, guard, wrapper: what fills these slots, a name or `dfl.methods.Choice(name, parameters)`.
+    schedule, trigger, codec, channel, guard, wrapper: what fills these slots, a name or `dfl.methods.Choice(name, parameters)`;
+        schedule None: the method's own.
     params: the method's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
@@ -59,8 +61,9 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
     check_averages(topology)
-    slots = {"trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper}
-    slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items()}
+    extensions.load()
+    slots = {"schedule": schedule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper}
+    slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items() if choice is not None}
     graph = topology if hasattr(topology, "receivers") else Rows(topology)
     context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
     built = methods.build(method, context, params, slots)
