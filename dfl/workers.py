@@ -94,6 +94,8 @@ def run(num: int, work: Callable[[Worker | None], Result]) -> Result:
                     _work(work, Worker(rank, num, path), parent)
                 children[child] = rank
             return work(Worker(0, num, path))
+        except BrokenPipeError:  # nobody reads what this process prints; not a lost process
+            raise
         except ConnectionError as error:
             killed = [f"process {rank} was killed by {signal.Signals(-status).name}"
                       for rank, status in sorted(reap(children).items()) if status < 0]

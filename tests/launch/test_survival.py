@@ -79,7 +79,7 @@ except ImportError:
 before = getattr(place, inner)
 def slow(*args, **options):
     print("slow", flush=True)
-    until = time.monotonic() + (60 if inner == "load" else 2)
+    until = time.monotonic() + (60 if inner == "with_weights" else 2)
     while time.monotonic() < until:
         time.sleep(0.05)
     return before(*args, **options)
@@ -135,7 +135,7 @@ def test_the_status_tells_a_killed_process_from_a_refused_run(folder, tmp_path):
 
 
 def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_path):
-    tree = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "train__local_steps": 60,
+    tree = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "train__local_steps": 300,
             "checkpoint__every": 1, "model__layers": 1}
     words = {name: ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / name, **tree), "--resume"]
              for name in ("run", "straight")}
@@ -163,7 +163,7 @@ def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_
 def test_a_signal_while_the_model_is_loaded_or_the_start_evaluated_leaves_soon(folder, tmp_path):
     """Nothing was done yet, so nothing is lost: no checkpoint, and --resume begins."""
     words = ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / "run", train__rounds=2), "--resume"]
-    for slow, said in (("dfl.tasks.load", "stopped by SIGTERM before the first round"),
+    for slow, said in (("dfl.tasks.with_weights", "stopped by SIGTERM before the first round"),
                        ("dfl.evaluate.in_batches", "stopped before the first round; --resume begins")):
         job = subprocess.Popen([sys.executable, "-c", SLOW.format(slow=slow), *words], cwd=ROOT, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)

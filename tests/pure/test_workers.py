@@ -92,6 +92,15 @@ def test_what_each_returns_and_who_was_killed(tmp_path):
         os.waitpid(-1, os.WNOHANG)
 
 
+def test_a_pipe_that_nobody_reads_is_no_lost_process():
+    def work(worker):
+        if worker.rank == 0:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        workers.run(2, work)
+
+
 def test_who_does_not_leave_is_killed(monkeypatch):
     monkeypatch.setattr(workers, "GRACE", 0.2)
     assert workers.run(2, lambda worker: "done" if worker.rank == 0 else signal.pause()) == "done"
