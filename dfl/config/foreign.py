@@ -128,7 +128,7 @@ _ANSWERS: dict[str, str] = {
         "torch_empty_cache_steps disable_gradient_checkpointing use_reentrant_gc gradient_checkpointing_reentrant",
     "kernels are those of torch; train.executor trains all peers of a process in one pass": "torch_compile torch_compile_backend "
         "torch_compile_mode use_liger_kernel liger_kernel_config enable_liger_kernel use_unsloth use_kernels jit_mode_eval "
-        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel plugins cut_cross_entropy liger_rope liger_rms_norm",
+        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel cut_cross_entropy liger_rope liger_rms_norm",
     _ATTENTION: "flash_attention flash_attn flash_attention_2 use_flash_attention_2 attn_implementation sdp_attention "
         "xformers_attention eager_attention flex_attention shift_attn sage_attention s2_attention rope_scaling rope_theta",
     _QUANTISED: "load_in_4bit load_in_8bit quantization_bit quantization_method quantization_type bnb_4bit_quant_type "
