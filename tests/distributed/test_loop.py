@@ -169,7 +169,7 @@ def test_recorded_bytes_are_the_interfaces(recipe, peers, gathers):
     import subprocess
     import sys
     tree = with_(recipe | {"topology": "ring"}, peers=peers, rule="lora",
-                 lora={"rank": 64 if gathers else 256, "targets": "all-linear"},
+                 lora={"rank": 128 if gathers else 256, "targets": "all-linear"},
                  train={"rounds": BYTES_ROUNDS, "local_steps": 1}, eval={"every": 2 * gathers, "consensus": gathers},
                  measure={"every": int(gathers), "layers": 0}).to_dict()
     probe = subprocess.run(["unshare", "-n", "true"], capture_output=True)
