@@ -101,7 +101,7 @@ class Context(NamedTuple):
     rounds: int | None = None
 
     def known(self, factory) -> dict[str, object]:
-        given = {name: value for name, value in self._asdict().items() if name not in ("head",) and value is not None}
+        given = {name: value for name, value in self._asdict().items() if name != "head" and value is not None}
         return {name: value for name, value in given.items() if name in parameters(factory)}
 
 

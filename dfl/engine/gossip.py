@@ -55,6 +55,7 @@ class Gossip:
         self.method, self.layout, self.topology, self.transport = method, layout, topology, transport
         self.peers, self.seed, self.scale = list(peers), seed, scale
         self.common = digest_of_common(method.schedule.common, layout, x)
+        self._planned: tuple[int, list[Plan]] = (-1, [])
         self.state: Tree = {"rule": {str(peer): method.rule.init(row) for peer, row in zip(self.peers, x, strict=True)}}
         for slot in ("trigger", "codec", "sent", "received", "channel"):
             self.state[slot] = {}
@@ -65,8 +66,10 @@ class Gossip:
         self.state["rule"] = {str(peer): self.state["rule"].get(str(peer), {}) for peer in self.peers}  # a file holds no empty ones
 
     def plans(self, t: int) -> list[Plan]:
-        """What each hosted peer does in round t."""
-        return [self.method.schedule.plan(t, peer) for peer in self.peers]
+        """What each hosted peer does in round t. Those of the last round asked for are kept: training, exchange and record ask."""
+        if self._planned[0] != t:
+            self._planned = (t, [self.method.schedule.plan(t, peer) for peer in self.peers])
+        return self._planned[1]
 
     def corrections(self) -> list[Tensor | None]:
         """What is added to each local gradient (D,) of the hosted peers."""
@@ -95,7 +98,7 @@ class Gossip:
         encoded = time.perf_counter()
         arrived = self.transport.exchange(t, packets, addressed, due, {round.peer: _others(round) for round in rounds})
         moved = time.perf_counter()
-        norms = {peer: sizes for peer, sizes in zip(messages, _norms(list(messages.values())), strict=True)}
+        norms = dict(zip(messages, _norms(list(messages.values())), strict=True))
         inboxes, lost, rejected = self._receive(x, arrived, packets, messages, rounds, norms)
         self._mix(x, norms, inboxes, rounds)
         mixed = time.perf_counter()
@@ -147,16 +150,17 @@ class Gossip:
 
     def _receive(self, x, arrived, packets, messages, rounds, norms) -> tuple[Inboxes, int, tuple[tuple[int, int], ...]]:
         """What each hosted peer mixes: decoded once however many receive it, past its channel and its guard, gaps filled."""
-        decode = _Once(lambda packet: self._decode(packet, messages))
-        foreign = {id(packet): decode(packet) for inbox in arrived.values() for packet in inbox.values()}
-        readable = {key: message for key, message in foreign.items() if message is not None}
+        came = {id(packet): packet for inbox in arrived.values() for packet in inbox.values()}
+        own = {id(packet): packet for packet in packets.values()}
+        decoded = {key: self._decode(packet, messages) for key, packet in (came | own).items()}
+        readable = {key: message for key in came if (message := decoded[key]) is not None}
         sizes = dict(zip(readable, _norms(list(readable.values())), strict=True))
         inboxes, lost, rejected = {}, 0, []
         for row, round in enumerate(rounds):
             peer, inbox, out = round.peer, {}, []
             for j in _others(round):
                 packet = arrived[peer].get(j)
-                message = None if packet is None else decode(packet)
+                message = None if packet is None else decoded[id(packet)]
                 if packet is not None and not self._readable(message, messages[peer], round):
                     out.append(j)
                     continue
@@ -169,7 +173,7 @@ class Gossip:
             out = sorted([*out, *self.method.guard.rejects({**held, peer: norms[peer]}, peer, x[row])])
             rejected += [(peer, j) for j in out]
             inbox = {j: message for j, message in inbox.items() if j not in out}
-            inboxes[peer], rounds[row] = self._complete(inbox, decode(packets[peer]), messages[peer], round, out)
+            inboxes[peer], rounds[row] = self._complete(inbox, decoded[id(packets[peer])], messages[peer], round, out)
         return inboxes, lost, tuple(rejected)
 
     def _readable(self, message: Message | None, own: Message, round: Round) -> bool:
@@ -266,18 +270,6 @@ class Gossip:
             groups = "+".join(sorted(self.method.schedule.common)) or "nothing"
             raise TypeError(f"peer {sender} sent a message that belongs to {found:#x}, peer {peer} holds {self.common:#x} as what "
                             f"all share ({groups}): all must start from the same")
-
-
-class _Once:
-    """A function of a packet that is called once a packet, however many receive it."""
-
-    def __init__(self, function):
-        self.function, self.found = function, {}
-
-    def __call__(self, packet: Packet) -> Message | None:
-        if id(packet) not in self.found:
-            self.found[id(packet)] = self.function(packet)
-        return self.found[id(packet)]
 
 
 def _norms(messages: Sequence[Message]) -> list[dict[str, float]]:
