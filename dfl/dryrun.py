@@ -1,6 +1,6 @@
 """`dfl train --dry-run`: everything that a start would refuse and that needs no weights, the resolved recipe, and its memory.
 
-Nothing is written, no code of the recipe is executed, and no hub is asked.
+Nothing is written, no callback is executed, and no hub is asked; modules in `plugins` are imported, for the names in them.
 """
 
 from pathlib import Path
@@ -72,16 +72,20 @@ def _code(config: Config) -> list[str]:
 def _elsewhere(config: Config) -> list[str]:
     """What a run would have to ask a hub for."""
     found = []
-    if config.data.source == "hub" and config.data.name and not Path(config.data.name).expanduser().exists():
+    if _data_elsewhere(config):
         found.append(f"data.name = {config.data.name!r} is no folder here: a run takes it from the hub's cache or the network")
     if folder_of(locate(config.model)) is None:
         found.append(f"model.name = {config.model.name!r} is not here: a run asks the hub for it, which needs the network")
     return found
 
 
+def _data_elsewhere(config: Config) -> bool:
+    return config.data.source == "hub" and bool(config.data.name) and not Path(config.data.name).expanduser().exists()
+
+
 def _check_tables(config: Config) -> None:
     """Of data that are here: the columns, the labels and the partition, without the model's tokenizer."""
-    if config.data.source == "hub" and config.data.name and not Path(config.data.name).expanduser().exists():
+    if _data_elsewhere(config):
         return
     kind, names, (train, _), _ = tasks.read_tables(config.model, config.data, data_seed=data_seed(config))
     labels = encode_labels(train, config.data.label, names) if kind.labelled else [0] * len(train)
