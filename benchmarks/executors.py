@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from stamp import write
 
-from dfl import ranks, tasks
-from dfl.adapters import attach
+from dfl import tasks
+from dfl.adapters import ranks
+from dfl.adapters.attach import attach
 from dfl.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
-from dfl.executors import Sequential, Stacked
-from dfl.peers import DataStream, HostedPeers
 from dfl.slots import Plan
+from dfl.training.executors import Sequential, Stacked
+from dfl.training.hosted import DataStream, HostedPeers
 
 STEPS = 4
 

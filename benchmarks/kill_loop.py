@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny_runs
 from safetensors.torch import load_file
 
-from dfl.checkpoint import latest
-from dfl.record import read_lines
+from dfl.store.checkpoints import latest
+from dfl.store.records import read_lines
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, and before torch is loaded
@@ -53,7 +53,7 @@ class Forked:
 
     def __init__(self, num: int, argv: list[str], log: Path):
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "dfl.running"])
+        context.set_forkserver_preload(["torch", "dfl.run.train"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -99,8 +99,8 @@ def _work(rank: int, num: int, port: int, argv: list[str], log: str) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    from dfl import runtime
     from dfl.cli import main
+    from dfl.run import runtime
     runtime.START_SECONDS = TIMEOUT  # who was killed before they met is waited for no longer than this
     sys.exit(main(argv))
 

@@ -24,7 +24,7 @@ def child(peers: int) -> None:
     torch.set_num_threads(1)
     base, _ = resident()
     from dfl.config import load
-    from dfl.running import train
+    from dfl.run.train import train
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout = open(os.devnull, "w")
         fields = {"peers": peers, "model.dropout": 0, "data.max_length": 64, "data.max_valid": 100, "lora.targets": "[query, value]",

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import topologies
 from dfl import methods
-from dfl.cores import make_cores
-from dfl.factors import Layout, a_view, b_view, empty_rows, head_view, make_layout
-from dfl.lowrank import truncate, weighted_sum
+from dfl.adapters.cores import make_cores
+from dfl.adapters.layout import Layout, a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.lowrank import truncate, weighted_sum
 from dfl.methods import Context
 from dfl.slots import Message, Round, Rule, State
 

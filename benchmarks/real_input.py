@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfl.record import read_lines
+from dfl.store.records import read_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dfl.record import read_lines
+from dfl.store.records import read_lines
 
 BASE = {"peers": 8, "processes": 2, "rank": 8}
 VARIED = {"peers": (4, 16), "processes": (1, 4, 8), "rank": (2, 64)}
@@ -72,8 +72,8 @@ def exchange_alone(processes: int, megabytes: float) -> dict:
 def _exchange_worker(rank: int, size: int, store: str, megabytes: float, queue) -> None:
     import topologies
     from dfl import methods
+    from dfl.adapters.layout import empty_rows, make_layout
     from dfl.engine.gossip import Gossip
-    from dfl.factors import empty_rows, make_layout
     from dfl.transport import Distributed
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))

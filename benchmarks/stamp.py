@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from dfl.record import describe_run
+from dfl.run.description import describe_run
 
 RESULTS = Path(__file__).parent / "results"
 

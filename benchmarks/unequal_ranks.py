@@ -16,8 +16,8 @@ from stamp import write
 
 import topologies
 from dfl import methods
+from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.engine.gossip import Gossip
-from dfl.factors import a_view, b_view, empty_rows, make_layout
 from dfl.methods import Choice, Context
 from dfl.transport import InProcess
 

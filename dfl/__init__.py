@@ -2,9 +2,8 @@
 
 from importlib import import_module
 
-from dfl.callbacks import Callback
+from dfl.run.callbacks import Callback
 
-__version__ = "0.1.0"
 __all__ = ["Callback", "Result", "Simulation", "simulate", "train"]
 
 # what waits until it is asked for: torch takes seconds to import, and a command's help does not need it

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from dfl.callbacks import Callback
 from dfl.config import Config, resolve
 from dfl.config.recipes import read_yaml
 from dfl.result import Result
-from dfl.running import train as run_to_the_end
+from dfl.run.callbacks import Callback
+from dfl.run.train import train as run_to_the_end
 
 Source = Config | Mapping[str, Any] | str | os.PathLike | None
 
@@ -31,7 +31,7 @@ def train(config: Source = None, *, resume: bool = False, overwrite: bool = Fals
     return the result.
 
     KeyboardInterrupt where a signal came before there was anything to save, ValueError for what cannot run,
-    dfl.callbacks.CallbackError for a callback that raised, FloatingPointError for a peer that diverged (the state
+    dfl.run.callbacks.CallbackError for a callback that raised, FloatingPointError for a peer that diverged (the state
     before it is saved), OSError for a disk or a process that is lost.
     """
     resolved = resolve(_tree(config), [(key.replace("__", "."), _plain(value)) for key, value in overrides.items()])

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dfl.adapters.layout import Layout
 from dfl.channels import CHANNELS
 from dfl.codecs import CODECS
-from dfl.factors import Layout
 from dfl.guards import GUARDS
 from dfl.plugins import check_parameters, did_you_mean, first_line, lookup, parameters
 from dfl.rules import RULES

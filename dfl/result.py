@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfl.callbacks import ENDED
-from dfl.record import flatten, read_lines
+from dfl.store.directory import ENDED
+from dfl.store.records import flatten, read_lines
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +31,7 @@ class Result:
     @cached_property
     def config(self):
         """The resolved configuration, a `dfl.config.Config`."""
-        from dfl.folder import read_config
+        from dfl.store.runs import read_config
         return read_config(self.folder)
 
     @cached_property
@@ -67,7 +67,7 @@ class Result:
     @property
     def checkpoint(self) -> Path:
         """The newest whole checkpoint. ValueError where there is none."""
-        from dfl.targets import choose_checkpoint
+        from dfl.store.targets import choose_checkpoint
         return choose_checkpoint(self.folder)
 
     @property
@@ -92,7 +92,7 @@ class Result:
     def load(self, peer: int | str = "consensus") -> "PeftModel":
         """The model of a peer, or the consensus, as stock PEFT loads it: on the CPU and in evaluation mode."""
         from dfl import tasks
-        from dfl.evaluation import with_adapter
+        from dfl.run.evaluation import with_adapter
         from dfl.seeds import derive
         seed = derive(self.config.seed, "head")
         model, _ = tasks.load_model(self.config.model, self.config.data, self._names, seed=seed)
@@ -108,5 +108,5 @@ class Result:
         return self.facts["facts"]["label_names"]
 
     def _adapter_folder(self, peer: int | str) -> Path:
-        from dfl.targets import adapter_of
+        from dfl.store.targets import adapter_of
         return adapter_of(self.checkpoint, str(peer))

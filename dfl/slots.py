@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout
+from dfl.adapters.layout import Layout
 
 State = dict[str, Tensor]
 EXACT = -1  # under this id an inbox holds the receiver's own message as it is, where others know it rounded or from before

@@ -4,9 +4,9 @@ import torch
 from one_round import build
 
 import topologies
-from dfl.cores import expand, make_cores
+from dfl.adapters.cores import expand, make_cores
+from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.engine.gossip import Gossip
-from dfl.factors import a_view, b_view, empty_rows, make_layout
 from dfl.transport import InProcess
 
 NUM, ROUNDS = 4, 60

@@ -9,9 +9,9 @@ from tiny_runs import write_data
 
 from dfl import config as configuration
 from dfl import methods
-from dfl.assemble import assemble, check, load
-from dfl.rounds import Hooks, Run, run_rounds
-from dfl.runtime import start
+from dfl.run.build import assemble, check, load
+from dfl.run.loop import Hooks, Run, run_rounds
+from dfl.run.runtime import start
 
 # what a rule asks of a run, beside its name
 WANTS = {"tad": {"rule": {"name": "tad", "T": 1}}, "flora": {"topology": "complete"}, "fedex_choco": {"topology": "ring"},

@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 
 from dfl.config import from_dict
-from dfl.manifest import Manifest, digest_of_file, folder_name, read
-from dfl.record import JsonLines
+from dfl.store.manifest import Manifest, digest_of_file, folder_name, read
+from dfl.store.records import JsonLines
 
 
 def evaluation(values: list, metric: str = "accuracy", consensus=None) -> dict:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 def _server():
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dfl.running", "processes"])
+    context.set_forkserver_preload(["torch", "dfl.run.train", "processes"])
     return context
 
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # the newest commit counts as new: longer than a change waits between its last rebase and its landing. It is counted from
 # that commit and not from today, so that a commit always has the same tests.
 HOURS = 24
-_RUN = ("launch/recipes/quickstart.yaml", "dfl/runtime.py", "dfl/workers.py", "dfl/parent.py", "dfl/running.py", "dfl/transport")
+_RUN = ("launch/recipes/quickstart.yaml", "dfl/run/runtime.py", "dfl/run/workers.py", "dfl/run/parent.py", "dfl/run/train.py",
+        "dfl/transport")
 _WORKPLACE = ("launch/README.md", "tests/workplace.py")
 # test file -> files and folders that it is about, beside itself and what it shares with every test
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -20,19 +21,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *_RUN, "README.md", "dfl/README.md", "dfl/tasks/README.md", "tests/documents.py", "setup.cfg", "launch/quickstart.sh",
         "launch/environment.sh", "launch/test.sh", "launch/recipes", "dfl/cli"),
     "tests/launch/test_survival.py": (
-        *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/checkpoint.py", "dfl/folder.py", "dfl/lease.py", "dfl/record.py",
-        "dfl/company.py"),
+        *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/run/checkpoint.py", "dfl/run/folder.py", "dfl/store"),
     "tests/launch/test_own_workers.py": (*_RUN, "benchmarks/kill_loop.py", "dfl/cli/train.py"),
-    "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/company.py", "dfl/checkpoint.py"),
+    "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/transport/handshake.py", "dfl/run/checkpoint.py"),
     "tests/launch/test_slurm.py": (
-        *_WORKPLACE, "launch/slurm", "launch/torchrun.py", "tests/slurm_cluster.py", "dfl/runtime.py", "dfl/sweep",
+        *_WORKPLACE, "launch/slurm", "launch/torchrun.py", "tests/slurm_cluster.py", "dfl/run/runtime.py", "dfl/sweep",
         "dfl/cli/sweep.py"),
     "tests/launch/test_sweep_commands.py": (
-        "launch/recipes/sweep.yaml", "dfl/sweep", "dfl/cli/sweep.py", "dfl/runtime.py", "dfl/folder.py"),
-    "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/evaluate.py"),
+        "launch/recipes/sweep.yaml", "dfl/sweep", "dfl/cli/sweep.py", "dfl/run/runtime.py", "dfl/run/folder.py"),
+    "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/metrics/evaluator.py"),
     "tests/launch/test_report_browser.py": ("dfl/report", "tests/launch/browser.py", "tests/made_up_runs.py"),
     "tests/real/test_real_runs.py": (
-        "launch/recipes", "dfl/tasks", "dfl/partition", "dfl/peers.py", "dfl/rounds.py", "dfl/executors.py"),
+        "launch/recipes", "dfl/tasks", "dfl/partition", "dfl/training/hosted.py", "dfl/run/loop.py", "dfl/training/executors.py"),
 }
 
 

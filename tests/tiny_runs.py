@@ -7,10 +7,10 @@ from pathlib import Path
 import tiny_models
 import yaml
 
-from dfl import assemble
 from dfl import config as configuration
-from dfl.running import train
-from dfl.runtime import start
+from dfl.run import build
+from dfl.run.runtime import start
+from dfl.run.train import train
 from dfl.slots import Plan
 
 SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
@@ -58,10 +58,10 @@ def make_config(model: Path, data: Path, output: Path, **fields) -> configuratio
 
 def make_run(config: configuration.Config):
     """The assembled run of a configuration in this process, and what was loaded for it."""
-    topology = assemble.check(config)
+    topology = build.check(config)
     runtime = start(config)
-    loaded = assemble.load(config, runtime.device)
-    return assemble.assemble(config, runtime, loaded, topology), loaded
+    loaded = build.load(config, runtime.device)
+    return build.assemble(config, runtime, loaded, topology), loaded
 
 
 def plans(peers, trains: frozenset[str]) -> list[Plan]:

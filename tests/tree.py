@@ -12,6 +12,8 @@ SAID = {".ci": "what has to pass before anything lands",
         "dfl": "the framework; modules that belong to no room below lie in it",
         "launch": "start scripts, Slurm scripts, recipes",
         "tests": "pure, several processes, launchers, real data"}
+# rooms that share a line
+SLOTS = ("schedules", "triggers", "codecs", "channels", "guards", "wrappers")
 _BLOCK = re.compile(r"(## Rooms\n.*?```text\n).*?(```)", re.S)
 
 
@@ -39,6 +41,10 @@ def sentence(room: str) -> str:
 def tree() -> str:
     lines = []
     for room in rooms():
+        if room == "dfl/schedules":
+            lines.append("    " + " ".join(f"{slot}/" for slot in SLOTS) + "  the other slots of a round")
+        if room.removeprefix("dfl/") in SLOTS:
+            continue
         name = f"    {room.split('/')[1]}/" if "/" in room else f"{room}/"
         lines.append(f"{name.ljust(18)}  {sentence(room)}".rstrip())
     return "\n".join(lines)

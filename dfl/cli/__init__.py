@@ -6,9 +6,9 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from dfl.callbacks import CallbackError
 from dfl.cli.pipes import ends_quietly
-from dfl.parent import end_with_launcher
+from dfl.run.callbacks import CallbackError
+from dfl.run.parent import end_with_launcher
 
 # command -> module; they load nothing heavy until their command runs
 COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",

@@ -19,7 +19,7 @@ def add(parser) -> None:
 
 
 def run(args, overrides: list[str]) -> int:
-    from dfl.evaluation import evaluate_target
+    from dfl.run.evaluation import evaluate_target
     result = evaluate_target(args.target, overrides, data=args.data, run=args.run, peer=args.peer, rounds=args.round,
                              predictions=args.predictions, spread=True)
     if result is not None:

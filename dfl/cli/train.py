@@ -16,12 +16,13 @@ def add(parser) -> None:
 
 
 def run(args, overrides: list[str]) -> int:
-    from dfl import config, memory
+    from dfl import config
+    from dfl.run import memory
     resolved = config.load(args.recipe, overrides)
     memory.check_peers(resolved)  # before seconds of imports
     if args.dry_run:
-        from dfl.dryrun import dry_run
+        from dfl.run.dryrun import dry_run
         print(dry_run(resolved, resume=args.resume, overwrite=args.overwrite), end="")
         return 0
-    from dfl.running import train
+    from dfl.run.train import train
     return train(resolved, resume=args.resume, overwrite=args.overwrite, spread=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from dfl.config.foreign import FOREIGN
 from dfl.config.recipes import number, set_field
 from dfl.config.schema import Config, TrainConfig
+from dfl.config.trackers import TRACKERS, check_trackers
 
 # so many fields are named to whoever knows none of them
 _FEW = 8
@@ -162,7 +163,6 @@ def _trackers(value: Any) -> Any:
         return []
     if value not in ("all", ["all"]):
         return value
-    from dfl.record import TRACKERS, check_trackers
     found = []
     for name in (name for name in TRACKERS if name != "none"):
         try:

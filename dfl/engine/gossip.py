@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.layout import Layout
 from dfl.engine.state import Tree, edge
-from dfl.factors import Layout
 from dfl.methods import Method
 from dfl.rules.base import same_shape
 from dfl.seeds import derive

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dfl import extensions, methods
+from dfl.adapters.layout import Layout, pack, unpack
+from dfl.config.topology import check_averages
 from dfl.engine.gossip import Gossip
-from dfl.factors import Layout, pack, unpack
-from dfl.masks import Held
-from dfl.measures import measure
 from dfl.methods import Choice, Context
+from dfl.metrics.measures import measure
 from dfl.slots import Plan
-from dfl.topology import check_averages
+from dfl.training.masks import Held
 from dfl.transport import InProcess
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]

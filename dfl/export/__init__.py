@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from dfl import targets, tasks
+from dfl import tasks
 from dfl.config import Config
 from dfl.export import card, merging, push, ranks
-from dfl.folder import read_config
 from dfl.report import align
-from dfl.run_directory import below, inside, keep_others, others, remove
-from dfl.targets import ABOUT, ADAPTER_CONFIG
+from dfl.store import targets
+from dfl.store.directory import below, inside, keep_others, others, remove
+from dfl.store.runs import read_config
+from dfl.store.targets import ABOUT, ADAPTER_CONFIG
 from dfl.tasks import embedded
 
 BASE_CONFIG = "base_config"  # a configuration beside an adapter would make it look like a whole model

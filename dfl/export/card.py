@@ -12,8 +12,8 @@ import topologies
 from dfl import methods
 from dfl.config import Config
 from dfl.export.ranks import total
-from dfl.markdown import inline, row
-from dfl.record import read_lines
+from dfl.report.markdown import inline, row
+from dfl.store.records import read_lines
 from dfl.tasks import TASKS, embedded
 
 PIPELINES = {"sequence_classification": "text-classification", "causal_lm": "text-generation",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfl import tasks
 from dfl.config import Config
-from dfl.evaluation import with_adapter
+from dfl.run.evaluation import with_adapter
 from dfl.seeds import derive
 from dfl.tasks.models import quiet
 

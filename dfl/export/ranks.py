@@ -8,8 +8,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dfl.lowrank import refactor, truncate
-from dfl.targets import ADAPTER_CONFIG, read_json
+from dfl.adapters.lowrank import refactor, truncate
+from dfl.store.targets import ADAPTER_CONFIG, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

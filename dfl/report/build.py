@@ -5,8 +5,9 @@ from pathlib import Path
 
 from dfl.report import several, single
 from dfl.report.page import markdown, page
-from dfl.report.runs import RunData, choose_metric, read_all
-from dfl.run_directory import REPORT_MARK, made_by_report
+from dfl.report.runs import choose_metric
+from dfl.store.directory import REPORT_MARK, made_by_report
+from dfl.store.runs import RunData, read_all
 
 
 def write_report(folders: list[Path], output: Path | None = None, tables: Path | None = None, *, metric: str | None = None,

@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from dfl.report.runs import RunData, evaluated, number, spent
+from dfl.report.runs import evaluated, number, spent
 from dfl.report.statistics import Estimate, estimate, paired
+from dfl.store.runs import RunData
 
 SEEDS = ("seed", "topology_seed", "data_seed")
 # what does not change what a run computes

@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from dfl.report.runs import RunData, comparable, primary_of, read_run, short_of_end
+from dfl.report.runs import comparable, primary_of, short_of_end
+from dfl.store.runs import RunData, read_run
 
 
 def training_line(record: dict) -> str:
@@ -102,7 +103,7 @@ def _cell(value: float | None) -> str:
 
 
 def how_to_load(run: Path) -> list[str]:
-    from dfl.checkpoint import latest  # brings PEFT along, seconds that who only looks at a run need not wait
+    from dfl.store.checkpoints import latest
     folder = latest(run)
     if folder is None:
         return ["adapters: none, the run has no complete checkpoint"]
@@ -117,3 +118,10 @@ def align(rows: list[list[str]]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
              for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def clock(seconds: float) -> str:
+    """3725 as `1:02:05`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

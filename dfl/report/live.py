@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dfl.record import clock
-from dfl.report.runs import RunData, choose_metric, evaluated, is_run, is_sweep, number, read_run, spent
+from dfl.report.lines import clock
+from dfl.report.runs import choose_metric, evaluated, number, spent
+from dfl.store.runs import RunData, is_run, is_sweep, read_run
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 # rounds over which the time left is estimated, and seconds without news that are mentioned
@@ -169,7 +170,7 @@ class SweepReader:
 
     def look(self) -> list[tuple]:
         """(entry of the sweep, its RunData or None) for every run."""
-        from dfl.sweep import read
+        from dfl.store.sweeps import read
         return [(entry, self.readers.setdefault(entry.name, Reader(entry.output)).look()) for entry in read(self.folder)]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dfl.report import charts
-from dfl.report.runs import RunData
+from dfl.store.runs import RunData
 
 # more peers are not drawn as a graph, more rounds only evenly thinned
 MAX_PEERS, MAX_FRAMES = 128, 200
@@ -12,7 +12,7 @@ MAX_PEERS, MAX_FRAMES = 128, 200
 def rebuild(config: dict):
     """The topology of a recipe. ValueError where it cannot be built here."""
     from dfl.config import from_dict
-    from dfl.topology import build_topology
+    from dfl.config.topology import build_topology
     return build_topology(from_dict(config))
 
 

@@ -12,7 +12,7 @@ from importlib import resources
 
 import yaml
 
-from dfl.markdown import inline, line, row
+from dfl.report.markdown import inline, line, row
 
 
 @dataclass(frozen=True)

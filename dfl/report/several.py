@@ -15,9 +15,10 @@ from dfl.report.groups import (
     place_name,
 )
 from dfl.report.page import Section, Table
-from dfl.report.runs import RunData, evaluated, metrics_of, number, scalars, spent
+from dfl.report.runs import evaluated, metrics_of, number, scalars, spent
 from dfl.report.single import MEANINGS, UNKNOWN, crossing, megabytes, title
 from dfl.report.statistics import LEAST_VALUES, Estimate, estimate
+from dfl.store.runs import RunData
 
 # of a line: a sweep has many of them
 MAX_POINTS = 120

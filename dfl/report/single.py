@@ -7,7 +7,8 @@ from dfl.report import charts
 from dfl.report.lines import on_own_data
 from dfl.report.network import network
 from dfl.report.page import Section, Table
-from dfl.report.runs import OBSERVING, RunData, comparable, evaluated, layers, metrics_of, number, scalars, short_of_end, spent
+from dfl.report.runs import OBSERVING, comparable, evaluated, layers, metrics_of, number, scalars, short_of_end, spent
+from dfl.store.runs import RunData
 
 # more bars, columns, lines of peers, or points in each of those no screen shows
 MAX_BARS, MAX_CELLS, MAX_LINES, MAX_PEER_POINTS = 60, 120, 128, 150

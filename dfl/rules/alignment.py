@@ -6,8 +6,8 @@ interfere.
 
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b, write_pairs
-from dfl.lowrank import align
+from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
+from dfl.adapters.lowrank import align
 from dfl.plugins import check_choice
 from dfl.rules.base import BOTH, weighted_mean
 from dfl.rules.pairs import Received, pair_gossip

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dfl.cores import fold_scales
-from dfl.factors import Layout
+from dfl.adapters.cores import fold_scales
+from dfl.adapters.layout import Layout
 from dfl.rules.base import mean_of_groups, no_state, send_groups
 from dfl.slots import Inbox, Message, Round, Rule, State
 

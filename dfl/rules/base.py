@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout
+from dfl.adapters.layout import Layout
 from dfl.slots import Inbox, Message, Round, State
 
 BOTH = frozenset({"A", "B"})

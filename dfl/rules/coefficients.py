@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b, write_pairs
-from dfl.lowrank import Grams, combined, factor_error, gram_tables, products
+from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
+from dfl.adapters.lowrank import Grams, combined, factor_error, gram_tables, products
 from dfl.plugins import check_choice
 from dfl.rules.alignment import in_own_frame
 from dfl.rules.base import BOTH

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b, write_pairs
-from dfl.lowrank import refactor, truncate
+from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
+from dfl.adapters.lowrank import refactor, truncate
 from dfl.plugins import check_choice
 from dfl.rules.average import average
 from dfl.slots import Inbox, Round, Rule, State

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, a_view, b_view, scalings, stack_a, stack_b
-from dfl.lowrank import refactor, truncate
+from dfl.adapters.layout import Layout, Pair, a_view, b_view, scalings, stack_a, stack_b
+from dfl.adapters.lowrank import refactor, truncate
 from dfl.plugins import check_count
 from dfl.rules.pairs import Received, pair_gossip, write_slots
 from dfl.slots import Round, Rule, State

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, stack_a, stack_b, write_pairs
+from dfl.adapters.layout import Layout, Pair, stack_a, stack_b, write_pairs
 from dfl.rules.base import BOTH, mean_of_groups, parts_of, same_shape
 from dfl.slots import Inbox, Message, Round, Rule, State, bits_of, scalar_of
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, scalings, stack_a, stack_b
-from dfl.lowrank import SPLITS, align, cut, energy_rank, refactor, truncate, weighted_sum
+from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
+from dfl.adapters.lowrank import SPLITS, align, cut, energy_rank, refactor, truncate, weighted_sum
 from dfl.plugins import check_choice, check_share
 from dfl.rules.pairs import Received, pair_gossip, write_slots
 from dfl.slots import Round, Rule, State

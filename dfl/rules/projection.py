@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, write_pairs
+from dfl.adapters.layout import Layout, write_pairs
 from dfl.rules.pairs import Received, pair_gossip
 from dfl.slots import Rule, State
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, a_view, b_view, empty_rows, join, make_layout, scalings, stack_a, stack_b, write_pairs
-from dfl.lowrank import Truncated, cut, refactor, truncate, weighted_sum
+from dfl.adapters.layout import Layout, Pair, a_view, b_view, empty_rows, join, make_layout, scalings, stack_a, stack_b, write_pairs
+from dfl.adapters.lowrank import Truncated, cut, refactor, truncate, weighted_sum
 from dfl.rules.base import BOTH
 from dfl.rules.pairs import Received, pair_gossip, write_slots
 from dfl.rules.products import check_split

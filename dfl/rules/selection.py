@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, stack_a, stack_b, write_pairs
+from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
 from dfl.plugins import check_share
 from dfl.rules.base import BOTH, mean_of_groups, no_state, parts_of, same_shape, weighted_mean
 from dfl.schedules.random_slots import draws_of

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, scalings, stack_a, stack_b
-from dfl.lowrank import align, refactor, truncate
+from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
+from dfl.adapters.lowrank import align, refactor, truncate
 from dfl.plugins import check_count
 from dfl.rules.base import BOTH, mean_of_groups, parts_of, weighted_mean
 from dfl.rules.pairs import write_slots

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, Pair, head_view, scalings, stack_a, write_pairs
-from dfl.lowrank import refactor, truncate, weighted_sum
+from dfl.adapters.layout import Layout, Pair, head_view, scalings, stack_a, write_pairs
+from dfl.adapters.lowrank import refactor, truncate, weighted_sum
 from dfl.plugins import check_count
 from dfl.rules.pairs import Received, pair_gossip
 from dfl.slots import Rule, State

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dfl.factors import Layout
+from dfl.adapters.layout import Layout
 from dfl.plugins import check_choice
 from dfl.slots import Plan
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfl.factors import Layout, a_view, b_view
+from dfl.adapters.layout import Layout, a_view, b_view
 from dfl.schedules.groups import Groups
 from dfl.seeds import permutation
 from dfl.slots import Schedule

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dfl.lease import acquiring, hold, owners
-from dfl.run_directory import STATE, clear, marked, remove
+from dfl.store.directory import STATE, clear, marked, remove
+from dfl.store.lease import acquiring, hold, owners
 from dfl.transport import InProcess
 
 

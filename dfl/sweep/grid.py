@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dfl import assemble
-from dfl.callbacks import load_callbacks, locate
 from dfl.config import Config, resolve
 from dfl.config.aliases import ALIASES, apply, own_names
 from dfl.config.recipes import number, parse_overrides, read_yaml
 from dfl.plugins import did_you_mean
+from dfl.run import build
+from dfl.run.callbacks import load_callbacks, locate
 from dfl.tasks import models
 from dfl.transport import hosting
 
@@ -203,7 +203,7 @@ def check(sweep: Sweep, indices: Iterable[int] | None = None, processes: int = 1
     for index in range(len(sweep.cells)) if indices is None else indices:
         cell = sweep.cells[index]
         try:
-            assemble.check(cell.config)
+            build.check(cell.config)
             for reference in cell.config.callbacks:
                 locate(reference)
             if execute:

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from dfl import workers
-from dfl.running import STOPPED, train
-from dfl.runtime import num_cores, place_from_environment
+from dfl.run import workers
+from dfl.run.runtime import num_cores, place_from_environment
+from dfl.run.train import STOPPED, train
+from dfl.store.sweeps import SweepRun
 from dfl.sweep.grid import Sweep
-from dfl.sweep.manifest import SweepRun, note_failure, write, write_recipe
+from dfl.sweep.manifest import note_failure, write, write_recipe
 
 # seconds that torchrun leaves its processes to finish a round after a signal, where the environment does not say
 _GRACE = "600"

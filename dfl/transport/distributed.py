@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dfl.stopping import Stopped
 from dfl.transport import frames, wire
 from dfl.transport.base import SENT, Arrived, hosting
 from dfl.transport.notes import GRACE, Note, Notes
 from dfl.transport.packet import Packet
+from dfl.transport.stopping import Stopped
 from dfl.transport.watch import SILENT_SECONDS, Watch
 from dfl.transport.wire import Entry
 

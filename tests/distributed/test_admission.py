@@ -14,11 +14,12 @@ from tiny_models import save
 from tiny_runs import adapter_digests, make_config, write_data
 from tiny_runs import stop_after as stop_after_rounds
 
-from dfl import checkpoint, company, folder, lease
 from dfl import config as configuration
-from dfl import running as training
-from dfl.record import read_lines
-from dfl.transport import Distributed
+from dfl.run import checkpoint, folder
+from dfl.run import train as running
+from dfl.store import lease
+from dfl.store.records import read_lines
+from dfl.transport import Distributed, handshake
 
 pytestmark = pytest.mark.distributed
 
@@ -40,9 +41,9 @@ def worker(rank: int, trees: list[dict], resume: bool = False, stop_after: int =
     """`train` with the tree of each process; what it says."""
     folder.SHARED_SECONDS = lease.SHARED_SECONDS = 0.5
     if stop_after:
-        stop_after_rounds(training, stop_after)
+        stop_after_rounds(running, stop_after)
     try:
-        return f"status {training.train(configuration.from_dict(trees[min(rank, len(trees) - 1)]), resume=resume)}"
+        return f"status {running.train(configuration.from_dict(trees[min(rank, len(trees) - 1)]), resume=resume)}"
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -104,7 +105,7 @@ def secret_worker(rank: int, secrets: list[str | None]) -> tuple[str, int, bool]
     transport = Listened(3, device=torch.device("cpu"), wire=torch.device("cpu"))
     secret = secrets[rank]
     try:
-        company.check_secret(transport, {} if secret is None else {"DFL_SECRET": secret})
+        handshake.check_secret(transport, {} if secret is None else {"DFL_SECRET": secret})
     except ValueError as error:
         return str(error), transport.run, False
     return "accepted", transport.run, secret is not None and any(secret.encode() in data for data in transport.said)
@@ -141,7 +142,7 @@ def test_an_output_that_is_not_shared_is_refused_at_the_start(root, tmp_path):
 
 def stopped(root, output, processes=2, after=2, **fields) -> dict:
     tree = config_of(root, output, checkpoint__every=1, train__rounds=5, **fields)
-    assert run_processes(worker, processes, [tree], False, after) == [f"status {training.STOPPED}"] * processes
+    assert run_processes(worker, processes, [tree], False, after) == [f"status {running.STOPPED}"] * processes
     return tree
 
 
@@ -199,7 +200,7 @@ def test_a_run_goes_on_with_another_number_of_processes(root, tmp_path, rule):
     expected = states(tmp_path / "straight")
     assert any(name.startswith(carried) for name in expected)
     halted = config_of(root, tmp_path / "halted", **fields)
-    assert run_processes(worker, 4, [halted], False, 3) == [f"status {training.STOPPED}"] * 4
+    assert run_processes(worker, 4, [halted], False, 3) == [f"status {running.STOPPED}"] * 4
     for processes in (2, 1, 8):
         output = tmp_path / f"by-{processes}"
         shutil.copytree(tmp_path / "halted", output)
@@ -215,15 +216,15 @@ def test_a_run_goes_on_with_another_number_of_processes(root, tmp_path, rule):
 
 def full_disk_worker(rank: int, tree: dict) -> tuple[str, float]:
     """The disk is full when process 0 writes the record of the second round."""
-    from dfl import record
-    write, started = record.JsonLines.write, time.monotonic()
+    from dfl.store import records
+    write, started = records.JsonLines.write, time.monotonic()
 
     def full(self, line):
         if line["round"] == 2:
             raise OSError(28, "the record could not be written: No space left on device", "metrics.jsonl")
         write(self, line)
 
-    record.JsonLines.write = full
+    records.JsonLines.write = full
     said = worker(rank, [tree])
     return said, time.monotonic() - started
 

@@ -6,8 +6,8 @@ from processes import run_processes
 
 import dfl
 from dfl import config as configuration
-from dfl.callbacks import CallbackError
-from dfl.running import train
+from dfl.run.callbacks import CallbackError
+from dfl.run.train import train
 
 pytestmark = pytest.mark.distributed
 EVENTS = {"on_train_begin": "begin", "on_round_end": "round", "on_evaluate": "evaluate", "on_save": "save", "on_train_end": "end"}

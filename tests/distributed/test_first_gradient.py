@@ -9,8 +9,8 @@ from tiny_models import save
 from tiny_runs import adapter_digests, train_worker, write_data
 
 from dfl import config as configuration
-from dfl.assemble import assemble, check, load
-from dfl.runtime import start
+from dfl.run.build import assemble, check, load
+from dfl.run.runtime import start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -12,11 +12,11 @@ from tiny_runs import adapter_digests, train_worker
 
 import topologies
 from dfl import config as configuration
-from dfl.assemble import assemble, build_method, check, load
-from dfl.record import read_lines
-from dfl.rounds import Hooks, gather_models, run_rounds
-from dfl.running import train
-from dfl.runtime import start
+from dfl.run.build import assemble, build_method, check, load
+from dfl.run.loop import Hooks, gather_models, run_rounds
+from dfl.run.runtime import start
+from dfl.run.train import train
+from dfl.store.records import read_lines
 from dfl.transport.base import SENT
 
 pytestmark = pytest.mark.distributed

@@ -15,9 +15,10 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import kill_loop
 
-from dfl.checkpoint import latest, verify
-from dfl.lease import owners
-from dfl.record import read_lines
+from dfl.store.checkpoints import latest
+from dfl.store.lease import owners
+from dfl.store.manifest import verify
+from dfl.store.records import read_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ import torch
 from processes import begin, run_alone
 from safetensors.torch import load_file
 
-from dfl import checkpoint
 from dfl.cli import main
-from dfl.record import JsonLines, read_lines
+from dfl.run import checkpoint
+from dfl.store.records import JsonLines, read_lines
 
 CLONE_NEWNS = 0x20000
 
@@ -114,8 +114,8 @@ def loaded() -> set[str]:
 
 
 def test_trackers_are_not_imported_unless_asked_for():
-    found = run_alone(loaded)  # the server these are forked from has imported dfl.running
-    assert "dfl.running" in found and not {"tensorboard", "wandb", "mlflow", "torch.utils.tensorboard"} & found
+    found = run_alone(loaded)  # the server these are forked from has imported dfl.run.train
+    assert "dfl.run.train" in found and not {"tensorboard", "wandb", "mlflow", "torch.utils.tensorboard"} & found
 
 
 def test_a_mistake_is_one_line_of_the_real_command_without_a_trace(root, tmp_path):

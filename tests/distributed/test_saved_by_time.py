@@ -9,9 +9,11 @@ import tiny_runs
 from processes import begin, run_processes
 
 from dfl import config as configuration
-from dfl import record, running
-from dfl.checkpoint import complete, latest, read_state
-from dfl.pace import SaveClock
+from dfl.run import train as running
+from dfl.run.checkpoint import read_state
+from dfl.run.pace import SaveClock
+from dfl.store import records
+from dfl.store.checkpoints import complete, latest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.clock]
 ROUNDS = 12
@@ -34,7 +36,7 @@ def end_of(output: Path) -> tuple:
     """What has to be the same: adapters, state, records but for the clock and the traffic."""
     state = {name: value.numpy().tobytes() for name, value in read_state(latest(output), range(4)).items()}
     kept = ("round", "train_loss_peers", "edges", "measures", "eval")
-    lines = [{key: line.get(key) for key in kept} for line in record.read_lines(output / "metrics.jsonl")]
+    lines = [{key: line.get(key) for key in kept} for line in records.read_lines(output / "metrics.jsonl")]
     return tiny_runs.adapter_digests(output), state, lines
 
 
@@ -50,14 +52,14 @@ def straight(root):
 
 def killed_worker(rank: int, tree: dict, last: int) -> str:
     """`dfl train` whose process 0 is killed when it has recorded round `last`."""
-    write = record.JsonLines.write
+    write = records.JsonLines.write
 
     def write_and_die(self, line):
         write(self, line)
         if line["round"] == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    record.JsonLines.write = write_and_die
+    records.JsonLines.write = write_and_die
     try:
         return str(running.train(configuration.from_dict(tree)))
     except OSError as error:

@@ -8,9 +8,9 @@ from one_round import build
 from processes import run_processes
 
 import topologies
+from dfl.adapters.layout import empty_rows, make_layout
 from dfl.codecs import CODECS
 from dfl.engine.gossip import Gossip
-from dfl.factors import empty_rows, make_layout
 from dfl.methods import Choice
 from dfl.transport import Distributed, InProcess, edges_of, frames, hosting
 from dfl.transport.packet import Packet

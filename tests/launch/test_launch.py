@@ -11,7 +11,7 @@ import documents
 import pytest
 from tiny_runs import adapter_digests
 
-from dfl.runtime import num_cores
+from dfl.run.runtime import num_cores
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent

@@ -13,8 +13,8 @@ import slurm_cluster
 import workplace
 from tiny_runs import adapter_digests
 
-from dfl.checkpoint import complete, latest
-from dfl.runtime import Place, place_from_environment
+from dfl.run.runtime import Place, place_from_environment
+from dfl.store.checkpoints import complete, latest
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 TRAIN, SWEEP = "launch/slurm/train.sbatch", "launch/slurm/sweep.sbatch"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
-from dfl.checkpoint import latest
-from dfl.record import read_lines
+from dfl.store.checkpoints import latest
+from dfl.store.records import read_lines
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: an every_rule is there too
 import kill_loop
@@ -65,11 +65,12 @@ def test_torchrun_starts_killed_workers_again_and_they_meet(folder, tmp_path):
 
 
 # never stops in the middle of a round, however slow the machine, so that there is time for a second signal
-FINISHES = "import sys; from dfl import cli, stopping; stopping.FINISH_SECONDS = 1e9; sys.exit(cli.main())"
+FINISHES = "import sys; from dfl import cli; from dfl.transport import stopping; stopping.FINISH_SECONDS = 1e9; sys.exit(cli.main())"
 # a part of the start takes a minute, unless a signal comes
 SLOW = """
 import importlib, sys, time
-from dfl import cli, running
+from dfl import cli
+from dfl.run import train as running
 name, _, inner = "{slow}".rpartition(".")
 try:
     place = importlib.import_module(name)
@@ -164,7 +165,7 @@ def test_a_signal_while_the_model_is_loaded_or_the_start_evaluated_leaves_soon(f
     """Nothing was done yet, so nothing is lost: no checkpoint, and --resume begins."""
     words = ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / "run", train__rounds=2), "--resume"]
     for slow, said in (("dfl.tasks.with_weights", "stopped by SIGTERM before the first round"),
-                       ("dfl.evaluate.in_batches", "stopped before the first round; --resume begins")):
+                       ("dfl.metrics.evaluator.in_batches", "stopped before the first round; --resume begins")):
         job = subprocess.Popen([sys.executable, "-c", SLOW.format(slow=slow), *words], cwd=ROOT, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert job.stdout.readline() == "slow\n"
@@ -185,7 +186,7 @@ class Started:
 
     def __init__(self, arguments: list[list[str]], folder: Path):
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "dfl.running"])
+        context.set_forkserver_preload(["torch", "dfl.run.train"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -235,7 +236,7 @@ def test_a_stranger_is_refused_on_every_command_line(folder, tmp_path):
 
 
 def test_a_process_that_never_comes_is_one_line(folder, tmp_path, monkeypatch):
-    from dfl import runtime
+    from dfl.run import runtime
     monkeypatch.setattr(runtime, "START_SECONDS", 2.0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from tiny_runs import make_config, make_run, write_data
 from transformers import AutoModelForSequenceClassification
 
-from dfl import running
-from dfl.checkpoint import Checkpointer, latest
-from dfl.executors import Sequential, Stacked
-from dfl.factors import a_view, b_view
-from dfl.rounds import Hooks, evaluate, run_rounds
+from dfl.adapters.layout import a_view, b_view
+from dfl.run import train as running
+from dfl.run.checkpoint import Checkpointer
+from dfl.run.loop import Hooks, evaluate, run_rounds
+from dfl.store.checkpoints import latest
+from dfl.training.executors import Sequential, Stacked
 
 QUIET = Hooks(lambda record: None, lambda: None, lambda: False)
 # name -> what a run sets beside tiny_runs' own; every one trains, mixes and evaluates in its own way
@@ -165,7 +166,7 @@ class TestRanks:
         scalings = [4 / 2, 8 / 4, 16 / 2, 8 / 4]
         run.peers.x.copy_(torch.randn(run.peers.x.shape, generator=torch.Generator().manual_seed(0)))
         x, w = run.peers.x.clone(), run.topology.matrix(0)
-        from dfl.rounds import _exchange
+        from dfl.run.loop import _exchange
         _exchange(run, 0)
         for pair in run.peers.layout.pairs:
             before = np.stack([s * (b_view(x, pair)[i] @ a_view(x, pair)[i]).double().numpy() for i, s in enumerate(scalings)])
@@ -269,7 +270,7 @@ class TestMoments:
                                     train__state="carried", train__at_refactor=policy))
         run.peers.local_phase(0, run.gossip.plans(0), run.task, run.split, run.executor, [None] * 4)
         before = run.peers.snapshot()
-        from dfl.rounds import _exchange
+        from dfl.run.loop import _exchange
         _exchange(run, 0)
         return run, before, run.peers.snapshot()
 

@@ -109,7 +109,7 @@ def test_all_trackers_are_those_that_are_installed(monkeypatch):
     def only_mlflow(names):
         if names != ["mlflow"]:
             raise ValueError("not installed")
-    monkeypatch.setattr("dfl.record.check_trackers", only_mlflow)
+    monkeypatch.setattr("dfl.config.aliases.check_trackers", only_mlflow)
     assert resolve({"report_to": "all"}).report_to == ("mlflow",)
     assert resolve({"report_to": ["none"]}).report_to == () and resolve({"report_to": "wandb"}).report_to == ("wandb",)
 

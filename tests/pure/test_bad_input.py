@@ -11,9 +11,9 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
-from dfl import checkpoint
 from dfl.cli import main
-from dfl.record import read_lines
+from dfl.run import checkpoint
+from dfl.store.records import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ DIVERGES = {"train__optimizer": "sgd", "train__lr": 1e30, "train__clip": None, "
 
 def poison(monkeypatch, peer, t):
     """The loss of one peer is NaN from the first step of round t on, as an overflow would leave it."""
-    from dfl.peers import HostedPeers
+    from dfl.training.hosted import HostedPeers
     phase = HostedPeers._step
 
     def step(self, now, k, active, *rest):

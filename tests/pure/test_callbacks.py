@@ -11,10 +11,10 @@ import yaml
 
 import dfl
 from dfl import sweep as sweeps
-from dfl.callbacks import CallbackError
 from dfl.cli import main
-from dfl.record import read_lines
-from dfl.running import train
+from dfl.run.callbacks import CallbackError
+from dfl.run.train import train
+from dfl.store.records import read_lines
 
 
 @pytest.fixture(scope="module")

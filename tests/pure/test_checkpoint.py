@@ -16,9 +16,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, evaluation, manifest, running
-from dfl.factors import a_view, b_view, head_view
-from dfl.record import read_lines
+from dfl.adapters.layout import a_view, b_view, head_view
+from dfl.run import checkpoint, evaluation
+from dfl.run import train as running
+from dfl.store import manifest
+from dfl.store.records import read_lines
 from dfl.transport import InProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey", "ignore:.*is_gradient_checkpointing")
@@ -371,7 +373,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_the_file(
     save(2)
     flip(tmp_path / "checkpoints" / "round-00002" / "peer-1" / "adapter_model.safetensors")
     assert checkpoint.latest(tmp_path).name == "round-00001"
-    said = [record.getMessage() for record in caplog.records if record.name == "dfl.checkpoint"]
+    said = [record.getMessage() for record in caplog.records if record.name == "dfl.store.checkpoints"]
     assert len(said) == 1 and "WARNING" in said[0] and "round-00002: peer-1/adapter_model.safetensors is missing or damaged" in said[0]
 
 

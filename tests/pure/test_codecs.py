@@ -9,10 +9,10 @@ from one_round import build, gossip
 
 import topologies
 from dfl import methods
+from dfl.adapters.layout import empty_rows, make_layout
 from dfl.codecs import CODECS
 from dfl.codecs.rounding import rounded_at_random
 from dfl.engine.gossip import Gossip
-from dfl.factors import empty_rows, make_layout
 from dfl.transport import InProcess
 
 GAIN = 1e-3

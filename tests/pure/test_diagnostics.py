@@ -6,9 +6,9 @@ import torch
 from one_round import build, gossip
 
 import topologies
-from dfl.diagnostics import diagnose
-from dfl.factors import a_view, b_view, empty_rows, make_layout
-from dfl.measures import aggregation_error, whole
+from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
+from dfl.metrics.layers import diagnose
+from dfl.metrics.measures import aggregation_error, whole
 
 NUM = 6
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])

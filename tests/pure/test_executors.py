@@ -10,13 +10,13 @@ import tiny_runs
 import torch
 from torch import nn
 
-from dfl import peers
-from dfl.dropout import PeerDropout
-from dfl.executors import Sequential, Stacked, choose
-from dfl.peers import DataStream, HostedPeers
 from dfl.seeds import derive
+from dfl.training import hosted as peers
+from dfl.training.dropout import PeerDropout
+from dfl.training.executors import Sequential, Stacked, choose
+from dfl.training.hosted import DataStream, HostedPeers
 
-# what dfl.executors says of it at import, pytest forgets
+# what dfl.training.executors says of it at import, pytest forgets
 pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey")
 ALL = frozenset({"A", "B", "head"})
 CLASSIFY, GENERATE, IMAGES = "sequence_classification", "causal_lm", "image_classification"

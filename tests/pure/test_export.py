@@ -18,11 +18,14 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, cli, markdown, running
-from dfl.executors import Sequential
+from dfl import cli
 from dfl.export import merging, push
-from dfl.record import read_lines
-from dfl.rounds import gather_models
+from dfl.report import markdown
+from dfl.run import checkpoint
+from dfl.run import train as running
+from dfl.run.loop import gather_models
+from dfl.store.records import read_lines
+from dfl.training.executors import Sequential
 
 QUIET = ("grad and param do not obey", ".*is_gradient_checkpointing", ".*tie_word_embeddings", "fan_in_fan_out")
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings(*(f"ignore:{message}" for message in QUIET))]
@@ -191,7 +194,7 @@ def test_the_card_tells_the_first_start_and_when_the_run_was_resumed(root, tmp_p
     for rounds in (1, 2, 3):
         with monkeypatch.context() as patch:
             now = next(times)
-            patch.setattr("dfl.record.time.strftime", lambda *args, now=now: now)
+            patch.setattr("dfl.run.description.time.strftime", lambda *args, now=now: now)
             dfl("train", *words, f"--train.rounds={rounds}", "--resume")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["started"] == "2026-01-01T00:00:00Z" and about["resumed"] == ["2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfl.factors import a_view, b_view, join, join_rows, make_layout
+from dfl.adapters.layout import a_view, b_view, join, join_rows, make_layout
 
 LAYERS = [("q", 7, 9, 0.5), ("v", 4, 6, 2.0)]  # name, I, O, scaling
 FIRST = make_layout([(name, 2, i, o, s) for name, i, o, s in LAYERS], head=[("head", (3,))])

@@ -7,9 +7,9 @@ import tiny_models
 import tiny_runs
 
 from dfl import config as configuration
-from dfl import running
-from dfl.assemble import check
-from dfl.record import read_lines
+from dfl.run import train as running
+from dfl.run.build import check
+from dfl.store.records import read_lines
 from dfl.transport import InProcess
 
 

@@ -6,9 +6,10 @@ import pytest
 import tiny_runs
 from test_checkpoint import CARRIED, RESUMED, assert_same_run
 
-from dfl import checkpoint, running
-from dfl.evaluate import Evaluator
-from dfl.record import read_lines
+from dfl.metrics.evaluator import Evaluator
+from dfl.run import checkpoint
+from dfl.run import train as running
+from dfl.store.records import read_lines
 
 CASES = {name: RESUMED[name] for name in ("adf, moments across rounds", "tad, moments across a switch", "rolora with a local head",
                                           "sgd with momentum", "schedule", "dropout", "random graph, epochs", "stacked")} | {

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 import dfl
 from dfl import interface
-from dfl.callbacks import CallbackError
 from dfl.cli import main
 from dfl.config import resolve
-from dfl.peers import DivergenceError
-from dfl.running import train as run_to_the_end
+from dfl.run.callbacks import CallbackError
+from dfl.run.train import train as run_to_the_end
+from dfl.training.hosted import DivergenceError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

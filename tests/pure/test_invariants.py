@@ -9,9 +9,9 @@ from toy import LR, PEERS, Toy
 
 import topologies
 from dfl import simulate
+from dfl.adapters.layout import make_layout
 from dfl.codecs import CODECS
-from dfl.executors import Sequential
-from dfl.factors import make_layout
+from dfl.training.executors import Sequential
 
 
 @pytest.fixture(scope="module")

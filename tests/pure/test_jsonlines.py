@@ -9,11 +9,11 @@ import tiny_runs
 from made_up_runs import record as made_up
 from made_up_runs import write_run
 
-from dfl import running
 from dfl.cli import main
-from dfl.jsonlines import scan
-from dfl.record import JsonLines, read_lines
 from dfl.report.live import lines as watched
+from dfl.run import train as running
+from dfl.store.jsonlines import scan
+from dfl.store.records import JsonLines, read_lines
 
 
 def line(t):

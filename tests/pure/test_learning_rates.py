@@ -8,9 +8,9 @@ import torch
 
 from dfl import sweep as sweeps
 from dfl.config import load, resolve
-from dfl.executors import Sequential
-from dfl.record import read_lines
-from dfl.running import train
+from dfl.run.train import train
+from dfl.store.records import read_lines
+from dfl.training.executors import Sequential
 
 BOTH = frozenset({"A", "B"})
 

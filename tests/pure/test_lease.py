@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dfl import lease
-from dfl.lease import LeaseLostError, acquiring, owners
+from dfl.store import lease
+from dfl.store.lease import LeaseLostError, acquiring, owners
 from dfl.transport import InProcess
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc")

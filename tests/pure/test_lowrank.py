@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dfl.factors import make_layout, pack
-from dfl.lowrank import (
+from dfl.adapters.layout import make_layout, pack
+from dfl.adapters.lowrank import (
     align,
     combined,
     cut,
@@ -21,7 +21,7 @@ from dfl.lowrank import (
     truncate,
     weighted_sum,
 )
-from dfl.measures import aggregation_error, consensus_distance, cross_term, product_distance
+from dfl.metrics.measures import aggregation_error, consensus_distance, cross_term, product_distance
 
 SHAPES = [(6, 5, 2, 3), (5, 9, 3, 1), (4, 4, 4, 5), (12, 3, 1, 4)]  # O, I, R, J; also J R > min(O, I)
 

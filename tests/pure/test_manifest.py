@@ -11,10 +11,12 @@ import torch
 from made_up_runs import sign, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from dfl import checkpoint, manifest, running
 from dfl.cli import main
 from dfl.config import from_dict
-from dfl.record import read_lines
+from dfl.run import checkpoint
+from dfl.run import train as running
+from dfl.store import manifest
+from dfl.store.records import read_lines
 
 FIRST = Path(__file__).parents[1] / "data" / "checkpoint_v1"
 

@@ -10,14 +10,14 @@ import tiny_models
 import tiny_runs
 import torch
 
-from dfl.evaluation import evaluate_run
-from dfl.executors import Sequential, Stacked
-from dfl.own import own_distributions
-from dfl.record import read_lines
+from dfl.metrics.own import own_distributions
 from dfl.report import closing_table
 from dfl.report.build import write_report
-from dfl.rounds import evaluate
-from dfl.running import train
+from dfl.run.evaluation import evaluate_run
+from dfl.run.loop import evaluate
+from dfl.run.train import train
+from dfl.store.records import read_lines
+from dfl.training.executors import Sequential, Stacked
 
 
 @pytest.fixture(scope="module")

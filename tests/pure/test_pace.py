@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dfl.pace import LOST, SHARE, SaveClock
+from dfl.run.pace import LOST, SHARE, SaveClock
 
 
 class Time:

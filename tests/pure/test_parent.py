@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dfl import parent
+from dfl.run import parent
 
 LAUNCHER = """
 import subprocess, sys
@@ -18,7 +18,7 @@ worker.wait()
 """
 WORKER = """
 import sys, time
-from dfl import parent
+from dfl.run import parent
 {asked}
 print("ready", flush=True)
 time.sleep(60)
@@ -69,7 +69,7 @@ def test_a_process_of_a_shell_outlives_it():
 
 
 def test_a_parent_that_has_gone_before_is_noticed():
-    done = subprocess.run([sys.executable, "-c", "from dfl import parent; parent.end_with(2 ** 22 + 1); print('here')"],
+    done = subprocess.run([sys.executable, "-c", "from dfl.run import parent; parent.end_with(2 ** 22 + 1); print('here')"],
                           capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL and done.stdout == ""
 

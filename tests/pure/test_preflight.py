@@ -8,9 +8,9 @@ import tiny_runs
 import torch
 import yaml
 
-from dfl import assemble, memory, preflight, runtime
 from dfl.cli import main
 from dfl.config import load
+from dfl.run import build, memory, preflight, runtime
 
 CASES = {
     "lora": {}, "mixed head": {"lora__head": "mixed"}, "dora": {"lora__adapter": "dora", "lora__head": "local"},
@@ -31,7 +31,7 @@ def root(tmp_path_factory):
 
 
 def shapes(config):
-    return preflight.shapes_of(config, assemble.read_examples(config).prepared)
+    return preflight.shapes_of(config, build.read_examples(config).prepared)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,7 +58,7 @@ def test_a_model_without_numbers_has_the_layout_of_the_one_that_is_read(root, tm
 
 def test_a_language_model_has_no_head(root, tmp_path):
     config = tiny_runs.make_config(root / "gpt2", root / "data.csv", tmp_path, model__task="causal_lm")
-    assert shapes(config).layout == assemble.load(config, torch.device("cpu")).adapted.layout
+    assert shapes(config).layout == build.load(config, torch.device("cpu")).adapted.layout
 
 
 def test_a_dry_run_prints_a_recipe_and_its_memory_and_leaves_nothing(root, tmp_path, capsys, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_data_set_on_a_hub_is_not_asked_for(root, tmp_path, capsys):
 def test_what_a_machine_has_is_compared_with_what_is_certain(root, tmp_path, monkeypatch, capsys):
     words = tiny_runs.arguments(root / "bert", root / "data.csv", tmp_path / "run", processes=1)
     config = load(None, words)
-    topology = assemble.check(config)
+    topology = build.check(config)
     parts = preflight.ready(config, topology, torch.device("cpu"), runtime.Place())[1]
     certain = sum(part.size for part in parts if part.certain)
     monkeypatch.setattr(memory, "check_peers", lambda config: None)

@@ -18,13 +18,13 @@ from torch.func import functional_call
 
 from dfl import config as configuration
 from dfl import methods
-from dfl.assemble import check
+from dfl.adapters.layout import a_view, b_view
 from dfl.cli import COMMANDS
-from dfl.factors import a_view, b_view
-from dfl.record import read_lines
-from dfl.rounds import Hooks, run_rounds
 from dfl.rules import RULES
-from dfl.running import train
+from dfl.run.build import check
+from dfl.run.loop import Hooks, run_rounds
+from dfl.run.train import train
+from dfl.store.records import read_lines
 
 ROOT = Path(__file__).parent.parent.parent
 README = documents.text("README.md")
@@ -125,7 +125,7 @@ def test_the_readme_is_short():
 
 def test_the_rooms_are_the_rooms():
     assert README == tree.with_tree(README), "run python tests/tree.py"
-    listed = {line.strip().split("/")[0] for line in tree.tree().splitlines()}
+    listed = set(re.findall(r"(\w+)/", tree.tree()))
     packages = {path.parent.name for path in (ROOT / "dfl").glob("*/__init__.py")}
     assert packages | {"topologies", "dfl", "launch", "benchmarks", "tests"} <= listed
     assert all(len(line) > 22 for line in tree.tree().splitlines())  # every room says what it is for

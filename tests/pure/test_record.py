@@ -11,8 +11,13 @@ import types
 
 import pytest
 
-from dfl import record
-from dfl.record import Console, JsonLines, Trackers, check_trackers, describe_run, finite, flatten, read_lines
+from dfl.config.trackers import check_trackers
+from dfl.report.lines import clock
+from dfl.run import description
+from dfl.run.console import Console
+from dfl.run.description import describe_run
+from dfl.run.trackers import Trackers
+from dfl.store.records import JsonLines, finite, flatten, read_lines
 
 
 def line(t, **more):
@@ -104,15 +109,15 @@ def git(folder, *words):
 
 
 def test_the_commit_is_that_of_the_project_and_of_no_other_checkout(tmp_path):
-    assert record._git_commit(tmp_path / "code.py") is None
+    assert description._git_commit(tmp_path / "code.py") is None
     (tmp_path / "code.py").write_text("")
     (tmp_path / "installed.py").write_text("")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "code.py")
     git(tmp_path, "commit", "-qm", "x")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
-    assert record._git_commit(tmp_path / "code.py") == head
-    assert record._git_commit(tmp_path / "installed.py") is None  # lies in somebody's checkout, is not part of it
+    assert description._git_commit(tmp_path / "code.py") == head
+    assert description._git_commit(tmp_path / "installed.py") is None  # lies in somebody's checkout, is not part of it
 
 
 RECORD = {"round": 3, "trains": "A", "lr": 0.1, "eval": {"accuracy": {"mean": 0.5}, "peers": {"accuracy": [0.5, 0.5]}},
@@ -225,14 +230,14 @@ def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar():
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3725, "1:02:05")])
 def test_time_left_reads_as_a_clock(seconds, text):
-    assert record.clock(seconds) == text
+    assert clock(seconds) == text
 
 
 def test_the_time_left_of_a_continued_run_counts_only_its_own_rounds(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     log = io.StringIO()
-    console = Console(100, done=90, stream=log)
+    shown = Console(100, done=90, stream=log)
     now[0] = 10.0
-    console.round(90, "", important=True)  # one of ten rounds took ten seconds
+    shown.round(90, "", important=True)  # one of ten rounds took ten seconds
     assert log.getvalue().split()[-1] == "1:30"

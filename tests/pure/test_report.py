@@ -13,7 +13,8 @@ from made_up_runs import write_checkpoint
 
 from dfl import report
 from dfl.cli import main
-from dfl.record import Console, JsonLines
+from dfl.run.console import Console
+from dfl.store.records import JsonLines
 
 
 def evaluation(values, consensus=None, primary="accuracy"):

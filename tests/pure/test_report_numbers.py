@@ -9,9 +9,10 @@ from made_up_runs import record, write_run, write_sweep
 from dfl.report import several
 from dfl.report.build import write_report
 from dfl.report.groups import choose_baseline, curve, differences, distinct, grouped, outcome, place
-from dfl.report.runs import read_all, read_run, spent
+from dfl.report.runs import spent
 from dfl.report.single import crossing, default_targets
 from dfl.report.statistics import estimate, paired
+from dfl.store.runs import read_all, read_run
 
 stats = pytest.importorskip("scipy.stats")
 RULES = ("lora", {"name": "tad", "T": 1}, {"name": "tad", "T": 5}, "local")

@@ -11,13 +11,14 @@ import tiny_models
 import tiny_runs
 from made_up_runs import evaluation, record, write_run, write_sweep
 
-from dfl.assemble import build_topology
 from dfl.cli import main
 from dfl.config import from_dict
-from dfl.record import read_lines
+from dfl.config.topology import build_topology
 from dfl.report import charts
 from dfl.report.build import write_report
-from dfl.report.runs import choose_metric, primary_of, read_run, scalars
+from dfl.report.runs import choose_metric, primary_of, scalars
+from dfl.store.records import read_lines
+from dfl.store.runs import read_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -299,8 +300,8 @@ def test_a_real_run_through_the_command_line(tmp_path, capsys):
 
 def test_a_run_that_a_callback_ended_is_finished(tmp_path):
     """It has fewer rounds than it was started for, and says that it is done."""
-    from dfl.callbacks import ENDED
-    from dfl.report.runs import RunData
+    from dfl.store.directory import ENDED
+    from dfl.store.runs import RunData
     config, records = {"train": {"rounds": 9}}, [{"round": 0}, {"round": 2}]
     assert not RunData(tmp_path, "run", config, {}, records).finished
     (tmp_path / ENDED).write_text("{}")

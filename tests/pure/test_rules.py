@@ -10,8 +10,8 @@ from toy import Toy
 
 import topologies
 from dfl import methods, simulate
-from dfl.evaluate import consensus
-from dfl.factors import a_view, b_view, empty_rows, make_layout
+from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
+from dfl.metrics.evaluator import consensus
 from dfl.schedules.alternating import phase
 
 NUM = 6

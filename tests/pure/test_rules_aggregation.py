@@ -8,7 +8,7 @@ from test_rules import LAYOUT, NUM, activation, complete, mix_once, pairing, pro
 
 import topologies
 from dfl import methods, simulate
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 
 RULES = {"lora": {}, "decaf": {}, "decaf_own": {"gauge": "own"}, "florist": {"tau": 0.9}, "flora_na": {},
          "flora_na_aligned": {"align": "own"}, "flora_na_global": {"scope": "global"}, "flora_na_delta": {"form": "delta"},

@@ -19,7 +19,7 @@ from test_rules import (
     turned,
 )
 
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 
 
 def dense_rotation(a, b, ref_a, ref_b, criterion, strength):

@@ -7,7 +7,7 @@ from one_round import build, gossip
 from test_rules import LAYOUT, NUM, complete, mix_once, pairing, product, random_rows, ring, turned
 from test_rules_aggregation import drifted, errors
 
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 from dfl.rules.coefficients import problems, solve
 
 WEIGHTS = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)

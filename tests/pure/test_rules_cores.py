@@ -6,9 +6,9 @@ import torch
 from one_round import build, gossip
 
 import topologies
-from dfl.cores import expand, make_cores, pull_back, start
-from dfl.cores import fold_scales as fold
-from dfl.factors import a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.cores import expand, make_cores, pull_back, start
+from dfl.adapters.cores import fold_scales as fold
+from dfl.adapters.layout import a_view, b_view, empty_rows, head_view, make_layout
 
 NUM = 5
 LORA = make_layout([("q", 6, 11, 9, 0.5), ("o", 6, 8, 12, 2.0)], [("head", (3, 2))])

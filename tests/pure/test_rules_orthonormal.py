@@ -8,7 +8,7 @@ from test_rules import LAYOUT, NUM, activation, complete, mix_once, pairing, pro
 
 import topologies
 from dfl import methods, simulate
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 
 A = LAYOUT.groups["A"]
 

@@ -7,7 +7,7 @@ from one_round import build, gossip
 from test_rules import LAYOUT, NUM, activation, complete, mix_once, product, random_rows, ring, simulated
 from test_rules_aggregation import drifted
 
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 from dfl.rules.padding import in_order, tail_gradient, tail_score
 
 RANKS = (1, 2, 2, 1, 2, 1)

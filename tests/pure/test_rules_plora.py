@@ -11,11 +11,11 @@ from test_rules import LAYOUT, NUM, activation, assert_same, complete, mix_once,
 from tiny_runs import adapter_digests, make_config, make_run, write_data
 from torch.func import functional_call
 
-from dfl.assemble import check
-from dfl.executors import Sequential, Stacked
-from dfl.factors import a_view, b_view, make_layout
-from dfl.rounds import Hooks, run_rounds
-from dfl.running import train
+from dfl.adapters.layout import a_view, b_view, make_layout
+from dfl.run.build import check
+from dfl.run.loop import Hooks, run_rounds
+from dfl.run.train import train
+from dfl.training.executors import Sequential, Stacked
 
 WIDE = make_layout([("q", 5, 7, 4, 1.0), ("v", 5, 3, 6, 2.0)], [("head", (2, 3))])
 COUNTS = [1, 5, 2, 3, 1, 2]

@@ -6,7 +6,7 @@ import torch
 from one_round import build, gossip
 from test_rules import LAYOUT, NUM, activation, mix_once, pairing, product, random_rows, ring, simulated
 
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 
 
 def run(x, w, rounds=1, **params):

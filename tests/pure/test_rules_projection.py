@@ -7,7 +7,7 @@ from one_round import build
 from test_rules import LAYOUT, NUM, mix_once, product, random_rows, ring
 from test_rules_aggregation import drifted, errors
 
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.01, 10.0])

@@ -7,7 +7,7 @@ from one_round import build, gossip
 
 import topologies
 from dfl import methods
-from dfl.factors import a_view, b_view, empty_rows, make_layout
+from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 
 NUM = 8
 LAYOUT = make_layout([("q", 4, 14, 12, 1.0), ("v", 4, 14, 12, 1.0), ("o", 4, 9, 16, 2.0)])

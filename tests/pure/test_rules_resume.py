@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import tiny_runs
 
-from dfl import running
+from dfl.run import train as running
 
 RULES = {"fedask": "{name: fedask, steps: 2, memory: true}",
          "florist": "{name: florist, tau: 0.8}", "fedrot": "{name: fedrot, side: sender}",

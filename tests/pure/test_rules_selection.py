@@ -6,7 +6,7 @@ import torch
 from one_round import build, gossip
 from test_rules import LAYOUT, NUM, activation, assert_same, complete, product, random_rows, ring, simulated
 
-from dfl.factors import a_view, b_view
+from dfl.adapters.layout import a_view, b_view
 
 PLACES = [(pair, slot) for pair in LAYOUT.pairs for slot in range(pair.rank)]
 

@@ -7,7 +7,7 @@ from one_round import build, gossip
 from test_rules import LAYOUT, NUM, activation, complete, mix_once, product, random_rows, ring, simulated
 
 import topologies
-from dfl.factors import a_view, b_view, pack
+from dfl.adapters.layout import a_view, b_view, pack
 from dfl.rules.sketches import Sketch
 
 

@@ -6,7 +6,7 @@ import torch
 from one_round import build, gossip
 
 import topologies
-from dfl.factors import a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.layout import a_view, b_view, empty_rows, head_view, make_layout
 
 NUM = 5
 

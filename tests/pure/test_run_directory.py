@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
-from dfl import checkpoint, run_directory
 from dfl.cli import main
+from dfl.run import checkpoint
+from dfl.store import directory
 from dfl.transport import InProcess
 
 
@@ -100,10 +101,10 @@ def test_what_a_run_has_written_goes_without_a_rest(root, finished, tmp_path, ca
     """A file that a later version writes as well has to be added to the list of what may be removed."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    ours = {path.relative_to(run).as_posix() for path in run_directory.written(run)}
+    ours = {path.relative_to(run).as_posix() for path in directory.written(run)}
     assert ours | {".dfl/marker.json"} == contents(run).keys()
     assert {"report.html", "report.md", "baseline-local/recipe.yaml"} <= ours
-    assert run_directory.clear(run) == []
+    assert directory.clear(run) == []
     assert contents(run).keys() == {".dfl/marker.json"} and os.listdir(run) == [".dfl"]
 
 
@@ -145,7 +146,7 @@ def test_links_inside_are_left_and_named(root, finished, tmp_path, capsys):
     (run / "report.md").unlink()
     (run / "report.md").symlink_to(finished / "report.md")
     before = contents(away), contents(finished)
-    left = run_directory.clear(run)
+    left = directory.clear(run)
     assert left == ["checkpoints/round-00001", "checkpoints/round-00002/peer-1", "report.md"]
     assert (contents(away), contents(finished)) == before
 
@@ -157,9 +158,9 @@ def test_a_manifest_cannot_name_what_lies_elsewhere(finished, tmp_path):
     manifest = run / "checkpoints/round-00002/manifest.json"
     for name in ("../../../mine", str(tmp_path / "mine"), "", ".", "..", "peer-0/../../../../mine"):
         manifest.write_text(f'{{"rounds": 2, "sha256": {{"{name}": ""}}}}')
-        assert run_directory.checkpoint_files(manifest.parent) == [manifest]
+        assert directory.checkpoint_files(manifest.parent) == [manifest]
     (run / "checkpoints/round-00001/state-7.safetensors").write_text("no manifest names it")
-    left = run_directory.clear(run)
+    left = directory.clear(run)
     assert "checkpoints/round-00001/state-7.safetensors" in left and (tmp_path / "mine").read_text() == "mine"
 
 
@@ -169,7 +170,7 @@ def test_a_folder_of_that_name_without_a_marker_is_not_a_baseline_of_ours(finish
     shutil.copytree(run / "baseline-local", run / "baseline-mine")
     shutil.rmtree(run / "baseline-mine/.dfl")
     mine = contents(run / "baseline-mine")
-    assert run_directory.clear(run) == ["baseline-mine/"] and contents(run / "baseline-mine") == mine
+    assert directory.clear(run) == ["baseline-mine/"] and contents(run / "baseline-mine") == mine
 
 
 def test_a_start_that_is_refused_leaves_the_run_that_was_there(root, finished, tmp_path, capsys):
@@ -215,7 +216,7 @@ def test_trackers_files_go_and_others_in_their_folders_stay(finished, tmp_path):
     (run / "wandb/latest-run").symlink_to("offline-run-1")
     (run / "wandb/debug.log").symlink_to(tmp_path / "elsewhere.log")
     (tmp_path / "elsewhere.log").write_text("kept")
-    assert run_directory.clear(run) == ["tensorboard/plot.png", "wandb/settings"]
+    assert directory.clear(run) == ["tensorboard/plot.png", "wandb/settings"]
     assert (tmp_path / "elsewhere.log").read_text() == "kept"
 
 
@@ -224,10 +225,10 @@ def test_a_report_of_somebody_else_is_neither_removed_nor_replaced(finished, tmp
     shutil.copytree(finished, run)
     (run / "report.md").write_text("# what I think of this run\n")
     assert "was not made by dfl report" in refused(["report", run], capsys)
-    assert run_directory.clear(run) == ["report.md"]
+    assert directory.clear(run) == ["report.md"]
     assert (run / "report.md").read_text() == "# what I think of this run\n"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/abs", "a\\b", "a\0b", ".dfl", 3, None])
 def test_what_is_no_plain_name(name):
-    assert not run_directory.is_plain_name(name) and run_directory.is_plain_name("tad-T=5__lr=0.01")
+    assert not directory.is_plain_name(name) and directory.is_plain_name("tad-T=5__lr=0.01")

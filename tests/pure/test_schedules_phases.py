@@ -11,8 +11,8 @@ from test_rules import LAYOUT
 from toy import Toy
 
 import topologies
-from dfl import running as train
 from dfl import simulate
+from dfl.run import train
 from dfl.schedules import phases
 from dfl.schedules.phases import Phases
 

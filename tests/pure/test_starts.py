@@ -8,15 +8,16 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_config, make_run, write_data
 from transformers.pytorch_utils import Conv1D
 
-from dfl import running
-from dfl.assemble import assemble, bases_of, check, check_same_start, load
-from dfl.checkpoint import Checkpointer, latest, read_state
-from dfl.evaluation import evaluate_run
-from dfl.factors import a_view, b_view, head_view
-from dfl.peers import DataStream
-from dfl.rounds import Hooks, evaluate, run_rounds
-from dfl.runtime import start
-from dfl.starts import gradient_products, leading_directions
+from dfl.adapters.layout import a_view, b_view, head_view
+from dfl.run import train as running
+from dfl.run.build import assemble, bases_of, check, check_same_start, load
+from dfl.run.checkpoint import Checkpointer, read_state
+from dfl.run.evaluation import evaluate_run
+from dfl.run.loop import Hooks, evaluate, run_rounds
+from dfl.run.runtime import start
+from dfl.store.checkpoints import latest
+from dfl.training.hosted import DataStream
+from dfl.training.starts import gradient_products, leading_directions
 
 QUIET = Hooks(lambda record: None, lambda: None, lambda: False)
 SB = {"rule": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "train__lr": 0.05, "model__dropout": 0.0,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dfl.stopping import ECHO_SECONDS, FINISH_SECONDS, Halt, Stopped, StopSignal
+from dfl.transport.stopping import ECHO_SECONDS, FINISH_SECONDS, Halt, Stopped, StopSignal
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
@@ -52,7 +52,7 @@ def test_a_warning_is_not_the_first_of_two():
 
 LEAVES = """
 import ctypes, sys, threading, time
-from dfl import stopping
+from dfl.transport import stopping
 stopping.ECHO_SECONDS = 0.3
 stop = stopping.StopSignal()
 print("ready", flush=True)

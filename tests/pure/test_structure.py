@@ -5,33 +5,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 # rooms of dfl whose functions are tensors in, tensors or floats out, and what of dfl they may import
 PURE = {
-    "slots": {"factors"},
-    "rules": {"rules", "slots", "factors", "lowrank", "cores", "plugins", "seeds", "schedules"},
-    "schedules": {"schedules", "slots", "factors", "plugins", "seeds"},
+    "slots": {"adapters"},
+    "rules": {"rules", "slots", "adapters", "plugins", "seeds", "schedules"},
+    "schedules": {"schedules", "slots", "adapters", "plugins", "seeds"},
     "triggers": {"triggers", "slots", "plugins"},
     "codecs": {"codecs", "slots", "plugins"},
     "channels": {"channels", "slots", "plugins"},
     "guards": {"guards", "slots", "plugins"},
     "wrappers": {"wrappers", "slots", "rules", "plugins"},
-    "methods": {"rules", "schedules", "triggers", "codecs", "channels", "guards", "wrappers", "slots", "factors", "plugins"},
-    "engine": {"engine", "extensions", "methods", "guards", "rules", "slots", "transport", "factors", "masks", "measures", "seeds",
-               "topology"},
-    "factors": set(),
-    "lowrank": set(),
-    "measures": {"factors", "lowrank"},
-    "diagnostics": {"factors", "lowrank"},
-    "moments": {"factors", "lowrank"},
-    "masks": {"factors"},
-    "cores": {"factors"},
+    "methods": {"rules", "schedules", "triggers", "codecs", "channels", "guards", "wrappers", "slots", "adapters", "plugins"},
+    "engine": {"engine", "extensions", "methods", "guards", "rules", "slots", "transport", "adapters", "training", "metrics", "seeds",
+               "config"},
+    "adapters": {"adapters", "config", "seeds"},
     "partition": {"partition", "plugins"},
+    "store": {"store", "config", "plugins", "transport"},
+    "report": {"report", "store", "config"},
     "seeds": set(),
-    "dropout": set(),
     "plugins": set(),
+    "version": set(),
+}
+# modules of rooms that also know a model, whose functions are tensors in, tensors or floats out
+PURE_MODULES = {
+    "adapters/layout": set(),
+    "adapters/lowrank": set(),
+    "adapters/cores": {"adapters.layout"},
+    "metrics/measures": {"adapters.layout", "adapters.lowrank"},
+    "metrics/layers": {"adapters.layout", "adapters.lowrank"},
+    "training/moments": {"adapters.layout", "adapters.lowrank"},
+    "training/masks": {"adapters.layout"},
+    "training/dropout": set(),
 }
 
 
@@ -62,13 +70,44 @@ def test_pure_rooms_import_no_other_room(room):
     for path in files(f"dfl/{room}"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dfl.")}
         assert rooms <= PURE[room], path
-        assert room == "schedules" or not {name for name in imports(path) if name.split(".")[0] == "topologies"}, path
+        asks_topologies = any(name.split(".")[0] == "topologies" for name in imports(path))
+        assert room in ("schedules", "config", "report") or not asks_topologies, path
+
+
+@pytest.mark.parametrize("module", PURE_MODULES)
+def test_pure_modules_import_no_model(module):
+    known = {f"dfl.{one}" for one in PURE_MODULES[module]}
+    for name in imports(ROOT / f"dfl/{module}.py"):
+        assert not name.startswith("dfl.") or any(name == one or name.startswith(f"{one}.") for one in known), name
+
+
+def modules() -> dict[str, Path]:
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files("dfl")}
+
+
+def innermost(names: set[str]) -> set[str]:
+    """Without the packages whose modules are named as well."""
+    return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+
+
+def circles(edges: set[tuple[str, str]]) -> list[set[str]]:
+    return [found for found in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(found) > 1]
+
+
+def test_imports_have_no_circle_neither_of_modules_nor_of_rooms():
+    """Also those inside of functions. `dfl/__init__.py` is left out: it shows what lies below."""
+    known = modules()
+    edges = {(module, name) for module, path in known.items() if module != "dfl"
+             for name in innermost(imports(path) & known.keys()) if name not in ("dfl", module)}
+    assert not circles(edges)
+    assert not circles({(a.split(".")[1], b.split(".")[1]) for a, b in edges if a.split(".")[1] != b.split(".")[1]})
+    assert circles({("a", "b"), ("b", "a")})  # and would be found
 
 
 def test_only_transport_and_runtime_speak_to_other_processes():
     for path in files("dfl"):
         if "torch.distributed" in imports(path):
-            assert path.relative_to(ROOT).as_posix() in ("dfl/runtime.py", "dfl/transport/distributed.py")
+            assert path.relative_to(ROOT).as_posix() in ("dfl/run/runtime.py", "dfl/transport/distributed.py")
 
 
 def test_dfl_imports_neither_launch_nor_tests():
@@ -77,7 +116,8 @@ def test_dfl_imports_neither_launch_nor_tests():
 
 
 def test_help_and_those_who_only_read_runs_wait_for_no_torch():
-    program = ("import sys; from dfl.cli import make_parser; make_parser(); import dfl.topology, dfl.report.build, dfl.report.live; "
+    program = ("import sys; from dfl.cli import make_parser; make_parser(); import dfl.config.topology, dfl.report.build; "
+               "import dfl.report.live; "
                "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 

@@ -14,10 +14,10 @@ import pytest
 import tiny_runs
 import yaml
 
-from dfl import lease
 from dfl import sweep as sweeps
 from dfl.cli import main
 from dfl.config.recipes import parse_overrides, set_field
+from dfl.store import lease
 from dfl.sweep import local
 from dfl.sweep.names import names
 from dfl.transport import InProcess

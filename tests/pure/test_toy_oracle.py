@@ -9,8 +9,8 @@ from toy import LR, PEERS, STEPS, SideBySide, Toy, Toys
 
 import topologies
 from dfl import simulate
-from dfl.factors import pack
-from dfl.measures import aggregation_error
+from dfl.adapters.layout import pack
+from dfl.metrics.measures import aggregation_error
 
 ROUNDS = 150
 SEEDS = range(5)

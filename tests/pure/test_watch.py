@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from made_up_runs import record, write_run, write_sweep
 
-from dfl.checkpoint import folder_of
 from dfl.cli import main
-from dfl.record import JsonLines
 from dfl.report import live
-from dfl.report.runs import read_run
+from dfl.store.checkpoints import folder_of
+from dfl.store.records import JsonLines
+from dfl.store.runs import read_run
 
 pytest.importorskip("rich")
 ROOT = Path(__file__).parents[2]

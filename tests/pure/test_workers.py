@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from dfl import runtime, workers
 from dfl.config import from_dict
-from dfl.runtime import num_threads
+from dfl.run import runtime, workers
+from dfl.run.runtime import num_threads
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,240 @@
+"""From a configuration to a run that has not begun: what is refused, what is loaded, what is built from it."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dfl import extensions, methods, partition, tasks
+from dfl.adapters import ranks
+from dfl.adapters.attach import Adapted, attach
+from dfl.adapters.layout import Layout, make_layout
+from dfl.adapters.residuals import with_residual, with_start
+from dfl.config import Config
+from dfl.config.topology import build_topology
+from dfl.config.trackers import check_trackers
+from dfl.engine.gossip import Gossip
+from dfl.methods import Choice, Context, Method
+from dfl.metrics.evaluator import Evaluator
+from dfl.metrics.own import Own, own_distributions
+from dfl.plugins import check_parameters, lookup
+from dfl.run import memory
+from dfl.run.checkpoint import read_state
+from dfl.run.loop import Run
+from dfl.run.runtime import Runtime
+from dfl.seeds import derive
+from dfl.store.manifest import UnreadableError
+from dfl.training import executors
+from dfl.training.hosted import DataStream, HostedPeers
+from dfl.training.starts import at_first_gradient
+from dfl.transport.agreement import together
+
+# the adapters that a start is for; a kaiming one is for all, and draws the bases of cores from the seed
+_STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
+
+
+class Loaded(NamedTuple):
+    """The data and the model, once per process.
+
+    own: the peers' own distributions, or why there are none. contents: digests of data and model by name, where they were asked for.
+    """
+
+    bundle: tasks.Bundle
+    parts: list
+    adapted: Adapted
+    own: Own | str = "no shards"
+    contents: Mapping[str, Any] = MappingProxyType({})
+
+
+def check(config: Config):
+    """Everything that can be refused before anything is loaded; the topology, which is cheap."""
+    extensions.load(config.plugins)
+    memory.check_peers(config)
+    lookup("model.task", tasks.TASKS, config.model.task)
+    lookup("data.source", tasks.SOURCES, config.data.source)
+    for key, instead in (("head", "lora.head"), ("layout", "lora.targets"), ("ranks", "lora.rank"), ("weights", "model.name"),
+                         ("peers", "peers"), ("rank", "lora.rank"), ("topology", "topology"), ("rounds", "train.rounds")):
+        if key in config.rule.params:
+            raise ValueError(f"rule.{key} is set by {instead}")
+    methods.fill(config.rule.name, config.rule.params, chosen_slots(config))
+    check_parameters("partition", config.partition.name, lookup("partition.name", partition.PARTITIONS, config.partition.name),
+                     config.partition.params)
+    check_trackers(config.report_to)
+    topology = build_topology(config)
+    # its parameters' values, and an interval that has to be chosen
+    known = ranks.resolve(config.lora, config.peers, config.seed)
+    method = build_method(config, _layout_before_loading(config), topology, known)
+    methods.check_topology(method, topology)
+    check_adapter(config, method, known)
+    return topology
+
+
+def _layout_before_loading(config: Config) -> Layout:
+    """No layers yet, but the groups that the adapter trains."""
+    return make_layout((), cores=[("", (1,))] if config.lora.adapter in ("sb", "ravan") else ())
+
+
+def chosen_slots(config: Config) -> dict[str, Choice]:
+    """The slots that the recipe fills beside the method's own choice."""
+    given = {slot: getattr(config, slot) for slot in ("schedule", "trigger", "codec", "channel", "guard", "wrapper")}
+    return {slot: Choice(choice.name, choice.params) for slot, choice in given.items() if choice is not None}
+
+
+def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> None:
+    """ValueError for an adapter, a start or ranks that the rule, or each other, do not fit."""
+    lora, name = config.lora, config.rule.name
+    wanted = {"sb": "fed_sb", "ravan": "ravan"}.get(lora.adapter)
+    if wanted and name not in (wanted, "local"):
+        raise ValueError(f"lora.adapter = {lora.adapter!r} trains cores between frozen bases, which rule.name = {name!r} does not "
+                         f"mix; allowed: {wanted}, local")
+    needed = {"fed_sb": "sb", "ravan": "ravan", "dora": "dora", "hira": "hira"}.get(name)
+    if needed and lora.adapter != needed:
+        raise ValueError(f"rule.name = {name!r} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
+    if name == "flora_na" and lora.adapter == "hira":
+        raise ValueError("rule.name = 'flora_na' fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
+                         "W0 ⊙ (B A); allowed with it: rule.name = 'hira', which cuts in that metric, or a rule that fits nothing")
+    if lora.adapter in ("dora", "hira") and method.rule.residual is not None:
+        raise ValueError(f"rule.name = {name!r} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; "
+                         "allowed: lora")
+    if lora.adapter not in _STARTS.get(lora.start, (lora.adapter,)):
+        raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = {' or '.join(map(repr, _STARTS[lora.start]))}, "
+                         f"got {lora.adapter!r}; allowed with it: "
+                         f"{', '.join(['kaiming', *(name for name, kinds in _STARTS.items() if lora.adapter in kinds)])}")
+    if lora.start_step and lora.start != "gradient":
+        raise ValueError(f"lora.start_step = {lora.start_step} is the step of lora.start = 'gradient', got {lora.start!r}; allowed: 0")
+    differ = known is None or known.unequal or len(set(known.scalings)) > 1
+    if differ and (lora.start != "kaiming" or lora.adapter != "lora"):
+        what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
+        raise ValueError(f"{what} needs one lora.rank and one lora.alpha for all peers")
+
+
+def data_seed(config: Config) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+class Examples(NamedTuple):
+    """The data of a run, encoded, and which of its training examples each peer has."""
+
+    prepared: tasks.Prepared
+    parts: list
+
+
+def read_examples(config: Config) -> Examples:
+    """Read and divide the data; no weights."""
+    prepared = tasks.prepare(config.model, config.data, data_seed=data_seed(config))
+    train = prepared.train
+    return Examples(prepared, divide(config, train.labels, train.columns, train.label_names))
+
+
+def divide(config: Config, labels: np.ndarray, columns, label_names) -> list:
+    """The training examples of each peer."""
+    return partition.build(config.partition.name, labels, config.peers, seed=derive(data_seed(config), "partition"),
+                           columns=columns, label_names=label_names, **config.partition.params)
+
+
+def load(config: Config, device: torch.device, examples: Examples | None = None) -> Loaded:
+    """Read data (unless they are given) and model, split the data, attach LoRA."""
+    prepared, parts = examples or read_examples(config)
+    bundle = tasks.with_weights(prepared, config.model, seed=derive(config.seed, "head"))
+    by = config.partition.params.get("column") if config.partition.name == "column" else None
+    return adapt(config, bundle, parts, device)._replace(own=own_distributions(bundle.train, bundle.valid, parts, by))
+
+
+def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
+    """Attach LoRA to the model of a bundle whose training examples are already divided."""
+    adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"),
+                     partial(ranks.resolve, config.lora, config.peers, config.seed))
+    if config.lora.start != "gradient":  # which needs the processes together: `assemble`
+        adapted = with_start(adapted, config.lora.start)
+    return Loaded(bundle, parts, adapted)
+
+
+def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None) -> Method:
+    """known: None where the ranks follow from the model, which is not loaded yet; they may differ."""
+    unequal = (1, config.lora.rank.largest) if known is None else known.unequal
+    weights = None if adapted is None else {site.pair.name: site.weight for site in adapted.sites}
+    context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds)
+    return methods.build(config.rule.name, context, config.rule.params, chosen_slots(config))
+
+
+def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resumed_from: Path | None) -> Adapted:
+    """The adapters with their bases at the first gradient, where the configuration says so.
+
+    Peer 0 finds them on its own first examples and hands them to all: another machine may not come to the same bits, nor a GPU the
+    second time. A run that goes on takes them from its checkpoint.
+    """
+    adapted, transport = loaded.adapted, runtime.transport
+    if config.lora.start != "gradient":
+        return adapted
+    if resumed_from is not None:
+        saved = together(transport, lambda: bases_of(resumed_from))
+        return adapted._replace(cores=adapted.cores._replace(bases=saved))
+    made = together(transport, lambda: _first_gradient(config, loaded, runtime.device) if transport.rank == 0 else adapted)
+    flat = torch.cat([made.cores.bases, made.start])
+    flat = torch.frombuffer(bytearray(transport.spread(flat.numpy().tobytes())), dtype=torch.float32)
+    start = adapted.start.clone()
+    start.copy_(flat[len(made.cores.bases):])
+    return adapted._replace(cores=adapted.cores._replace(bases=flat[:len(made.cores.bases)].clone()), start=start)
+
+
+def _first_gradient(config: Config, loaded: Loaded, device: torch.device) -> Adapted:
+    """From the examples that peer 0 trains on first: lora.start_samples of them, or all that it has."""
+    bundle, parts, adapted = loaded.bundle, loaded.parts, loaded.adapted
+    num = min(config.lora.start_samples, len(parts[0]))
+    chosen = DataStream(parts[0], num, data_seed(config), 0).batch(0)
+    batches = []
+    for part in np.split(chosen, range(config.train.batch_size, num, config.train.batch_size)):
+        batch = bundle.task.collate([bundle.train.features[i] for i in part])
+        batches.append((len(part) / num, {key: value.to(device) for key, value in batch.items()}))
+    return at_first_gradient(adapted, bundle.task, batches, seed=derive(config.seed, "first gradient"), step=config.lora.start_step)
+
+
+def bases_of(checkpoint: Path) -> torch.Tensor:
+    """The bases (D_lora,) that no seed gives again. UnreadableError where the checkpoint has none."""
+    found = read_state(checkpoint, [0]).get("bases.0")
+    if found is None:
+        raise UnreadableError(f"checkpoint {checkpoint} lacks the bases of its adapters")
+    return found
+
+
+def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed_from: Path | None = None) -> Run:
+    """Peers, rule, executor and evaluator of a run that has not begun, or whose state will come from the checkpoint `resumed_from`."""
+    loaded = loaded._replace(adapted=with_first_gradient(config, runtime, loaded, resumed_from))
+    bundle, parts, adapted, own = loaded.bundle, loaded.parts, loaded.adapted, loaded.own
+    method = build_method(config, adapted.layout, topology, adapted.ranks, adapted)
+    adapted = with_residual(adapted, method.rule.residual)
+    streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
+    peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
+    check_same_start(peers, bundle, runtime.transport)
+    autocast = executors.autocasts(config.train.autocast, runtime.device)
+    evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
+                          None if isinstance(own, str) else own)
+    gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
+    executor = executors.choose(config.train.executor, runtime.device, adapted.kind)
+    return Run(config, peers, gossip, topology, runtime.transport, executor,
+               bundle.task, bundle.train, evaluator)
+
+
+def check_same_start(peers: HostedPeers, bundle, transport) -> None:
+    """Every peer must start from the same A (or bases and core) and head. ValueError names the first that differs from peer 0."""
+    adapted = peers.adapted
+    # a trained head is part of the row
+    frozen = () if adapted.head else bundle.head_modules
+    common = [p.detach().float().cpu().numpy().tobytes() for name in frozen for p in bundle.model.get_submodule(name).parameters()]
+    if adapted.cores is not None:
+        common.append(adapted.cores.bases.cpu().numpy().tobytes())
+    shared = hashlib.sha256(b"".join(common)).digest()
+    digests = [hashlib.sha256(row.cpu().numpy().tobytes() + shared).digest()
+               for row in (peers.x if adapted.ranks.unequal is None else adapted.start[None].expand(len(peers.ids), -1))]
+    rows = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])[:, None]
+    rows = transport.gather(rows)
+    differing = [] if rows is None else (rows[:, 0] != rows[0, 0]).nonzero().flatten().tolist()
+    peer = transport.agree(differing[0] if differing else -1)
+    if peer >= 0:
+        what = "another A" if adapted.cores is None else "other bases, another core"
+        raise ValueError(f"peer {peer} starts from {what} or head than peer 0; all must share seed, model and lora settings")

@@ -1,0 +1,178 @@
+"""The process and its company: rank and size from torchrun or Slurm, device, threads, process group."""
+
+import os
+import re
+import socket
+import sys
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dfl.config import Config
+from dfl.transport import Distributed, InProcess, Transport, hosting
+from dfl.transport.meeting import meet, reach
+
+# the least time that processes have to find each other: they start on machines that are more or less busy
+START_SECONDS = 300.0
+
+class Place(NamedTuple):
+    """Which of how many processes this is, and which on its node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+class Worker(NamedTuple):
+    """A process among those that a plain start spreads itself over, and the file in which they meet (dfl/run/workers.py)."""
+
+    rank: int
+    size: int
+    file: str
+
+
+class Runtime(NamedTuple):
+    place: Place
+    device: torch.device
+    transport: Transport
+    hosted: range  # the peers of this process
+
+
+def place_from_environment(env=os.environ) -> Place:
+    """From torchrun's variables, else from Slurm's (`srun` starts one task a process), else a single process."""
+    if "RANK" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)),
+                     int(env.get("LOCAL_WORLD_SIZE", 1)))
+    # a batch script has SLURM_NTASKS and SLURM_PROCID too, but only a task of `srun` has a step: `python` in a batch script is alone
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
+        counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)),
+                     _tasks_on_node(counts, int(env.get("SLURM_NODEID", 0))))
+    return Place()
+
+
+def launched(env=os.environ) -> bool:
+    """Whether torchrun, srun or a caller with a group of its own has settled how many processes there are."""
+    return "RANK" in env or place_from_environment(env).size > 1 or dist.is_initialized()
+
+
+def _tasks_on_node(counts: str, node: int) -> int:
+    """Slurm's way to write counts: `2(x3),1` is 2, 2, 2, 1."""
+    expanded = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+    return expanded[node]
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-05,9],cpu1` -> `gpu03`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodelist)
+    if not match:
+        raise ValueError(f"SLURM_JOB_NODELIST = {nodelist!r} is not a list of hosts")
+    prefix, numbers = match.groups()
+    return prefix + (re.split(r"[-,]", numbers)[0] if numbers else "")
+
+
+def _rendezvous_from_slurm(env) -> None:
+    env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))))
+    # another port for every step, as several may run in one job at a time; below those that systems give to outgoing connections
+    env.setdefault("MASTER_PORT", str(15000 + (int(env.get("SLURM_JOB_ID", 0)) + 997 * int(env.get("SLURM_STEP_ID", 0))) % 15000))
+
+
+def choose_device(config: Config, place: Place) -> torch.device:
+    """ValueError when the recipe asks for an accelerator that is not there."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device = 'cuda' is not available here; allowed: auto, cpu")
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+
+
+def choose_backend(config: Config, device: torch.device, place: Place) -> str:
+    """gloo on CPUs; NCCL on GPUs, unless several processes share one and the installed NCCL was not told to allow it."""
+    if config.backend != "auto":
+        if config.backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"backend = 'nccl' needs device 'cuda', got {device.type!r}; allowed: auto, gloo")
+        return config.backend
+    if device.type == "cpu":
+        return "gloo"
+    shared = place.local_size > torch.cuda.device_count() and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"
+    return "gloo" if shared else "nccl"
+
+
+def num_cores() -> int:
+    """The cores that this process may use: a job often has fewer than its node."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads(config: Config, env=os.environ) -> int:
+    """Threads of a process: `threads` of the recipe, else the user's OMP_NUM_THREADS, else one.
+
+    One and not a share of the cores: sums are split by the number of threads, so that another number gives other bits. The cores
+    are used by processes.
+    """
+    given = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return config.threads or (int(given) if given.isdecimal() and int(given) else 1)
+
+
+def start(config: Config, worker: Worker | None = None) -> Runtime:
+    """Join the other processes and choose device, threads and transport. ValueError for what cannot work.
+
+    worker: this process among those that the command has started itself.
+    """
+    place = Place(worker.rank, worker.size, worker.rank, worker.size) if worker else place_from_environment()
+    hosted = hosting(config.peers, place.size)[place.rank]
+    device = choose_device(config, place)
+    torch.set_num_threads(num_threads(config))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if place.size == 1:
+        return Runtime(place, device, InProcess(), hosted)
+    backend = choose_backend(config, device, place)
+    if worker:
+        _meet_in_file(worker, config.timeout)
+    elif "RANK" not in os.environ:
+        _rendezvous_from_slurm(os.environ)
+    if not dist.is_initialized():  # a caller may bring a group of its own
+        _meet(backend, place, device, config.timeout)
+    wire = device if backend == "nccl" else torch.device("cpu")
+    transport = Distributed(config.peers, device=device, wire=wire, timeout=config.timeout)
+    if backend == "nccl":  # it makes its communicator in the first collective, and all ranks must be there
+        dist.all_reduce(torch.zeros(1, device=device))
+    transport.introduce(socket.gethostname())
+    return Runtime(place, device, transport, hosted)
+
+
+def _meet_in_file(worker: Worker, timeout: float) -> None:
+    """Join the group of the processes that the command has started. Their connections stay within the machine."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    if before is None and sys.platform.startswith("linux"):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(worker.file, worker.size), rank=worker.rank, world_size=worker.size,
+                                timeout=timedelta(seconds=max(1.2 * timeout, START_SECONDS)))
+    finally:
+        if before is None:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> None:
+    """Join the group. ConnectionError says in one line who waited where, when the others do not come.
+
+    Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
+    that of the transport, so that its watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
+    """
+    patience = max(1.2 * timeout, START_SECONDS)
+    limit = timedelta(seconds=patience)
+    try:
+        if place.rank and "MASTER_PORT" in os.environ:
+            reach((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), patience)
+        store, rank, size = next(dist.rendezvous("env://", place.rank, place.size, timeout=limit))
+        store = dist.PrefixStore(f"dfl/{meet(store, rank, size, patience)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=rank, world_size=size, store=store,
+                                timeout=limit, device_id=device if backend == "nccl" else None)
+    except (RuntimeError, ConnectionError) as error:
+        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
+                              f"{str(error).splitlines()[0][:200]}") from error

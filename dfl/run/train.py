@@ -1,0 +1,238 @@
+"""`dfl train`: from a configuration to a run folder with adapters."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dfl.config import Config, from_dict
+from dfl.engine import state as trees
+from dfl.report import closing_table
+from dfl.run import workers
+from dfl.run.build import Loaded, assemble, bases_of, check, load
+from dfl.run.callbacks import Callback, Callbacks, RunView, load_callbacks, name_of
+from dfl.run.checkpoint import Checkpointer, choose, read_state
+from dfl.run.folder import Recording, begin, check_shared, continued, describe_data, enter, make_room
+from dfl.run.loop import Hooks, Pending, Run, gather_models, run_rounds
+from dfl.run.pace import SaveClock
+from dfl.run.parent import end_with_launcher
+from dfl.run.preflight import ready
+from dfl.run.runtime import Runtime, Worker, start
+from dfl.store import manifest
+from dfl.store.directory import ENDED
+from dfl.store.lease import Lease
+from dfl.store.manifest import verify
+from dfl.store.records import finite
+from dfl.transport.agreement import together
+from dfl.transport.handshake import check_contents, check_secret, check_settings, contents, settings
+from dfl.transport.stopping import Halt, Stopped, StopSignal
+
+# a stop asked for by a signal: "try again later", as in sysexits.h
+STOPPED = 75
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = (),
+          spread: bool = False) -> int:
+    """Run a configuration to its end (or to a signal); the exit status. Process 0 writes the run folder and prints the table.
+
+    callbacks: beside those that the configuration names; the same on all processes. spread: where the recipe does not say on how many
+    processes, take as many as there are cores, as the command does.
+    """
+    end_with_launcher()
+    topology = check(config)
+    callbacks = load_callbacks(config.callbacks, callbacks)
+
+    def work(worker: Worker | None) -> int:
+        stop = StopSignal()
+        try:
+            return _train_here(config, worker, topology, resume, overwrite, callbacks, stop)
+        finally:
+            stop.restore()
+
+    return workers.run(workers.count(config, automatic=spread), work)
+
+
+def _train_here(config: Config, worker: Worker | None, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
+                stop: StopSignal) -> int:
+    runtime = start(config, worker)
+    try:
+        finished = _train_all(config, runtime, topology, resume, overwrite, callbacks, stop)
+    except Stopped as asked:
+        runtime.transport.leave(asked)
+        if runtime.place.rank == 0:
+            print(f"{asked} before the first round; --resume begins, or goes on", file=sys.stderr, flush=True)
+        return STOPPED
+    except BaseException as error:
+        runtime.transport.leave(error)
+        raise
+    runtime.transport.close()
+    return 0 if finished else STOPPED
+
+
+def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
+               stop: StopSignal) -> bool:
+    """The run and its baseline, which has no callbacks. False when a signal came before the end."""
+    transport, output = runtime.transport, Path(config.output)
+    check_secret(transport)
+    transport.watch(lambda: stop.received > 0)
+    check_settings(transport, settings(config, resume=resume, overwrite=overwrite) | {"callbacks": list(map(name_of, callbacks))})
+    lease, resumed_from = enter(config, output, runtime, resume, overwrite)
+    try:
+        return _train_held(config, runtime, topology, lease, resumed_from, resume, overwrite, callbacks, stop)
+    finally:
+        if transport.rank == 0:
+            lease.release()
+
+
+def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resumed_from: Path | None, resume: bool, overwrite: bool,
+                callbacks: Sequence[Callback], stop: StopSignal) -> bool:
+    """The folder is ours."""
+    transport, output = runtime.transport, Path(config.output)
+    if resumed_from is not None:
+        config = together(transport, lambda: continued(config, output))
+
+    def load_here() -> Loaded:
+        with stop.at_once():
+            return load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0])
+
+    loaded = together(transport, load_here)
+    loaded = together(transport, lambda: _with_contents(loaded, topology))
+    check_settings(transport, loaded.contents)
+    # as late as can be: a start that is refused for its data or its model leaves the run that was there
+    together(transport, lambda: make_room(output, resumed_from is None, overwrite, lease) if transport.rank == 0 else None)
+    if runtime.place.rank == 0:
+        describe_data(config, loaded, say=resumed_from is None)
+    finished = own = _train_one(config, runtime, loaded, topology, output, resumed_from, callbacks, lease, stop)
+    if finished and config.baseline:
+        alone = _baseline(config)
+        folder = Path(alone.output)
+        before = choose(folder, transport) if resume else None
+        together(transport, lambda: make_room(folder, before is None, False, lease) if transport.rank == 0 else None)
+        finished = _train_one(alone, runtime, loaded, topology, folder, before, (), lease, stop)
+    if runtime.place.rank == 0 and own:  # also where only the baseline was stopped, which the table says
+        print(closing_table(output), flush=True)
+    return finished
+
+
+def _with_contents(loaded: Loaded, topology) -> Loaded:
+    bundle = loaded.bundle
+    return loaded._replace(contents=contents(loaded.adapted.model, bundle.train, bundle.valid, loaded.parts, topology))
+
+
+def _baseline(config: Config) -> Config:
+    """The same run without mixing, in a folder inside the run's."""
+    tree = config.to_dict() | {"rule": config.baseline, "baseline": None, "callbacks": [],
+                               "output": f"{config.output}/baseline-{config.baseline}"}
+    return from_dict(tree)
+
+
+def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, output: Path, resumed_from: Path | None,
+               callbacks: Sequence[Callback], lease: Lease, stop: StopSignal) -> bool:
+    first, new = runtime.place.rank == 0, resumed_from is None
+    if not new:
+        together(runtime.transport, lambda: check_contents(manifest.read(resumed_from).contents, loaded.contents, config, output))
+    run = assemble(config, runtime, loaded, topology, resumed_from)
+    if not new:
+        together(runtime.transport, lambda: restore(run, resumed_from))
+    record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new, lease) if first else None)
+    check_shared(output, runtime.transport, new, lease)
+    saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep,
+                         loaded.contents, lease)
+    if first:
+        lease.check()
+        (output / ENDED).unlink(missing_ok=True)
+    watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
+    clock = _clock(run)
+    try:
+        watching.call("on_train_begin")
+        finished = run_rounds(run, _hooks(run, saver, record, stop, watching, clock))
+        if not finished and watching.asked_by and run.peers.part is None and run.pending is None:
+            finished = True
+            together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by, lease) if first else None)
+        watching.call("on_train_end")
+    finally:
+        if first:
+            record.close()
+    if first and not finished:
+        record.console.say(_stopped(run))
+    return finished
+
+
+def _stopped(run: Run) -> str:
+    if not run.began:
+        return "stopped before the first round; --resume begins"
+    inside = " and in the middle of the next" if run.peers.part else ", before its evaluation" if run.pending is not None else ""
+    return f"stopped after round {run.completed}{inside}; the state is saved, --resume goes on"
+
+
+def _clock(run: Run) -> SaveClock:
+    """For checkpoints of rows, two moments and adapters, in float32."""
+    chosen = run.config.checkpoint
+    return SaveClock(None if chosen.every else chosen.minutes, 16 * run.config.peers * run.peers.layout.size)
+
+
+def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSignal, watching: Callbacks, clock: SaveClock) -> Hooks:
+    def record_round(line: dict | None) -> None:
+        if record is not None:
+            record.round(line)
+        watching.record(line)
+
+    def save_now() -> None:
+        with clock.measured():
+            folder = save(run, saver)
+        watching.saved(run.completed, folder)
+
+    def halted() -> bool:
+        return stop.received > 0 or run.transport.told_to_stop
+
+    return Hooks(record_round, save_now, lambda: watching.control.should_training_stop, clock.due, halted, Halt(halted))
+
+
+def _note_end(record: Recording, output: Path, rounds: int, callback: str, lease: Lease) -> None:
+    """A run that a callback has ended is done, though it has not had all of its rounds."""
+    lease.check()
+    (output / ENDED).write_text(json.dumps({"round": rounds, "callback": callback}))
+    record.console.say(f"ended after round {rounds}, as {callback} asked; the state is saved")
+
+
+def save(run: Run, saver: Checkpointer) -> Path:
+    """A checkpoint of the state after `run.completed` rounds, together with the other processes; its folder."""
+    gathered, merged = gather_models(run), None
+    if gathered is not None:
+        what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
+        merged = (run.consensus(*gathered), what)
+    tensors = trees.flatten(run.gossip.state) | run.peers.state_tensors()
+    if run.pending is not None:
+        about = _as_tensor({name: value for name, value in run.pending._asdict().items() if name != "table"})
+        for row, peer in enumerate(run.peers.ids):
+            tensors |= {f"pending.{peer}.row": run.pending.table[row], f"pending.{peer}.about": about}
+    if run.config.lora.start == "gradient" and 0 in run.peers.ids:
+        tensors["bases.0"] = run.peers.adapted.cores.bases
+    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), tensors, merged)
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Go on from a checkpoint, whatever number of processes wrote it. ValueError where its adapters lie between other bases."""
+    run.completed = verify(folder)
+    if run.config.lora.start == "gradient" and not torch.equal(run.peers.adapted.cores.bases, bases_of(folder)):
+        raise ValueError(f"checkpoint {folder} has other bases than the run that is to go on from it (lora.start = 'gradient')")
+    found = read_state(folder, run.peers.ids)
+    for row, peer in enumerate(run.peers.ids):
+        run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)
+    slots = {name: value.to(run.peers.device) for name, value in found.items() if name.partition(".")[0] in run.gossip.state}
+    run.gossip.restore(trees.unflatten(slots))
+    run.gathered = None
+    in_part = any(name.startswith("part.") for name in found)
+    last = run.completed if in_part else run.completed - 1
+    run.peers.load_state(found, run.gossip.plans(last)[0].trains if last >= 0 else frozenset())
+    run.resumed = True
+    about = found.get(f"pending.{run.peers.ids[0]}.about")  # of process 0 what peer 0 has
+    if about is not None:
+        table = torch.stack([found[f"pending.{peer}.row"] for peer in run.peers.ids])
+        run.pending = Pending(table, **json.loads(bytes(about.numpy())))
+
+
+def _as_tensor(record: dict) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(finite(record)).encode()), dtype=torch.uint8)

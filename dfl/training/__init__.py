@@ -1,0 +1,1 @@
+"""The local phase: hosted rows, optimiser, data stream, executors, dropout, masks, starts."""

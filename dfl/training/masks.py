@@ -1,0 +1,34 @@
+"""Training a part of a group: what a mask leaves out keeps its value and its moments."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dfl.adapters.layout import Layout
+
+
+class Held:
+    """The numbers of the rows x (P, D) that masks (P, D) leave out, and their moments.
+
+    A gradient of zero is not enough: carried moments, momentum and weight decay move a number without one.
+    x, moments: copies, the values to keep; moments by "peer.group.key", none where they do not outlive the round.
+    """
+
+    def __init__(self, masks: Tensor, x: Tensor, moments: Mapping[str, Tensor] = {}):
+        self.out, self.x, self.moments = ~masks.to(x.device), x, moments
+
+    def clear(self, g: Tensor) -> None:
+        """Zero in the gradients (P, D) of what is left out."""
+        g.masked_fill_(self.out, 0.0)
+
+    def put_back(self, x: Tensor) -> None:
+        torch.where(self.out, self.x, x, out=x)
+
+    def put_back_moments(self, moments: Mapping[str, Tensor], ids: Sequence[int], layout: Layout) -> None:
+        """In place, for the hosted peers `ids`; zero where there were none before. The step counter is that of the whole group."""
+        for name, value in moments.items():
+            peer, group, key = name.split(".")
+            if key != "step":
+                out = self.out[ids.index(int(peer)), layout.groups[group]]
+                value.copy_(torch.where(out, self.moments.get(name, torch.zeros_like(value)), value))
