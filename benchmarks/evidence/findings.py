@@ -1,0 +1,179 @@
+"""What the cells say: the search for rates, pairs of cells, differences with intervals, and the protocol's verdicts.
+
+Pure functions of the stored cells. Accuracy is in percent and differences in points here; cells store fractions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from dfl.report.statistics import LEAST_VALUES, Estimate, estimate, paired
+
+LR, RATIOS, WIDER = 2e-3, (1, 4, 16), 64
+Point = tuple[float, float]
+Found = Mapping[str, dict]
+
+
+class Search(NamedTuple):
+    """points: (rate of A, ratio of B's to it) to be tried, in order, as far as the scores tell; chosen: None until all are in."""
+
+    points: list[Point]
+    chosen: Point | None
+
+
+def search(scores: Mapping[Point, float]) -> Search:
+    """The protocol's search for the rates of one method, from validation accuracies by point."""
+    points = [(LR, ratio) for ratio in RATIOS]
+    for widen in (_ratio_beyond, _both_rates, _rate_beyond):
+        if not all(point in scores for point in points):
+            return Search(points, None)
+        points += [point for point in widen(points, scores) if point not in points]
+    done = all(point in scores for point in points)
+    return Search(points, _best(points, scores) if done else None)
+
+
+def _best(points: Sequence[Point], scores: Mapping[Point, float]) -> Point:
+    """The best score; of equal ones the smallest rates."""
+    return max(points, key=lambda point: (scores[point], -point[0], -point[1]))
+
+
+def _ratio_beyond(points, scores) -> list[Point]:
+    return [(LR, WIDER)] if _best(points, scores)[1] == max(RATIOS) else []
+
+
+def _both_rates(points, scores) -> list[Point]:
+    ratio = _best(points, scores)[1]
+    return [(LR / 2, ratio), (LR * 2, ratio)]
+
+
+def _rate_beyond(points, scores) -> list[Point]:
+    lr, ratio = _best([point for point in points if point[1] == points[-1][1]], scores)
+    return [] if lr == LR else [(lr * lr / LR, ratio)]
+
+
+def validation(cell: dict) -> float:
+    """Validation accuracy of the peers' mean after the last round; zero for a run that diverged."""
+    return 0.0 if cell.get("diverged") else cell["final"]["mean"]
+
+
+def test(cell: dict, what: str = "mean") -> float:
+    """Test accuracy in percent: of the peers' mean, the worst peer (min), or the consensus model."""
+    return 0.0 if cell.get("diverged") else 100 * cell["test"][what]
+
+
+def best(cell: dict) -> float:
+    """Validation accuracy in percent in the best round."""
+    return 0.0 if cell.get("diverged") else 100 * max(point["mean"] for point in cell["curve"])
+
+
+class Place(NamedTuple):
+    """Where methods are compared: all that a pair has in common beside the seed."""
+
+    task: str
+    p: float
+    setting: str = ""
+
+
+def of_place(found: Found, place: Place, method: str, read: Callable[[dict], float] = test) -> dict[int, float]:
+    """By seed, what `read` finds in the reported cells of a method."""
+    return {cell["seed"]: read(cell) for cell in found.values() if cell["phase"] != "rates" and cell["method"] == method
+            and (cell["task"], cell["p"], cell["setting"]) == place}
+
+
+def difference(found: Found, place: Place, one: str, other: str, read: Callable[[dict], float] = test) -> Estimate | None:
+    """The mean of one - other over the seeds that both have, with its interval; None without a pair."""
+    return paired(of_place(found, place, one, read), of_place(found, place, other, read))
+
+
+def differences(found: Found, place: Place, one: str, other: str) -> list[float]:
+    """One - other, seed by seed, in points of test accuracy."""
+    first, second = of_place(found, place, one), of_place(found, place, other)
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+class Verdict(NamedTuple):
+    """claim: a sentence; verdict: held, refuted or not decided; why: the figures that it rests on."""
+
+    claim: str
+    verdict: str
+    why: str
+
+
+UNDECIDED = "not decided"
+
+
+def chosen_interval(found: Found, place: Place) -> str | None:
+    """tad5 or tad15, by the validation mean over the seeds that both have; None where they have none."""
+    candidates = {method: of_place(found, place, method, validation) for method in ("tad5", "tad15")}
+    seeds = set.intersection(*(set(values) for values in candidates.values()))
+    means = {method: sum(values[seed] for seed in seeds) for method, values in candidates.items()}
+    return max(means, key=lambda method: means[method]) if seeds else None
+
+
+def ordering(claim: str, points: Sequence[float], scale: float = 100.0) -> Verdict:
+    """Of A > B, from the differences A - B by seed: held or refuted where their interval leaves zero out."""
+    found = estimate(points, scale=scale)
+    if found is None or found.half is None:
+        return Verdict(claim, UNDECIDED, text(points))
+    verdict = "held" if found.mean > found.half else "refuted" if found.mean < -found.half else UNDECIDED
+    return Verdict(claim, verdict, text(points))
+
+
+def sparse(points: Sequence[float], ahead: bool) -> str:
+    """The protocol's criterion at p = 0.02, from TAD - LoRA by seed; ahead: what was expected, else behind."""
+    signed = [point if ahead else -point for point in points]
+    if len(signed) < LEAST_VALUES:
+        return UNDECIDED
+    if min(signed) <= 0:
+        return "refuted"
+    found = estimate(signed, scale=100.0)
+    return "held" if found.half is not None and found.mean > found.half else UNDECIDED
+
+
+def within_a_point(points: Sequence[float]) -> str:
+    """The criterion at p = 0.1: the interval inside [-1, 1], wholly outside, or neither."""
+    found = estimate(points, scale=100.0)
+    if found is None or found.half is None:
+        return UNDECIDED
+    low, high = found.mean - found.half, found.mean + found.half
+    return "held" if -1 <= low and high <= 1 else "refuted" if low > 1 or high < -1 else UNDECIDED
+
+
+def not_ahead(points: Sequence[float]) -> str:
+    """The criterion at p = 0.5: the interval ends at one point or below; refuted where it lies above zero."""
+    found = estimate(points, scale=100.0)
+    if found is None or found.half is None:
+        return UNDECIDED
+    low, high = found.mean - found.half, found.mean + found.half
+    return "refuted" if low > 0 else "held" if high <= 1 else UNDECIDED
+
+
+def expectation(found: Found, task: str, p: float) -> Verdict:
+    """The expectation that was written down beforehand for TAD against LoRA at p."""
+    place = Place(task, p)
+    tad = chosen_interval(found, place) or "tad5 or tad15"
+    points = differences(found, place, tad, "lora")
+    if p == 0.5:
+        return Verdict(f"{task}, p = 0.5: a tie, or LoRA ahead of TAD", not_ahead(points), f"{tad} - lora: {text(points)}")
+    if p == 0.1:
+        return Verdict(f"{task}, p = 0.1: LoRA and TAD within a point", within_a_point(points), f"{tad} - lora: {text(points)}")
+    ffa, lora = of_place(found, place, "ffa"), of_place(found, place, "lora")
+    seeds = ffa.keys() & lora.keys()
+    if not seeds:
+        return Verdict(f"{task}, p = 0.02: TAD ahead where FFA reaches 80 % of LoRA, else behind", UNDECIDED,
+                       "no pair of FFA and LoRA")
+    share = sum(ffa[seed] for seed in seeds) / sum(lora[seed] for seed in seeds)
+    ahead = share >= 0.8
+    return Verdict(f"{task}, p = 0.02: TAD {'ahead of' if ahead else 'behind'} LoRA, as FFA reaches {100 * share:.0f} % of LoRA",
+                   sparse(points, ahead), f"{tad} - lora: {text(points)}")
+
+
+def text(points: Sequence[float]) -> str:
+    """Differences seed by seed, their mean, and its interval where there is one."""
+    if not points:
+        return "no pair"
+    found = estimate(points, scale=100.0)
+    interval = "no interval"
+    if found.half is not None:
+        interval = f"95 % interval {found.mean - found.half:+.1f} to {found.mean + found.half:+.1f}"
+    pairs = "pair" if len(points) == 1 else "pairs"
+    return f"{', '.join(f'{point:+.1f}' for point in points)}: mean {found.mean:+.1f}, {interval} ({len(points)} {pairs})"

@@ -1,0 +1,186 @@
+"""Every cell of the study, in the order in which it counts. A new method gets its row in METHODS by one line.
+
+A cell is a recipe of `launch/recipes` with overrides. What may be run depends on what has been found: a reported cell waits for the
+rates of its method, and the search for rates for its own first cells. Nothing here runs anything.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from evidence import findings
+
+TASKS = ("trec6", "sst2")
+P_RATES, SEED_RATES, ROUNDS_RATES, ROUNDS = 0.1, 100, 30, 90
+SEEDS, MOST_SEEDS = 3, 5
+# the field of a recipe that names the method
+METHOD_FIELD = "rule"
+REGIME = {"model.layers": 3, "model.head_std": 0.3, "data.valid": None, "data.valid_fraction": 0.1, "data.max_valid": 872,
+          "train.batch_size": 16, "train.local_steps": 20, "train.autocast": "off", "eval.every": 15, "measure.layers": 0,
+          "plugins": ["benchmarks.evidence.packed", "benchmarks.evidence.balanced"],
+          "callbacks": ["benchmarks.evidence.recorder:Recorder"], "processes": 1, "threads": 1}
+RANKS = (2, 2, 2, 4, 4, 4, 8, 8, 8, 8)
+
+
+class Entry(NamedTuple):
+    """A method as a recipe names it, with parameters, and what else of the recipe makes it what it is. `rates`: the row whose rates
+    it takes; None: it is tuned by itself."""
+
+    name: str
+    params: Mapping[str, Any] = {}
+    overrides: Mapping[str, Any] = {}
+    rates: str | None = None
+
+
+METHODS: dict[str, Entry] = {
+    "lora": Entry("lora"),
+    "ffa": Entry("ffa"),
+    "rolora": Entry("rolora"),
+    "tad1": Entry("tad", {"T": 1}),
+    "tad3": Entry("tad", {"T": 3}),
+    "tad5": Entry("tad", {"T": 5}),
+    "tad15": Entry("tad", {"T": 15}),
+    "tad": Entry("tad"),
+    "decaf": Entry("decaf", {"gauge": "own"}),
+    "flora_na": Entry("flora_na"),
+    "fedrot": Entry("fedrot"),
+    "local": Entry("local", rates="lora"),
+    # unequal ranks
+    "carry": Entry("carry", overrides={"lora.rank": RANKS}),
+    "fedhl": Entry("fedhl", overrides={"lora.rank": RANKS}),
+    "hetlora": Entry("hetlora", overrides={"lora.rank": RANKS}),
+    "decaf-ranks": Entry("decaf", {"gauge": "own"}, {"lora.rank": RANKS}),
+    # other adapters
+    "dora": Entry("dora", overrides={"lora.adapter": "dora"}),
+    "hira": Entry("hira", overrides={"lora.adapter": "hira"}),
+    # ablations at p = 0.02
+    "lora-half": Entry("lora", overrides={"train.local_steps": 10}, rates="lora"),
+    "lora-balanced": Entry("balanced_average", rates="lora"),
+    "lora-carried": Entry("lora", overrides={"train.state": "carried"}, rates="lora"),
+    "tad5-carried": Entry("tad", {"T": 5}, {"train.state": "carried"}, rates="tad5"),
+    "tad15-carried": Entry("tad", {"T": 15}, {"train.state": "carried"}, rates="tad15"),
+    "lora-head": Entry("lora", overrides={"lora.head": "mixed"}, rates="lora"),
+    "tad5-head": Entry("tad", {"T": 5}, {"lora.head": "mixed"}, rates="tad5"),
+    "decaf-alternating": Entry("decaf", {"gauge": "own"}, {"schedule": "alternate"}, rates="tad5"),
+    **{f"{of}-ratio{ratio}": Entry(name, params, {"train.lr_ratio.B": ratio}, rates=of)
+       for of, name, params in (("lora", "lora", {}), ("tad5", "tad", {"T": 5})) for ratio in (1, 10, 100)},
+    # event triggers, at p = 0.1
+    **{f"lora-event{threshold:g}": Entry("lora", overrides={"trigger": {"name": "event", "threshold": threshold}}, rates="lora")
+       for threshold in (0.003, 0.01, 0.03)},
+}
+CORE = ("lora", "tad5", "ffa", "tad15", "decaf")
+DECIDING = ("lora", "ffa", "tad5", "tad15")
+OTHERS = ("rolora", "tad1", "tad3", "tad", "flora_na", "fedrot")
+ABLATIONS = ("lora-half", "lora-balanced", "lora-carried", "tad5-carried", "tad15-carried", "lora-head", "tad5-head",
+             "decaf-alternating", *(f"{of}-ratio{ratio}" for of in ("lora", "tad5") for ratio in (1, 10, 100)))
+UNEQUAL = ("carry", "fedhl", "hetlora", "decaf-ranks")
+ADAPTERS = ("dora", "hira")
+SKEWS = {"one": {"partition.fraction": 1.0}, "half": {"partition.fraction": 0.5}}
+GRAPHS = {"ring": "ring", "one-peer": "one_peer_exponential", "base2": {"name": "base_graph", "k": 1},
+          "matcha": {"name": "matcha", "base": "complete", "budget": 0.2}, "matching": "random_matching",
+          "p0.2": {"name": "edge_activation", "base": "complete", "p": 0.2}}
+
+
+class Cell(NamedTuple):
+    """One run. `setting`: what differs from the task's usual data and graph, by its name in SKEWS or GRAPHS; lr: the rate of A,
+    ratio: of B to it."""
+
+    phase: str
+    task: str
+    method: str
+    p: float
+    seed: int
+    lr: float
+    ratio: float
+    rounds: int = ROUNDS
+    setting: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.task, self.method, *([self.setting] if self.setting else []), f"p{self.p:g}", f"s{self.seed}"]
+        return "-".join([*parts, *([f"lr{self.lr:g}", f"B{self.ratio:g}"] if self.phase == "rates" else [])])
+
+    @property
+    def tested(self) -> bool:
+        """Cells that choose a rate never see the test file."""
+        return self.phase != "rates"
+
+    def overrides(self) -> dict[str, Any]:
+        """What the recipe of the task is given beside its own fields."""
+        entry = METHODS[self.method]
+        setting = SKEWS.get(self.setting) or ({"topology": GRAPHS[self.setting]} if self.setting in GRAPHS else {})
+        graph = {} if "topology" in setting else {"topology.p": self.p}
+        return {METHOD_FIELD: {"name": entry.name, **entry.params}, **graph, "seed": self.seed, "train.rounds": self.rounds,
+                "train.lr": self.lr, "train.lr_ratio.B": self.ratio, **REGIME, **setting, **entry.overrides}
+
+
+Found = Mapping[str, dict]
+
+
+def plan(found: Found, phases: tuple[str, ...] = ()) -> Iterator[Cell]:
+    """The cells that can be run with what has been found, in their order, those that are done among them."""
+    for name, cells in PHASES.items():
+        if not phases or name in phases:
+            yield from cells(found)
+
+
+def rates(found: Found, task: str, method: str) -> tuple[float, float] | None:
+    """The rates of a method, or of the one whose rates it takes; None while the search is not done."""
+    return findings.search(scores(found, task, METHODS[method].rates or method)).chosen
+
+
+def scores(found: Found, task: str, method: str) -> dict[tuple[float, float], float]:
+    """Validation accuracy by (rate of A, ratio) of the cells that choose a method's rates."""
+    return {(cell["lr"], cell["ratio"]): findings.validation(cell) for cell in found.values()
+            if (cell["phase"], cell["task"], cell["method"]) == ("rates", task, method)}
+
+
+def _rates(found: Found, task: str, methods) -> Iterator[Cell]:
+    for method in methods:
+        if METHODS[method].rates is None:
+            for lr, ratio in findings.search(scores(found, task, method)).points:
+                yield Cell("rates", task, method, P_RATES, SEED_RATES, lr, ratio, ROUNDS_RATES)
+
+
+def _cells(found: Found, phase: str, task: str, methods, probabilities, seeds, setting: str = "") -> Iterator[Cell]:
+    """Seed by seed, so that whole sets of pairs come first."""
+    for seed in seeds:
+        for p in probabilities:
+            for method in methods:
+                chosen = rates(found, task, method)
+                if chosen is not None:
+                    yield Cell(phase, task, method, p, seed, *chosen, setting=setting)
+
+
+def _core(found: Found, task: str, seeds) -> Iterator[Cell]:
+    yield from _rates(found, task, CORE)
+    yield from _cells(found, "main", task, CORE, (0.02, 0.1), seeds)
+
+
+def _rest(found: Found) -> Iterator[Cell]:
+    for task in TASKS:
+        yield from _rates(found, task, OTHERS)
+        yield from _cells(found, "main", task, CORE, (0.5,), range(SEEDS))
+        yield from _cells(found, "main", task, (*OTHERS, "local"), (0.02, 0.1, 0.5), range(SEEDS))
+        yield from _cells(found, "main", task, ("decaf",), (0.02, 0.1), range(SEEDS))
+
+
+def _claims(found: Found) -> Iterator[Cell]:
+    events = [method for method in METHODS if method.startswith("lora-event")]
+    seeds, phase, task = range(SEEDS), "claims", "trec6"
+    yield from _cells(found, phase, task, events, (0.1,), seeds)
+    for skew in SKEWS:
+        yield from _cells(found, phase, task, ("lora", "flora_na", "decaf"), (0.1,), seeds, skew)
+    yield from _rates(found, task, (*UNEQUAL, *ADAPTERS))
+    yield from _cells(found, phase, task, (*UNEQUAL, *ADAPTERS), (0.1,), seeds)
+    for graph in GRAPHS:
+        yield from _cells(found, phase, task, ("lora",), (0.2,), seeds, graph)
+
+
+PHASES = {
+    "core": lambda found: _core(found, "trec6", range(2)),
+    "deciding": lambda found: _cells(found, "main", "trec6", DECIDING, (0.02,), range(2, MOST_SEEDS)),
+    "ablations": lambda found: _cells(found, "ablations", "trec6", ABLATIONS, (0.02,), range(SEEDS)),
+    "sst2": lambda found: _core(found, "sst2", range(SEEDS)),
+    "rest": _rest,
+    "claims": _claims,
+}

@@ -1,0 +1,345 @@
+"""The evidence study: its grid, pairs, search for rates, verdicts, resumption, and the faster forward pass."""
+
+import importlib
+import json
+import sys
+import threading
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from evidence import cells, findings, grid, runner  # noqa: E402
+
+from dfl import simulate  # noqa: E402
+from dfl.adapters.layout import make_layout  # noqa: E402
+from dfl.config import resolve  # noqa: E402
+from dfl.config.recipes import parse_overrides, read_yaml  # noqa: E402
+from dfl.config.topology import build_topology  # noqa: E402
+from dfl.methods import METHODS  # noqa: E402
+from dfl.rules import RULES  # noqa: E402
+from dfl.run.build import check  # noqa: E402
+from topologies import build  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def plugins_of_this_study_only_here(monkeypatch):
+    """What the plug-ins of the runs change is as before after each test: BERT's forward pass, the tables."""
+    monkeypatch.setenv("DFL_DATA", "/data")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(BertForSequenceClassification, "forward", BertForSequenceClassification.forward)
+    for name in [name for name in sys.modules if name.startswith("benchmarks.evidence")]:
+        monkeypatch.delitem(sys.modules, name)
+    rules, known = dict(RULES), dict(METHODS)
+    yield
+    for table, before in ((RULES, rules), (METHODS, known)):
+        for name in set(table) - set(before):
+            del table[name]
+    for name in [name for name in sys.modules if name.startswith("benchmarks.evidence")]:
+        del sys.modules[name]
+
+
+def result(cell: grid.Cell, accuracy: float, **more) -> dict:
+    """A finished cell as it is stored."""
+    scores = {"mean": accuracy, "min": accuracy / 2, "max": accuracy, "consensus": accuracy}
+    curve = [{"round": 0, "message_bytes": 0, **scores}, {"round": cell.rounds, "message_bytes": 1000, **scores}]
+    return cells.describe(cell) | {"curve": curve, "final": curve[-1], "test": scores if cell.tested else None,
+                                   "message_bytes": 1000, "diagnostics": [], "last_third": {}} | more
+
+
+def everything(found=None, phases=()) -> dict[str, dict]:
+    """All cells of the grid with some accuracy: what the plan gives until it gives nothing new."""
+    found = dict(found or {})
+    while new := [cell for cell in grid.plan(found, phases) if cell.name not in found]:
+        found |= {cell.name: result(cell, 0.5 + 0.001 * cell.seed / 100) for cell in new}
+    return found
+
+
+def config_of(cell: grid.Cell):
+    command = cells.train_command(cell, "runs/x")
+    return resolve(read_yaml(ROOT / command[2]), parse_overrides([word for word in command[3:] if word != "--resume"]))
+
+
+def test_every_cell_is_a_recipe_that_a_run_accepts():
+    """Each method, and each setting, once: names, parameters, slots, ranks and adapters fit each other."""
+    reported = {}
+    for cell in grid.plan(everything()):
+        reported.setdefault((cell.method, cell.setting), cell)
+    assert {method for method, _ in reported} == set(grid.METHODS)
+    assert {setting for _, setting in reported} == {"", *grid.SKEWS, *grid.GRAPHS}
+    for cell in reported.values():
+        check(config_of(cell))
+
+
+def test_the_regime_is_the_protocols():
+    config = config_of(grid.Cell("main", "trec6", "tad15", 0.02, 1, 1e-3, 4))
+    assert (config.peers, config.model.layers, config.model.head_std, config.lora.head) == (10, 3, 0.3, "frozen")
+    assert (config.train.rounds, config.train.local_steps, config.train.batch_size, config.train.state) == (90, 20, 16, "fresh")
+    assert (config.train.lr, config.train.lr_ratio.A, config.train.lr_ratio.B, config.train.autocast) == (1e-3, 1.0, 4, "off")
+    assert config.data.valid is None and config.data.valid_fraction == 0.1 and "test" not in str(config.to_dict())
+    assert all(grid.ROUNDS % (2 * T) == 0 for T in (1, 3, 5, 15))
+
+
+def test_methods_of_a_pair_share_graph_data_and_start():
+    """What a seed fixes: everything of the recipe but the method, its own overrides and rates."""
+    cells_of = {}
+    for cell in grid.plan(everything()):
+        if cell.phase == "main":
+            cells_of.setdefault((cell.task, cell.p, cell.seed), []).append(cell)
+    assert len(cells_of) == 2 * 3 * 3 + 2  # seeds 3 and 4 at p = 0.02 of TREC-6
+    for group in cells_of.values():
+        trees = [config_of(cell).to_dict() for cell in group]
+        for tree in trees:
+            for key in (grid.METHOD_FIELD, "train", "schedule", "output"):
+                tree.pop(key, None)
+        assert all(tree == trees[0] for tree in trees)
+    one, other = (config_of(grid.Cell("main", "trec6", "lora", 0.1, seed, 2e-3, 1)) for seed in (0, 1))
+    assert (build_topology(one).matrix(0) != build_topology(other).matrix(0)).any()
+
+
+def test_rates_are_chosen_on_a_seed_that_no_reported_cell_has_and_never_see_the_test_file():
+    for cell in grid.plan(everything()):
+        assert cell.tested == (cell.phase != "rates") == (cell.seed != grid.SEED_RATES)
+        assert any(command.startswith("dfl eval") for command in cells.describe(cell)["commands"]) == cell.tested
+        if cell.phase == "rates":
+            assert (cell.p, cell.rounds) == (0.1, 30)
+
+
+def test_the_order_is_rates_then_core_then_what_decides():
+    found = everything()
+    names = list(dict.fromkeys(cell.name for cell in grid.plan(found)))
+    phases = [found[name]["phase"] for name in names]
+    first = phases.index("main")
+    assert set(phases[:first]) == {"rates"} and all("trec6" in name for name in names[:first])
+    assert names[first:first + 5] == [f"trec6-{m}-p0.02-s0" for m in ("lora", "tad5", "ffa", "tad15", "decaf")]
+    assert names[first + 20] == "trec6-lora-p0.02-s2"
+    assert len(names) == len(found)
+
+
+def test_no_reported_cell_before_the_rates_of_its_method():
+    assert all(cell.phase == "rates" for cell in grid.plan({}))
+    some = {cell.name: result(cell, 0.5) for cell in grid.plan({}) if cell.method != "tad5"}
+    while new := [cell for cell in grid.plan(some) if cell.phase == "rates" and cell.method != "tad5" and cell.name not in some]:
+        some |= {cell.name: result(cell, 0.5) for cell in new}
+    methods = {cell.method for cell in grid.plan(some) if cell.phase != "rates" and cell.task == "trec6"}
+    assert "lora" in methods and "local" in methods and not methods & {"tad5", "tad5-head", "decaf-alternating"}
+
+
+@pytest.mark.parametrize("peak, count", [((2e-3, 4), 5), ((2e-3, 64), 6), ((1e-3, 1), 6), ((8e-3, 16), 7), ((5e-4, 64), 7)])
+def test_the_search_for_rates_finds_a_peak_and_takes_so_many_cells(peak, count):
+    def height(point):
+        return -sum(abs(torch.tensor(a / b).log()) for a, b in zip(point, peak, strict=True)).item()
+
+    scores = {}
+    while (state := findings.search(scores)).chosen is None:
+        (new,) = [[point for point in state.points if point not in scores]]
+        assert new, "the search waits for nothing"
+        scores |= {point: height(point) for point in new}
+    assert state.chosen == pytest.approx(peak) and len(scores) == count
+
+
+def test_a_diverged_cell_counts_as_zero_and_ties_go_to_the_smaller_rates():
+    cell = next(grid.plan({}))
+    assert findings.validation(cells.describe(cell) | {"diverged": "peer 3"}) == 0.0
+    scores = dict.fromkeys(product((1e-3, 2e-3, 4e-3), (1, 4, 16)), 0.5) | {(5e-4, 1): 0.5}
+    assert findings.search(scores).chosen == (5e-4, 1)
+
+
+def cells_with(values: dict[str, list[float]], p: float = 0.02) -> dict[str, dict]:
+    """Reported cells: by method its accuracy in percent, seed by seed."""
+    found = {}
+    for method, accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            cell = grid.Cell("main", "trec6", method, p, seed, 2e-3, 1)
+            found[cell.name] = result(cell, accuracy / 100)
+    return found
+
+
+def test_differences_are_taken_within_pairs():
+    found = cells_with({"lora": [60, 50, 70], "tad5": [61, 52]})
+    assert findings.differences(found, findings.Place("trec6", 0.02), "tad5", "lora") == pytest.approx([1, 2])
+    assert findings.difference(found, findings.Place("trec6", 0.1), "tad5", "lora") is None
+
+
+@pytest.mark.parametrize("tad, verdict", [([62, 52.5, 72.4], "held"), ([62, 50, 72], "refuted"), ([61, 59, 70.5], "not decided"),
+                                          ([62, 52], "not decided")])
+def test_the_criterion_where_links_are_sparse(tad, verdict):
+    found = cells_with({"lora": [60, 50, 70], "ffa": [55, 45, 60], "tad5": tad, "tad15": [0] * len(tad)})
+    said = findings.expectation(found, "trec6", 0.02)
+    assert said.verdict == verdict and "ahead" in said.claim and "tad5 - lora" in said.why
+
+
+def test_where_ffa_is_far_below_tad_is_expected_behind():
+    found = cells_with({"lora": [60, 50, 70], "ffa": [30, 30, 30], "tad5": [58, 47.6, 68.2], "tad15": [0, 0, 0]})
+    said = findings.expectation(found, "trec6", 0.02)
+    assert said.verdict == "held" and "behind" in said.claim and "50 %" in said.claim
+
+
+@pytest.mark.parametrize("p, points, verdict", [(0.1, [0.1, 0.2, -0.1], "held"), (0.1, [5, 5.2, 5.1], "refuted"),
+                                                (0.1, [5, -5, 1], "not decided"),
+                                                (0.5, [-2, -3, -2.5], "held"),
+                                                (0.5, [2, 3, 2.5], "refuted"), (0.5, [2, -3], "not decided")])
+def test_the_criteria_where_links_are_many(p, points, verdict):
+    found = cells_with({"lora": [50] * len(points), "tad15": [50 + d for d in points], "tad5": [0] * len(points)}, p)
+    assert findings.expectation(found, "trec6", p).verdict == verdict
+
+
+def test_fewer_than_three_pairs_decide_nothing():
+    assert findings.ordering("a > b", [10.0, 10.1]).verdict == "not decided"
+    assert findings.ordering("a > b", [10.0, 10.1, 10.2]).verdict == "held"
+    assert findings.ordering("a > b", [-10.0, -10.1, -10.2]).verdict == "refuted"
+    assert findings.ordering("a > b", []).why == "no pair"
+
+
+def test_a_failed_cell_is_left_out_of_a_call_and_begun_again_in_the_next(tmp_path):
+    begun = []
+
+    def work(cell, out, children):
+        begun.append(cell.name)
+        if len(begun) == 2:
+            raise RuntimeError("a disk is full")
+        return result(cell, 0.5)
+
+    assert runner.run(tmp_path, 1, None, ("core",), "-lora-", work) == 1
+    assert len(begun) == 3 and len(runner.stored(tmp_path)) == 2
+    assert runner.run(tmp_path, 1, None, ("core",), "-lora-", work) == 0
+    # five for the rates and the one beyond, as ties go down; p = 0.02 and 0.1 with two seeds
+    assert begun[3] == begun[1] and len(set(begun)) == len(begun) - 1 == len(runner.stored(tmp_path)) == 6 + 4
+    assert not list(tmp_path.glob("cells/.*"))
+
+
+def test_a_stopped_cell_is_not_done_and_goes_on_in_the_next_call(tmp_path):
+    begun = []
+
+    def work(cell, out, children):
+        begun.append(cell.name)
+        if len(begun) == 2:
+            children.stop()
+            raise cells.StoppedError
+        return result(cell, 0.5)
+
+    assert runner.run(tmp_path, 1, None, ("core",), "-lora-.*lr0.002", work) == 75
+    assert len(begun) == 2 and len(runner.stored(tmp_path)) == 1
+    assert runner.run(tmp_path, 1, None, ("core",), "-lora-.*lr0.002", work) == 0
+    assert begun[2] == begun[1] and len(begun) == 4
+
+
+def test_a_child_is_told_to_stop_and_none_is_begun_afterwards():
+    children = cells.Children()
+    threading.Timer(0.5, children.stop).start()
+    with pytest.raises(cells.StoppedError):
+        children.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(cells.StoppedError):
+        children.run([sys.executable, "-c", "pass"])
+
+
+def test_jobs_run_beside_each_other_and_the_budget_stops_them(tmp_path):
+    together, seen = threading.Barrier(2, timeout=20), []
+
+    def work(cell, out, children):
+        seen.append(cell.name)
+        if len(seen) <= 2:
+            together.wait()
+            return result(cell, 0.5)
+        while not children.stopped:
+            pass
+        raise cells.StoppedError
+
+    assert runner.run(tmp_path, 2, 3.0, ("core",), "", work) == 75
+    assert len(runner.stored(tmp_path)) == 2 and len(seen) == 4
+
+
+def test_two_runners_do_not_work_in_one_folder(tmp_path):
+    def work(cell, out, children):
+        with pytest.raises(SystemExit, match="another runner"):
+            runner.run(out, 1, None, ("core",), "")
+        raise RuntimeError("enough")
+
+    assert runner.run(tmp_path, 1, None, ("core",), "lr0.002-B1$", work) == 1
+
+
+def test_stored_figures_are_short_and_whole():
+    value = cells.rounded({"a": [0.123456789, 3], "b": {"c": "text", "d": None, "e": 1e-12 / 3}})
+    assert json.dumps(value) == '{"a": [0.123457, 3], "b": {"c": "text", "d": null, "e": 3.33333e-13}}'
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+                        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForSequenceClassification(config).eval()
+
+
+def test_the_packed_forward_pass_has_the_logits_and_gradients_of_the_plain_one():
+    model, plain = tiny_bert(), BertForSequenceClassification.forward
+    batch = {"input_ids": torch.randint(1, 50, (5, 9)), "token_type_ids": torch.randint(0, 2, (5, 9)),
+             "attention_mask": (torch.arange(9) < torch.tensor([9, 1, 4, 7, 2])[:, None]).long()}
+    found = []
+    packed = importlib.import_module("benchmarks.evidence.packed").forward
+    assert BertForSequenceClassification.forward is packed, "the plug-in is in place"
+    for forward in (plain, packed):
+        model.zero_grad()
+        logits = forward(model, **batch).logits
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    (logits, gradients), (fewer, theirs) = found
+    torch.testing.assert_close(fewer, logits, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == theirs.keys()
+    for name in gradients:
+        torch.testing.assert_close(theirs[name], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_balanced_rule_averages_factors_and_evens_their_norms():
+    """Its product is that of plain averaging; B^T B = A A^T; and a product of zero keeps its A."""
+    importlib.import_module("benchmarks.evidence.balanced")
+    torch.manual_seed(0)
+    factors = {"layer": (torch.randn(3, 2, 6), 5 * torch.randn(3, 4, 2)), "new": (torch.randn(3, 2, 6), torch.zeros(3, 4, 2))}
+    graph = build("complete", 3)
+    plain, even = (simulate(method, graph, factors, lambda *_: None, 1).factors for method in ("lora", "balanced_average"))
+    for (a, b), (own_a, own_b) in zip(plain.values(), even.values(), strict=True):
+        torch.testing.assert_close(own_b @ own_a, b @ a, rtol=1e-4, atol=1e-5)
+    a, b = even["layer"]
+    torch.testing.assert_close(b.mT @ b, a @ a.mT, rtol=1e-4, atol=1e-4)
+    assert torch.equal(even["new"][0], plain["new"][0])
+
+
+def test_the_recorder_measures_where_a_phase_ends_but_not_too_often():
+    wanted = importlib.import_module("benchmarks.evidence.recorder").wanted
+
+    def measured(T, rounds):
+        last, found = 0, []
+        for done in range(1, rounds + 1):
+            if wanted(done, last, rounds, lambda t: "B" if T is None or t // T % 2 == 0 else "A"):
+                last = done
+                found.append(done)
+        return found
+
+    assert measured(15, 90) == [15, 30, 45, 60, 75, 90]
+    assert measured(3, 20) == [6, 12, 18, 20] and measured(1, 11) == [5, 10, 11]
+    assert measured(None, 40) == [15, 30, 40]
+
+
+def test_disagreement_is_relative_to_the_products():
+    recorder = importlib.import_module("benchmarks.evidence.recorder")
+    layout = make_layout([("layer", 2, 3, 4, 2.0)])
+    torch.manual_seed(0)
+    x = torch.randn(3, layout.size)
+    deltas = torch.stack([2.0 * row[6:].view(4, 2) @ row[:6].view(2, 3) for row in x])
+    size = deltas.square().sum((1, 2)).mean()
+    away = (deltas - deltas.mean(0)).square().sum((1, 2)).mean()
+    found = recorder.disagreement(x, layout)
+    assert found["product"] == pytest.approx(size.sqrt().item(), rel=1e-5)
+    assert found["disagreement"] == pytest.approx((away / size).sqrt().item(), rel=1e-5)
+    assert recorder.disagreement(x[:1].expand(3, -1), layout)["disagreement"] == pytest.approx(0, abs=1e-6)
+
+
+def test_of_two_lines_of_a_round_the_last_counts(tmp_path):
+    recorder = importlib.import_module("benchmarks.evidence.recorder")
+    assert recorder.read(tmp_path) == []
+    (tmp_path / recorder.FILE).write_text('{"round": 5, "a": 1}\n{"round": 10, "a": 2}\n{"round": 5, "a": 3}\n{"rou')
+    assert recorder.read(tmp_path) == [{"round": 5, "a": 3}, {"round": 10, "a": 2}]
