@@ -1,9 +1,9 @@
 """What packages outside this one put into the tables of plug-ins, by entry points or by a module that a recipe names.
 
-An entry point in the group dfl.rules, dfl.schedules, dfl.triggers, dfl.codecs, dfl.channels, dfl.guards, dfl.wrappers,
-dfl.topologies or dfl.tasks has the name that a recipe uses and points to the factory (CONTRIBUTING.md). `plugins: [module]` in a
-recipe imports a module, which puts its own into the tables (`dfl.codecs.CODECS["mine"] = mine`). A rule is a method of its own
-name as well.
+An entry point in the group dfl.rules, dfl.schedules, dfl.triggers, dfl.codecs, dfl.channels, dfl.networks, dfl.guards,
+dfl.wrappers, dfl.topologies or dfl.tasks has the name that a recipe uses and points to the factory (CONTRIBUTING.md).
+`plugins: [module]` in a recipe imports a module, which puts its own into the tables (`dfl.codecs.CODECS["mine"] = mine`).
+A rule is a method of its own name as well.
 """
 
 import os

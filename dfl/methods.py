@@ -9,11 +9,12 @@ from dfl.adapters.layout import Layout
 from dfl.channels import CHANNELS
 from dfl.codecs import CODECS
 from dfl.guards import GUARDS
+from dfl.networks import NETWORKS
 from dfl.plugins import check_parameters, did_you_mean, first_line, lookup, parameters
 from dfl.rules import RULES
 from dfl.schedules import SCHEDULES
 from dfl.schedules.groups import groups_of
-from dfl.slots import Channel, Codec, Guard, Rule, Schedule, Trigger
+from dfl.slots import Channel, Codec, Guard, Network, Rule, Schedule, Trigger
 from dfl.triggers import TRIGGERS
 from dfl.wrappers import WRAPPERS
 
@@ -60,8 +61,8 @@ METHODS: dict[str, Row] = {
     "local": Row("average", "alone", about="Train alone, never mix: the baseline that gossip has to beat."),
 }
 SLOTS = {"schedule": SCHEDULES, "rule": RULES, "trigger": TRIGGERS, "codec": CODECS, "channel": CHANNELS, "guard": GUARDS,
-         "wrapper": WRAPPERS}
-DEFAULTS = {"trigger": "always", "codec": "none", "channel": "perfect", "guard": "norm", "wrapper": "none"}
+         "wrapper": WRAPPERS, "network": NETWORKS}
+DEFAULTS = {"trigger": "always", "codec": "none", "channel": "perfect", "guard": "norm", "wrapper": "none", "network": "none"}
 
 
 class Choice(NamedTuple):
@@ -81,11 +82,12 @@ class Method(NamedTuple):
     codec: Codec
     channel: Channel
     guard: Guard
+    network: Network = Network()
 
     @property
     def facts(self) -> dict[str, object]:
         """What was chosen, for the log."""
-        return {**self.schedule.facts, **self.rule.facts, **self.trigger.facts}
+        return {**self.schedule.facts, **self.rule.facts, **self.trigger.facts, **self.channel.facts, **self.network.facts}
 
 
 class Context(NamedTuple):
@@ -171,8 +173,11 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
 
     schedule = make("schedule", groups_of(context.layout, context.head))
     rule = make("wrapper", make("rule", context.layout))
-    method = Method(name, schedule, rule, make("trigger"), make("codec"), make("channel"), make("guard"))
+    method = Method(name, schedule, rule, make("trigger"), make("codec"), make("channel"), make("guard"),
+                    make("network"))
     check_slots(method, filled)
+    check_trigger(method, filled, context.ranks is not None)
+    check_channel(method, filled)
     return method
 
 
@@ -182,19 +187,59 @@ def check_slots(method: Method, filled: Mapping[str, Choice]) -> None:
     if method.schedule.sends not in rule.takes and method.schedule.sends != "nothing":
         raise ValueError(f"schedule.name = {filled['schedule'].name!r} exchanges {method.schedule.sends!r}, which rule {name!r} "
                          f"cannot mix; it takes: {', '.join(sorted(rule.takes))}")
-    held_back = not method.trigger.always
-    if held_back and (rule.dated or rule.lossless or method.schedule.sends == "active"):
+
+
+def check_trigger(method: Method, filled: Mapping[str, Choice], unequal: bool) -> None:
+    """ValueError for a trigger that the other slots cannot have. unequal: peers have ranks of their own."""
+    rule, trigger, name = method.rule, method.trigger, filled["trigger"].name
+    if not trigger.always and trigger.holds and (rule.dated or rule.lossless or method.schedule.sends == "active"):
         why = ("its messages mean something in their own round alone" if rule.dated else "its copies have to stay equal at both ends"
                if rule.lossless else "another factor is exchanged from round to round")
-        raise ValueError(f"trigger.name = {filled['trigger'].name!r} holds messages back, which {method.name!r} cannot have: {why}; "
-                         "allowed: always")
-    if rule.lossless and not method.channel.perfect:
-        raise ValueError(f"channel.name = {filled['channel'].name!r} loses messages, which {method.name!r} cannot have: its copies "
+        raise ValueError(f"trigger.name = {name!r} holds messages back, which {method.name!r} cannot have: {why}; "
+                         "allowed: always, or a trigger that leaves out a silent link")
+    if not trigger.always and rule.lossless:
+        raise ValueError(f"trigger.name = {name!r} leaves links out, which {method.name!r} cannot have: its copies have to stay equal "
+                         "at both ends; allowed: always")
+    if trigger.merges is not None and rule.needs == "static":
+        raise ValueError(f"trigger.name = {name!r} ends with a merge of all, but {method.name!r} needs the same W in every round")
+    if trigger.common_start and unequal:
+        raise ValueError("trigger.start = 'common' needs peers that start from the same row, which those of unequal ranks do not; "
+                         "allowed: sent")
+    if trigger.pairs and not (rule.linear and method.schedule.sends == "pairs"):
+        raise ValueError(f"trigger.norm = 'product' needs messages of A and B as they are, which {method.name!r} does not send in "
+                         "every round; allowed: factors")
+    if trigger.tensors is not None and not (rule.linear and rule.averages):
+        raise ValueError(f"trigger.name = {name!r} sends the tensors of a row one by one, which {method.name!r} cannot mix; allowed: "
+                         "methods that average rows")
+    if trigger.measures and not method.network.timed:
+        raise ValueError("trigger.bandwidth = 'measured' needs a network to measure; allowed: a number for each peer, or a network")
+
+
+def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
+    """ValueError for a channel that the other slots cannot have."""
+    rule, channel, name = method.rule, method.channel, filled["channel"].name
+    if rule.lossless and not channel.perfect:
+        raise ValueError(f"channel.name = {name!r} loses messages, which {method.name!r} cannot have: its copies "
                          "have to stay equal at both ends; allowed: perfect")
+    if channel.delays and (rule.dated or method.schedule.sends == "active"):
+        why = "its messages mean something in their own round alone" if rule.dated else "another factor is exchanged in every round"
+        raise ValueError(f"channel.name = {name!r} delays messages, which {method.name!r} cannot have: {why}; allowed: a channel "
+                         "without delay")
+    if channel.delays and not method.trigger.always and method.trigger.holds:
+        raise ValueError(f"channel.name = {name!r} delays messages: with trigger.name = {filled['trigger'].name!r} no peer would know "
+                         "what its neighbours hold; allowed: trigger always, or a channel without delay")
+    if channel.aggregations != 1 and not (rule.linear and filled["wrapper"].name == "none"):
+        raise ValueError(f"channel.aggregations: {method.name!r} cannot mix more than once in a round; allowed: 1, or a method that "
+                         "averages rows, without wrapper")
 
 
 def check_topology(method: Method, topology) -> None:
-    """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others."""
+    """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others, or where
+    links that go one way are to be answered."""
+    trigger = method.trigger
+    if (trigger.answers or trigger.greets) and not np.array_equal((w := topology.matrix(0)) != 0, (w != 0).T):
+        raise ValueError("topology has links that go one way, over which no peer can answer, as this trigger wants; allowed: a "
+                         "topology of undirected links")
     if method.rule.needs == "any":
         return
     # a mixing sequence from outside may not tell its period

@@ -1,4 +1,4 @@
-"""What fills the slots of a round, as types: schedule, trigger, codec, channel, guard and rule.
+"""What fills the slots of a round, as types: schedule, trigger, codec, channel, network, guard and rule.
 
 Each is a tuple of pure functions with explicit state. None knows a rank, a clock, a disk or a global generator: what is
 random is a function of a key. A peer's state in a slot is a flat dictionary of tensors, which nobody changes in place.
@@ -22,11 +22,13 @@ class Message(NamedTuple):
     """What one peer tells another.
 
     parts: numbers by name, floating point (M,), which a codec may round. meta: integers by name, int64 (K,), which
-    reach the receiver as they are: ranks, masks, and scalars as their bits (`bits_of`).
+    reach the receiver as they are: ranks, masks, and scalars as their bits (`bits_of`). lost: by part, bool (M,), which
+    of its numbers did not arrive; nothing: all of them did.
     """
 
     parts: Mapping[str, Tensor]
     meta: Mapping[str, Tensor] = {}
+    lost: Mapping[str, Tensor] = {}
 
 
 def bits_of(value: Tensor) -> Tensor:
@@ -59,6 +61,8 @@ class Round(NamedTuple):
     lr: float = 0.0  # train.lr at this time of its schedule
     local_steps: int = 0
     rates: Mapping[str, float] = {}  # the learning rate of each trained group, which may be a multiple of lr
+    key: int = 0  # a seed of its own for every (peer, round), for the trigger
+    bandwidth: float | None = None  # bytes a second that the peer has lately sent on the simulated network; None: no clock
 
 
 class Schedule(NamedTuple):
@@ -103,6 +107,7 @@ class Rule(NamedTuple):
     lossless: no message may be lost or held back, since both ends keep copies that have to stay equal.
     readable(message, own, round) -> whether `mix` can read a neighbour's message beside the peer's own, for messages of many
         lengths; None: where its parts are those of the own, as long as they.
+    index: metadata that say which numbers the parts hold, and are counted as such.
     facts: what was chosen when the rule was built, for the log.
     """
 
@@ -120,6 +125,7 @@ class Rule(NamedTuple):
     dated: bool = False
     lossless: bool = False
     readable: Callable[[Message, Message, Round], bool] | None = None
+    index: frozenset[str] = frozenset()
     facts: Mapping[str, object] = {}
 
 
@@ -128,12 +134,31 @@ class Trigger(NamedTuple):
 
     init(message) -> state;  decide(message, state, round) -> (whether it speaks, state). Who is silent is taken by its
     neighbours to be where it was when it last spoke. always: it speaks in every round, whatever the message.
+    holds: so it is; False: a link over which nobody spoke is not used in that round, its weight stays with the receiver.
+    answers: who is told something answers over the same link in the same round. greets: a link that was not there in
+    the round before is used in both directions. Both need a W(t) of links that go both ways.
+    due(t) -> whether anybody may speak in round t; None: in every one. merges(t) -> whether all peers take the mean of
+    all in round t, whatever W(t) is.
+    common_start: the start is known to everybody, so that nobody has to say where it begins; `init` is given the
+    message of the start. pairs: it compares products, and can do so where A and B travel as they are.
+    tensors(message) -> {name: (part, columns)}, what is sent or kept back one by one; `decide` gives the names that
+    are sent. None: a message is sent whole.
+    measures: it asks for `Round.bandwidth`.
     """
 
     init: Callable[[Message], State]
-    decide: Callable[[Message, State, Round], tuple[bool, State]]
+    decide: Callable[[Message, State, Round], tuple[bool | frozenset[str], State]]
     always: bool = False
     facts: Mapping[str, object] = {}
+    holds: bool = True
+    answers: bool = False
+    greets: bool = False
+    due: Callable[[int], bool] | None = None
+    merges: Callable[[int], bool] | None = None
+    common_start: bool = False
+    pairs: bool = False
+    tensors: Callable[[Message], Mapping[str, tuple[str, slice]]] | None = None
+    measures: bool = False
 
 
 class Codec(NamedTuple):
@@ -150,16 +175,52 @@ class Codec(NamedTuple):
     exact: bool = False
 
 
+class Link(NamedTuple):
+    """A way on which one message goes. key: a seed of its own for every (sender, receiver, round, aggregation)."""
+
+    sender: int
+    receiver: int
+    t: int
+    key: int
+
+
 class Channel(NamedTuple):
     """What the way from one peer to another does to a message.
 
-    init() -> state of an edge;  deliver(message, state, key) -> (message, or None where it is lost, state). key: a seed
-    of its own for every (sender, receiver, round). perfect: it delivers everything unchanged.
+    init() -> state of a link;  deliver(message, state, link) -> (message, or None where it is lost, state). Where only
+    some of the numbers arrive, `Message.lost` says which do not. perfect: it delivers everything unchanged.
+    fill(inbox, own, weights) -> inbox, what stands for the numbers that were lost, given all that arrived, the
+    receiver's own message and its row of W(t); None: its own numbers. A trigger that holds messages back keeps what
+    arrived before.
+    delays: it may deliver a message of an earlier round; it is then asked in every round, with None where nothing came.
+    repeats: state["sent"], a scalar, is how often the last message was sent, as a sum over its parts (1: once).
+    aggregations: how often peers exchange and mix in one round; None: chosen in every round (`injects`).
+    injects(weights, mean square of a number) -> the variance that one aggregation adds to a number of the receiver's.
     """
 
     init: Callable[[], State]
-    deliver: Callable[[Message, State, int], tuple[Message | None, State]]
+    deliver: Callable[[Message | None, State, Link], tuple[Message | None, State]]
     perfect: bool = False
+    fill: Callable[[Mapping[int, Message], Message, Mapping[int, float]], dict[int, Message]] | None = None
+    delays: bool = False
+    repeats: bool = False
+    aggregations: int | None = 1
+    most: int = 1
+    injects: Callable[[Mapping[int, float], float], float] | None = None
+    facts: Mapping[str, object] = {}
+
+
+class Network(NamedTuple):
+    """How long things take, on a simulated clock.
+
+    seconds(link, num_bytes) -> how long a message of so many bytes is under way. compute(t, peer, local_steps) -> how
+    long a local phase takes. timed: there is a clock at all.
+    """
+
+    seconds: Callable[[Link, int], float] = lambda link, num_bytes: 0.0
+    compute: Callable[[int, int, int], float] = lambda t, peer, local_steps: 0.0
+    timed: bool = False
+    facts: Mapping[str, object] = {}
 
 
 class Guard(NamedTuple):

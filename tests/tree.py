@@ -13,7 +13,7 @@ SAID = {".ci": "what has to pass before anything lands",
         "launch": "start scripts, Slurm scripts, recipes",
         "tests": "pure, several processes, launchers, real data"}
 # rooms that share a line
-SLOTS = ("schedules", "triggers", "codecs", "channels", "guards", "wrappers")
+SLOTS = ("schedules", "triggers", "codecs", "channels", "networks", "guards", "wrappers")
 _BLOCK = re.compile(r"(## Rooms\n.*?```text\n).*?(```)", re.S)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dfl.slots import Channel, Message, State
+from dfl.slots import Channel, Link, Message, State
 
 
 def lossy(*, rate: float = 0.1) -> Channel:
@@ -15,8 +15,8 @@ def lossy(*, rate: float = 0.1) -> Channel:
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise ValueError(f"channel.rate = {rate!r} is not allowed; allowed: a number from 0 to 1")
 
-    def deliver(message: Message, state: State, key: int) -> tuple[Message | None, State]:
-        lost = np.random.Generator(np.random.Philox(key)).random() < rate
+    def deliver(message: Message | None, state: State, link: Link) -> tuple[Message | None, State]:
+        lost = np.random.Generator(np.random.Philox(link.key)).random() < rate
         return (None if lost else message), state
 
     return Channel(lambda: {}, deliver)

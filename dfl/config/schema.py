@@ -142,6 +142,7 @@ class Config:
     trigger: Plugin = field(default_factory=lambda: Plugin("always"))  # whether a peer speaks
     codec: Plugin = field(default_factory=lambda: Plugin("none"))  # how a message becomes bytes
     channel: Plugin = field(default_factory=lambda: Plugin("perfect"))  # what the way does to it
+    network: Plugin = field(default_factory=lambda: Plugin("none"))  # how long things take, on a simulated clock
     guard: Plugin = field(default_factory=lambda: Plugin("norm"))  # what may enter a peer's mix: norm, or finite alone
     wrapper: Plugin = field(default_factory=lambda: Plugin("none"))  # an optimiser across peers
     partition: Plugin = field(default_factory=lambda: Plugin("iid"))

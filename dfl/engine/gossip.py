@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.layout import Layout
+from dfl.engine import copies, ledger, repeats
+from dfl.engine.ledger import Ledger
+from dfl.engine.sending import Sending, Spoken, others
 from dfl.engine.state import Tree, edge
 from dfl.methods import Method
 from dfl.rules.base import same_shape
-from dfl.seeds import derive
-from dfl.slots import EXACT, Message, Plan, Round, State
-from dfl.transport.base import Transport
-from dfl.transport.packet import Packet
+from dfl.slots import EXACT, Message, Plan, Round
+from dfl.transport.base import Arrived, Transport
 
 Inboxes = dict[int, dict[int, Message]]
+REMEMBERED = ("trigger", "codec", "sent", "received", "channel", "delivered", "outgoing", "start", "clock")
 
 
 class Report(NamedTuple):
     """What one round did to the hosted peers: those that mixed something with their own; messages along directed edges
     that they sent (to a peer in the same process as well) and their bytes, broadcasts (peers that spoke), messages lost
-    on the way and rejected by a guard, seconds by phase."""
+    on the way and rejected by a guard, seconds by phase; what each peer sent, and how often all have exchanged and
+    mixed in this round."""
 
     mixed: tuple[int, ...] = ()
     messages: int = 0
@@ -41,9 +44,17 @@ class Report(NamedTuple):
     encode_s: float = 0.0
     exchange_s: float = 0.0
     mix_s: float = 0.0
+    ledger: Mapping[int, Ledger] = {}
+    aggregations: int = 0
+
+    def plus(self, later: "Report") -> "Report":
+        """Of one exchange, and of those after it in the same round."""
+        return Report(tuple(sorted({*self.mixed, *later.mixed})),
+                      *(one + other for one, other in zip(self[1:9], later[1:9], strict=True)),
+                      ledger.of_one_round(ledger.together(self.ledger, later.ledger)), self.aggregations + later.aggregations)
 
 
-class Gossip:
+class Gossip(Sending):
     """The peers `peers` of a run on a topology, with rows x (P, D) in `layout`.
 
     state: the tree of what the slots remember. scale: by how much each hosted peer's B counts against the layout's
@@ -57,8 +68,10 @@ class Gossip:
         self.common = digest_of_common(method.schedule.common, layout, x)
         self._planned: tuple[int, list[Plan]] = (-1, [])
         self.state: Tree = {"rule": {str(peer): method.rule.init(row) for peer, row in zip(self.peers, x, strict=True)}}
-        for slot in ("trigger", "codec", "sent", "received", "channel"):
-            self.state[slot] = {}
+        self.state |= {slot: {} for slot in REMEMBERED}
+        if method.trigger.common_start:
+            self.state["start"] = {str(peer): {"x": row} for peer, row in zip(self.peers, _same_start(x), strict=True)}
+        self._contracts: tuple[int, float] = (-1, 1.0)
 
     def restore(self, state: Tree) -> None:
         """Go on from a state that `state` once was: what the hosted peers remembered."""
@@ -86,95 +99,81 @@ class Gossip:
 
         Every receiver uses the values from before the mix. TypeError where a neighbour holds other common values.
         """
-        rounds = [Round(t, peer, self.topology.neighbors(t, peer), plan, lr, local_steps, rates)
+        rounds = [Round(t, peer, self._row(t, peer), plan, lr, local_steps, rates)
                   for peer, plan in zip(self.peers, self.plans(t), strict=True)]
-        rounds = [round._replace(weights={round.peer: round.weights.get(round.peer, 0.0)} | dict(round.weights)) for round in rounds]
-        if not rounds or not rounds[0].plan.sends:  # nobody speaks in this round
-            return Report()
-        started = time.perf_counter()
+        due, timed, report = self.method.trigger.due, self.method.network.timed, Report()
+        for peer in self.peers if timed else ():
+            self._set_clock(peer, time=self._now(peer) + self.method.network.compute(t, peer, local_steps))
+        if rounds and rounds[0].plan.sends and (due is None or due(t)):  # else nobody speaks in this round
+            report, seen = self._aggregate(0, x, rounds)
+            for k in range(1, self._how_often(rounds, seen)):
+                report = report.plus(self._aggregate(k, x, rounds)[0])
+        times = {peer: Ledger(seconds=float(self._now(peer))) for peer in self.peers if timed}
+        return report._replace(ledger=ledger.together(report.ledger, times))
+
+    def _aggregate(self, k: int, x: Tensor, planned: Sequence[Round]) -> tuple[Report, dict[int, repeats.Seen]]:
+        """Exchange and mix for the k-th time in a round, and what the peers saw before they mixed."""
+        started, rounds, t = time.perf_counter(), list(planned), planned[0].t
         messages = self._compose(x, rounds)
-        due = {peer: self.topology.receivers(t, peer) for peer in self.peers}
-        packets, addressed, spoke = self._speak(messages, due, rounds)
+        spoken = self._speak(messages, rounds, k)
         encoded = time.perf_counter()
-        arrived = self.transport.exchange(t, packets, addressed, due, {round.peer: _others(round) for round in rounds})
+        arrived = self._exchange(spoken, messages, rounds, k)
         moved = time.perf_counter()
+        times = self._acknowledge(spoken, t, k)
         norms = dict(zip(messages, _norms(list(messages.values())), strict=True))
-        inboxes, lost, rejected = self._receive(x, arrived, packets, messages, rounds, norms)
+        inboxes, lost, rejected, seen = self._receive(x, arrived, spoken, messages, rounds, norms, k)
         self._mix(x, norms, inboxes, rounds)
         mixed = time.perf_counter()
         together = tuple(peer for peer, inbox in inboxes.items() if len(inbox) > 1)
-        sent = sum(packets[i].nbytes * len(to) for i, to in addressed.items())
-        return Report(together, sum(map(len, addressed.values())), sent, spoke, lost, rejected,
-                      encoded - started, moved - encoded, mixed - moved)
+        entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers))
+                   for peer, to in times.items()}
+        sent = ledger.total(entries)
+        return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, lost, rejected, encoded - started, moved - encoded,
+                      mixed - moved, entries, 1), seen
 
-    def _compose(self, x: Tensor, rounds: Sequence[Round]) -> dict[int, Message]:
-        """What each hosted peer has to say."""
-        found = {}
+    def _how_often(self, rounds: Sequence[Round], seen: Mapping[int, repeats.Seen]) -> int:
+        """Exchanges in this round: as many as any peer wants where the channel chooses after the first."""
+        channel, t = self.method.channel, rounds[0].t
+        if channel.aggregations is not None:
+            return channel.aggregations
+        if self._contracts[0] != t:
+            self._contracts = (t, repeats.contraction(self.topology.matrix(t)))
+        wanted = [repeats.best(seen[round.peer], round.weights, channel, self._contracts[1]) for round in rounds]
+        return self.transport.agree(max(wanted))
+
+    def _receive(self, x, arrived: Arrived, spoken: Spoken, messages, rounds, norms, k):
+        """What each hosted peer mixes: decoded once however many receive it, past its channel and its guard, gaps filled;
+        messages lost and rejected; what the peers saw, where the channel asks for it."""
+        like, decoded = next(iter(messages.values())), {}
+        if self.method.trigger.tensors is None:
+            decoded = {id(packet): spoken.public[peer] for peer, packet in spoken.packets.items()}
+        for packet in (packet for inbox in arrived.values() for packet in inbox.values()):
+            if id(packet) not in decoded:
+                decoded[id(packet)] = self._decode(packet, like)
+        found = list({id(message): message for message in decoded.values() if message is not None}.values())
+        sizes = {id(message): size for message, size in zip(found, _norms(found), strict=True)}
+        inboxes, lost, rejected, seen = {}, 0, [], {}
         for row, round in enumerate(rounds):
-            key = str(round.peer)
-            found[round.peer], self.state["rule"][key] = self.method.rule.send(self._common_scale(x[row], row),
-                                                                               self.state["rule"][key], round)
-        return found
-
-    def _speak(self, messages: Mapping[int, Message], due: Mapping[int, list[int]],
-               rounds: Sequence[Round]) -> tuple[dict[int, Packet], dict[int, list[int]], int]:
-        """What each hosted peer puts on its way, to whom, and how many have spoken: all receivers of those that speak,
-        and of those that are silent the ones that have not got what was said last (they were no neighbours then)."""
-        trigger, packets, addressed, spoke = self.method.trigger, {}, {}, 0
-        for round in rounds:
-            peer, key = round.peer, str(round.peer)
-            receivers = due[peer]
-            speaks, state = trigger.decide(messages[peer], self._of("trigger", key, lambda m=messages[peer]: trigger.init(m)), round)
-            self._keep("trigger", key, state)
-            spoke += speaks
-            if speaks:
-                packets[peer] = self._encode(messages[peer], round)
-                addressed[peer] = receivers
-            else:
-                packets[peer] = _packet_of(self.state["sent"][key])
-                known = self.state["sent"][key]["known"].tolist()
-                addressed[peer] = [j for j in receivers if j not in known]
-            if not trigger.always:
-                sent = _state_of(packets[peer]) if speaks else self.state["sent"][key]
-                known = addressed[peer] if speaks else known + addressed[peer]
-                self.state["sent"][key] = sent | {"known": torch.tensor(sorted(known), dtype=torch.int64)}
-        return packets, addressed, spoke
-
-    def _encode(self, message: Message, round: Round) -> Packet:
-        key, codec = str(round.peer), self.method.codec
-        draw = None if self.method.rule.averages else derive(self.seed, "codec", round.peer, round.t)
-        payload, state = codec.encode(message.parts, self._of("codec", key, lambda: codec.init(message.parts)), draw)
-        self._keep("codec", key, state)
-        meta = message.meta if not self.common else {**message.meta, "common": torch.tensor([self.common])}
-        return Packet(payload, {name: part.numel() for name, part in message.parts.items()}, meta)
-
-    def _receive(self, x, arrived, packets, messages, rounds, norms) -> tuple[Inboxes, int, tuple[tuple[int, int], ...]]:
-        """What each hosted peer mixes: decoded once however many receive it, past its channel and its guard, gaps filled."""
-        came = {id(packet): packet for inbox in arrived.values() for packet in inbox.values()}
-        own = {id(packet): packet for packet in packets.values()}
-        decoded = {key: self._decode(packet, messages) for key, packet in (came | own).items()}
-        readable = {key: message for key in came if (message := decoded[key]) is not None}
-        sizes = dict(zip(readable, _norms(list(readable.values())), strict=True))
-        inboxes, lost, rejected = {}, 0, []
-        for row, round in enumerate(rounds):
-            peer, inbox, out = round.peer, {}, []
-            for j in _others(round):
+            peer, own, inbox, out = round.peer, messages[round.peer], {}, []
+            for j in others(round):
                 packet = arrived[peer].get(j)
-                message = None if packet is None else decoded[id(packet)]
-                if packet is not None and not self._readable(message, messages[peer], round):
+                message = None if packet is None else self._whole(decoded[id(packet)], own, self._copy("received", edge(peer, j)))
+                if packet is not None and not self._readable(message, own, round):
                     out.append(j)
                     continue
-                message = None if message is None else self._deliver(message, j, round)
-                lost += packet is not None and message is None
+                message = self._deliver(message, j, round, k)
+                lost += packet is not None and message is None and not self.method.channel.delays
                 if message is not None:
                     self._check_common(message, j, peer)
                     inbox[j] = message
-            held = {j: sizes[id(arrived[peer][j])] for j in inbox}
+            held = {j: sizes.get(id(message)) or _norms([message])[0] for j, message in inbox.items()}
             out = sorted([*out, *self.method.guard.rejects({**held, peer: norms[peer]}, peer, x[row])])
             rejected += [(peer, j) for j in out]
             inbox = {j: message for j, message in inbox.items() if j not in out}
-            inboxes[peer], rounds[row] = self._complete(inbox, decoded[id(packets[peer])], messages[peer], round, out)
-        return inboxes, lost, tuple(rejected)
+            if self.method.channel.aggregations is None and k == 0:
+                seen[peer] = repeats.look(own, {j: message for j, message in inbox.items() if copies.same_lengths(message, own)})
+            inboxes[peer], rounds[row] = self._complete(inbox, own, spoken, round, out)
+        return inboxes, lost, tuple(rejected), seen
 
     def _readable(self, message: Message | None, own: Message, round: Round) -> bool:
         if message is None:
@@ -184,51 +183,72 @@ class Gossip:
             bare = message._replace(meta={name: value for name, value in message.meta.items() if name != "common"})
         return (self.method.rule.readable or (lambda other, own, round: same_shape(other, own)))(bare, own, round)
 
-    def _decode(self, packet: Packet, messages: Mapping[int, Message]) -> Message | None:
-        """None for bytes that are no numbers."""
-        like = next(iter(next(iter(messages.values())).parts.values()))
-        try:
-            parts = {name: self.method.codec.decode(name, data.to(like.device), packet.numel[name], like.dtype)
-                     for name, data in packet.payload.items()}
-        except RuntimeError:
-            return None
-        return Message(parts, packet.meta)
-
-    def _deliver(self, message: Message, sender: int, round: Round) -> Message | None:
+    def _deliver(self, message: Message | None, sender: int, round: Round, k: int) -> Message | None:
+        """What comes through the channel. Where messages are held back, numbers that were lost are those that came before."""
         channel, key = self.method.channel, edge(round.peer, sender)
-        if channel.perfect:
+        if channel.perfect or message is None and not channel.delays:
             return message
-        message, state = channel.deliver(message, self._of("channel", key, channel.init),
-                                         derive(self.seed, "channel", sender, round.peer, round.t))
+        message, state = channel.deliver(message, self._of("channel", key, channel.init), self.link(sender, round.peer, round.t, k))
         self._keep("channel", key, state)
-        return message
+        if message is None or not message.lost:
+            return message
+        if self.method.rule.dated:  # numbers of another message are no numbers of this one
+            return None
+        return copies.patched(message, self._copy("received", key)) if self.held else message
 
-    def _complete(self, inbox: dict[int, Message], public: Message, own: Message, round: Round,
+    def _complete(self, inbox: dict[int, Message], own: Message, spoken: Spoken, round: Round,
                   rejected: Sequence[int]) -> tuple[dict[int, Message], Round]:
         """The inbox with one message for every weight, before `mix` sees it.
 
         Who is silent is where it was when it last spoke to this peer; who never did, and whose message was lost or
-        rejected, gives its weight to the receiver. public: what the others take the peer's own message for. Where that
-        is not what it is, because it was rounded or held back, a rule that averages mixes own + sum_j w_ij (m_j -
-        public), which keeps the mean; any other rule takes what everybody got this round, or its own message as it is
-        where nobody got one.
+        rejected, gives its weight to the receiver. Where what the others take the peer's own message for is not what it
+        is, because it was rounded or held back, a rule that averages mixes own + sum_j w_ij (m_j - m_i as j has it),
+        which keeps the mean; any other rule takes what everybody got this round, or its own message as it is where
+        nobody got one.
         """
-        weights = dict(round.weights)
-        for j in _others(round):
-            key = edge(round.peer, j)
-            if j in inbox and not self.method.trigger.always:
-                self.state["received"][key] = _state_of_message(inbox[j])
-            elif j not in inbox and j not in rejected and key in self.state["received"]:
-                inbox[j] = _message_of(self.state["received"][key])
-            elif j not in inbox:
-                weights[round.peer] += weights.pop(j)
-        same = self.method.codec.exact and (self.method.trigger.always or _equal(public, own))
+        weights, peer, public = dict(round.weights), round.peer, spoken.public[round.peer]
+        # a part of a message says nothing where it is not like the own
+        inbox = {j: message for j, message in inbox.items() if not message.lost or copies.same_lengths(message, public)}
+        for j in others(round):
+            key = edge(peer, j)
+            if j in inbox and self.held:
+                self.state["received"][key] = copies.state_of_message(inbox[j])
+            elif j not in inbox and j not in rejected and self.held and (copy := self._copy("received", key)) is not None:
+                inbox[j] = copy
+            # a link that j does not use this peer leaves alone as well
+            if j in inbox and self.held and not self._known_to(j, peer, spoken):
+                del inbox[j]
+            if j not in inbox:
+                weights[peer] += weights.pop(j)
+        inbox = self._filled(inbox, public, weights)
+        same = self.method.codec.exact and (self.method.trigger.always or copies.equal(public, own))
+        known = {j: found for j in inbox if self.held and not self.method.channel.perfect
+                 and (found := self._copy("delivered", edge(peer, j))) is not None and not copies.equal(found, public)}
         averages = self.method.rule.averages
-        inbox[round.peer] = own if same or not (averages or self.method.trigger.always) else public
-        if averages and not same and len(inbox) > 1:
+        inbox[peer] = own if same or not (averages or self.method.trigger.always) else public
+        if averages and (known or not same) and len(inbox) > 1:
             inbox[EXACT] = own
-            weights = {EXACT: 1.0} | {j: weight - (j == round.peer) for j, weight in weights.items()}
+            weights = {EXACT: 1.0} | {j: weight - (j == peer) for j, weight in weights.items()}
+            for j, found in known.items():  # it holds an older one
+                inbox[EXACT - 1 - j] = found
+                weights[EXACT - 1 - j], weights[peer] = -weights[j], weights[peer] + weights[j]
         return dict(sorted(inbox.items())), round._replace(weights=weights)
+
+    def _known_to(self, j: int, peer: int, spoken: Spoken) -> bool:
+        """Whether a neighbour holds a message of this peer's, if it is to get any."""
+        if j not in spoken.due[peer] or self._start(str(peer)) is not None:
+            return True
+        if not self.method.channel.perfect:
+            return edge(peer, j) in self.state["delivered"]
+        sent = self.state["sent"].get(str(peer))
+        return sent is not None and j in sent["known"].tolist()
+
+    def _filled(self, inbox: dict[int, Message], own: Message, weights: dict[int, float]) -> dict[int, Message]:
+        """Something for every number that was lost."""
+        if not any(message.lost for message in inbox.values()):
+            return inbox
+        fill = self.method.channel.fill
+        return {j: copies.patched(message, own) for j, message in inbox.items()} if fill is None else fill(inbox, own, weights)
 
     def _mix(self, x: Tensor, norms: Mapping[int, Mapping[str, float]], inboxes: Inboxes, rounds: Sequence[Round]) -> None:
         mixed = []
@@ -256,14 +276,6 @@ class Gossip:
         row[self.layout.groups["B"]] *= factor
         return row
 
-    def _of(self, slot: str, key: str, init) -> State:
-        found = self.state[slot].get(key)
-        return init() if found is None else found
-
-    def _keep(self, slot: str, key: str, state: State) -> None:
-        if state:
-            self.state[slot][key] = state
-
     def _check_common(self, message: Message, sender: int, peer: int) -> None:
         found = int(message.meta["common"]) if "common" in message.meta else 0
         if found != self.common:
@@ -284,37 +296,11 @@ def _norms(messages: Sequence[Message]) -> list[dict[str, float]]:
     return found
 
 
-def _others(round: Round) -> list[int]:
-    return sorted(j for j in round.weights if j != round.peer)
-
-
-def _state_of(packet: Packet) -> State:
-    """What is needed to send it again."""
-    return ({f"bytes.{name}": data.clone() for name, data in packet.payload.items()}
-            | {f"numel.{name}": torch.tensor(numel) for name, numel in packet.numel.items()}
-            | {f"meta.{name}": value for name, value in packet.meta.items()})
-
-
-def _packet_of(state: State) -> Packet:
-    numel = {name: int(value) for name, value in _under(state, "numel.").items()}
-    return Packet(_under(state, "bytes."), numel, _under(state, "meta."))
-
-
-def _state_of_message(message: Message) -> State:
-    return {f"part.{name}": part.clone() for name, part in message.parts.items()} | \
-        {f"meta.{name}": value for name, value in message.meta.items()}
-
-
-def _message_of(state: State) -> Message:
-    return Message(_under(state, "part."), _under(state, "meta."))
-
-
-def _under(state: State, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _equal(one: Message, other: Message) -> bool:
-    return one.parts.keys() == other.parts.keys() and all(torch.equal(part, other.parts[name]) for name, part in one.parts.items())
+def _same_start(x: Tensor) -> Tensor:
+    """The rows (P, D) as they are now. ValueError where they differ: then nobody knows where another begins."""
+    if not torch.equal(x, x[:1].expand_as(x)):
+        raise ValueError("trigger.start = 'common' needs peers that all start from the same values, which these do not; allowed: sent")
+    return x.clone()
 
 
 def digest_of_common(groups: frozenset[str], layout: Layout, x: Tensor) -> int:

@@ -11,6 +11,7 @@ from dfl import extensions, methods
 from dfl.adapters.layout import Layout, pack, unpack
 from dfl.config.topology import check_averages
 from dfl.engine.gossip import Gossip
+from dfl.engine.ledger import Ledger, together, total
 from dfl.methods import Choice, Context
 from dfl.metrics.measures import measure
 from dfl.slots import Plan
@@ -30,15 +31,18 @@ class MixingSequence(Protocol):
 
 
 class Simulation(NamedTuple):
-    """The factors after the last round, in the shape they came in, and a dict of measures for each measured round."""
+    """The factors after the last round, in the shape they came in, and a dict of measures for each measured round; what
+    each peer has sent in all rounds."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     measures: list[dict[str, float]]
+    ledger: dict[int, Ledger]
 
 
 def simulate(method: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
              schedule: str | Choice | None = None, trigger: str | Choice = "always", codec: str | Choice = "none",
              channel: str | Choice = "perfect", guard: str | Choice = "finite", wrapper: str | Choice = "none",
+             network: str | Choice = "none",
              measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None, lr: float = 0.0,
              local_steps: int = 0, seed: int = 0, **params) -> Simulation:
     """Run `rounds` rounds of `method` over `topology` with the caller's own local training.
@@ -47,8 +51,8 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
         whatever it does to a factor outside `trains` (a set of "A", "B") is undone, and so is, when it returns, what it
         does to slots that the schedule does not train at a peer (`plora`).
-    schedule, trigger, codec, channel, guard, wrapper: what fills these slots, a name or `dfl.methods.Choice(name, parameters)`;
-        schedule None: the method's own.
+    schedule, trigger, codec, channel, guard, wrapper, network: what fills these slots, a name or `dfl.methods.Choice(name,
+        parameters)`; schedule None: the method's own.
     params: the method's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
@@ -62,24 +66,27 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
     check_averages(topology)
     extensions.load()
-    slots = {"schedule": schedule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper}
+    slots = {"schedule": schedule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper,
+             "network": network}
     slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items() if choice is not None}
     graph = topology if hasattr(topology, "receivers") else Rows(topology)
     context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
     built = methods.build(method, context, params, slots)
     methods.check_topology(built, topology)
     gossip = Gossip(built, layout, graph, InProcess(), range(len(x)), x, seed=seed)
-    history = []
+    history, ledger = [], {}
     for t in range(rounds):
         _train(x, layout, local_step, t, gossip.plans(t))
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
         report = gossip.round(t, x, lr=lr, local_steps=local_steps)
+        ledger = together(ledger, report.ledger)
         if measured:
             history.append({"round": t, "edges": report.messages, "message_bytes": report.message_bytes,
                             "broadcasts": report.broadcasts, "lost": report.lost, "rejected": len(report.rejected),
-                            **measure(before, x, graph.matrix(t), layout)})
-    return Simulation(unpack(x, layout), history)
+                            "sent_bytes": total(ledger).total_bytes, "seconds": total(ledger).seconds,
+                            "aggregations": report.aggregations, **measure(before, x, graph.matrix(t), layout)})
+    return Simulation(unpack(x, layout), history, ledger)
 
 
 class Rows:
@@ -90,6 +97,7 @@ class Rows:
 
     def __init__(self, sequence: MixingSequence):
         self.sequence, self._last = sequence, (-1, np.zeros((0, 0)))
+        self.num_peers = sequence.num_peers
 
     def matrix(self, t: int) -> np.ndarray:
         if self._last[0] != t:

@@ -69,7 +69,8 @@ def lora_a2(layout: Layout, *, keep: float = 0.25) -> Rule:
         good = bool(((slots >= 0) & (slots < len(places["A"]))).all()) and len(slots.unique()) == len(slots)
         return good and message.parts["slots"].numel() == len(columns(active(round), slots))
 
-    return Rule(init, send, mix, takes=frozenset({"active"}), dated=True, readable=readable, facts={"keep": keep})
+    return Rule(init, send, mix, takes=frozenset({"active"}), dated=True, readable=readable, index=frozenset({"slots"}),
+                facts={"keep": keep})
 
 
 def active(round: Round) -> str:

@@ -81,7 +81,7 @@ def _layout_before_loading(config: Config) -> Layout:
 
 def chosen_slots(config: Config) -> dict[str, Choice]:
     """The slots that the recipe fills beside the method's own choice."""
-    given = {slot: getattr(config, slot) for slot in ("schedule", "trigger", "codec", "channel", "guard", "wrapper")}
+    given = {slot: getattr(config, slot) for slot in ("schedule", "trigger", "codec", "channel", "network", "guard", "wrapper")}
     return {slot: Choice(choice.name, choice.params) for slot, choice in given.items() if choice is not None}
 
 

@@ -40,7 +40,7 @@ def halves():
 
 def from_peer_0_alone():
     """Lose what peer 0 is told."""
-    return Channel(lambda: {}, lambda message, state, key: (message if key % 2 else None, state))
+    return Channel(lambda: {}, lambda message, state, link: (message if link.receiver else None, state))
 
 
 def only_small(*, most: float = 100.0):

@@ -96,5 +96,5 @@ def test_a_recipe_names_a_module_of_its_own_folder(tmp_path, monkeypatch, capsys
 
 
 def test_the_tables_are_those_of_the_entry_points():
-    assert set(extensions._tables()) == {"rules", "schedules", "triggers", "codecs", "channels", "guards", "wrappers", "topologies",
-                                         "tasks"}
+    assert set(extensions._tables()) == {"rules", "schedules", "triggers", "codecs", "channels", "networks", "guards", "wrappers",
+                                         "topologies", "tasks"}
