@@ -5,5 +5,6 @@ cells.py     one cell: a run of `dfl train`, its test evaluation, and what is ke
 runner.py    several cells at a time, within a budget, resumable
 findings.py  rates, pairs, differences, verdicts
 page.py      the page and the tables of the documents
+page.py       the page and the tables of the documents
 packed.py, recorder.py, balanced.py   plug-ins of the runs
 """

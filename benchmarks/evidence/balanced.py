@@ -1,7 +1,8 @@
-"""A plug-in rule for one ablation: plain averaging in DeCAF's frame, without its product mixing. Not a method of its own.
+"""A plug-in rule for one ablation: plain averaging in DeCAF's frame, without its product mixing. Not a method of its
+own.
 
-DeCAF leaves A and B of equal norm after every mix, and mixes products. This rule does the first alone, so that the two can be told
-apart.
+DeCAF leaves A and B of equal norm after every mix, and mixes products. This rule does the first alone, so that the two
+can be told apart.
 """
 
 import torch
@@ -16,7 +17,9 @@ from dfl.slots import Rule, State
 
 
 def balanced_average(layout: Layout) -> Rule:
-    """Average factors, then split the own product evenly: B A of `average`, with B^T B = A A^T, in the peer's own frame."""
+    """Average factors, then split the own product evenly: B A of `average`, with B^T B = A A^T, in the peer's own
+    frame.
+    """
     num_factors = layout.groups["B"].stop
 
     def combine(out: Tensor, received: Received, state: State) -> State:

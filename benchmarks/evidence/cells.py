@@ -1,7 +1,7 @@
 """One cell: `dfl train` on the task's recipe, the test file once at the end, and what is kept of both.
 
-Everything heavy happens in processes of its own, so that a cell can be stopped (SIGTERM: the run saves its state) and goes on at the
-same step when it is asked for again.
+Everything heavy happens in processes of its own, so that a cell can be stopped (SIGTERM: the run saves its state) and
+goes on at the same step when it is asked for again.
 """
 
 import json
@@ -39,8 +39,8 @@ class Children:
             if self.stopped:
                 raise StoppedError
             # a session of its own: an interrupt at the terminal is for the runner, which hands it on once
-            child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                     start_new_session=True)
+            child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                     text=True, start_new_session=True)
             self._running.add(child)
         out, err = child.communicate()
         with self._lock:
@@ -58,15 +58,19 @@ class Children:
 
 def words(overrides: dict[str, Any]) -> list[str]:
     """`--dotted.key value`, values as JSON, which is YAML; texts as they are."""
-    return [word for key, value in overrides.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
+    return [word for key, value in overrides.items()
+            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
 
 
 def train_command(cell: Cell, output: str) -> list[str]:
-    return ["dfl", "train", f"launch/recipes/{cell.task}.yaml", "--resume", "--output", output, *words(cell.overrides())]
+    recipe = f"launch/recipes/{cell.task}.yaml"
+    return ["dfl", "train", recipe, "--resume", "--output", output, *words(cell.overrides())]
 
 
 def execute(cell: Cell, out: Path, children: Children) -> dict:
-    """The finished cell as it is stored. StoppedError where it was stopped, RuntimeError with what the run said where it failed."""
+    """The finished cell as it is stored. StoppedError where it was stopped, RuntimeError with what the run said where
+    it failed.
+    """
     output, started = out / "runs" / cell.name, time.time()
     trained = _dfl(children, train_command(cell, str(output)))
     seconds = time.time() - started
@@ -96,8 +100,9 @@ def describe(cell: Cell) -> dict:
     place = f"runs/{cell.name}"
     commands = [" ".join(_quoted(word) for word in train_command(cell, place))]
     commands += [f"dfl eval {place} --data {TEST[cell.task]}"] if cell.tested else []
-    return {"phase": cell.phase, "task": cell.task, "method": cell.method, "setting": cell.setting, "p": cell.p, "seed": cell.seed,
-            "lr": overrides["train.lr"], "ratio": overrides["train.lr_ratio.B"], "rounds": cell.rounds, "commands": commands}
+    return {"phase": cell.phase, "task": cell.task, "method": cell.method, "setting": cell.setting, "p": cell.p,
+            "seed": cell.seed, "lr": overrides["train.lr"], "ratio": overrides["train.lr_ratio.B"],
+            "rounds": cell.rounds, "commands": commands}
 
 
 def _quoted(word: str) -> str:
@@ -119,7 +124,8 @@ def summarise(cell: Cell, output: Path, tested: dict | None, seconds: float) -> 
         "diagnostics": recorder.read(output), "message_bytes": sum(record["message_bytes"] for record in rounds),
         "edges": sum(record["edges"] for record in rounds),
         "seconds": {"last_start": seconds, "local": sum(record["seconds"].get("local", 0.0) for record in rounds)},
-        **{key: about[key] for key in ("versions", "hardware", "git_commit", "started")}, "resumed": about.get("resumed", [])})
+        **{key: about[key] for key in ("versions", "hardware", "git_commit", "started")},
+        "resumed": about.get("resumed", [])})
 
 
 def _curve(records: list[dict]) -> list[dict]:
@@ -132,7 +138,7 @@ def _curve(records: list[dict]) -> list[dict]:
 
 
 def accuracy(evaluation: dict) -> dict[str, float]:
-    """Of an evaluation: mean, worst and best peer, consensus model, and the mean over peers on their own distributions."""
+    """Of an evaluation: mean, worst and best peer, consensus model, the mean over peers on their own distributions."""
     found = {**evaluation["accuracy"], "consensus": evaluation["consensus"]["accuracy"]}
     return found | ({"own": evaluation["own"]["accuracy"]["mean"]} if "own" in evaluation else {})
 

@@ -14,7 +14,9 @@ Found = Mapping[str, dict]
 
 
 class Search(NamedTuple):
-    """points: (rate of A, ratio of B's to it) to be tried, in order, as far as the scores tell; chosen: None until all are in."""
+    """points: (rate of A, ratio of B's to it) to be tried, in order, as far as the scores tell; chosen: None until all
+    are in.
+    """
 
     points: list[Point]
     chosen: Point | None
@@ -79,7 +81,8 @@ def of_place(found: Found, place: Place, method: str, read: Callable[[dict], flo
             and (cell["task"], cell["p"], cell["setting"]) == place}
 
 
-def difference(found: Found, place: Place, one: str, other: str, read: Callable[[dict], float] = test) -> Estimate | None:
+def difference(found: Found, place: Place, one: str, other: str,
+               read: Callable[[dict], float] = test) -> Estimate | None:
     """The mean of one - other over the seeds that both have, with its interval; None without a pair."""
     return paired(of_place(found, place, one, read), of_place(found, place, other, read))
 
@@ -152,10 +155,11 @@ def expectation(found: Found, task: str, p: float) -> Verdict:
     place = Place(task, p)
     tad = chosen_interval(found, place) or "tad5 or tad15"
     points = differences(found, place, tad, "lora")
+    why = f"{tad} - lora: {text(points)}"
     if p == 0.5:
-        return Verdict(f"{task}, p = 0.5: a tie, or LoRA ahead of TAD", not_ahead(points), f"{tad} - lora: {text(points)}")
+        return Verdict(f"{task}, p = 0.5: a tie, or LoRA ahead of TAD", not_ahead(points), why)
     if p == 0.1:
-        return Verdict(f"{task}, p = 0.1: LoRA and TAD within a point", within_a_point(points), f"{tad} - lora: {text(points)}")
+        return Verdict(f"{task}, p = 0.1: LoRA and TAD within a point", within_a_point(points), why)
     ffa, lora = of_place(found, place, "ffa"), of_place(found, place, "lora")
     seeds = ffa.keys() & lora.keys()
     if not seeds:
@@ -163,8 +167,9 @@ def expectation(found: Found, task: str, p: float) -> Verdict:
                        "no pair of FFA and LoRA")
     share = sum(ffa[seed] for seed in seeds) / sum(lora[seed] for seed in seeds)
     ahead = share >= 0.8
-    return Verdict(f"{task}, p = 0.02: TAD {'ahead of' if ahead else 'behind'} LoRA, as FFA reaches {100 * share:.0f} % of LoRA",
-                   sparse(points, ahead), f"{tad} - lora: {text(points)}")
+    where = "ahead of" if ahead else "behind"
+    claim = f"{task}, p = 0.02: TAD {where} LoRA, as FFA reaches {100 * share:.0f} % of LoRA"
+    return Verdict(claim, sparse(points, ahead), why)
 
 
 def text(points: Sequence[float]) -> str:
@@ -176,4 +181,5 @@ def text(points: Sequence[float]) -> str:
     if found.half is not None:
         interval = f"95 % interval {found.mean - found.half:+.1f} to {found.mean + found.half:+.1f}"
     pairs = "pair" if len(points) == 1 else "pairs"
-    return f"{', '.join(f'{point:+.1f}' for point in points)}: mean {found.mean:+.1f}, {interval} ({len(points)} {pairs})"
+    listed = ", ".join(f"{point:+.1f}" for point in points)
+    return f"{listed}: mean {found.mean:+.1f}, {interval} ({len(points)} {pairs})"

@@ -1,7 +1,7 @@
 """Every cell of the study, in the order in which it counts. A new method gets its row in METHODS by one line.
 
-A cell is a recipe of `launch/recipes` with overrides. What may be run depends on what has been found: a reported cell waits for the
-rates of its method, and the search for rates for its own first cells. Nothing here runs anything.
+A cell is a recipe of `launch/recipes` with overrides. What may be run depends on what has been found: a reported cell
+waits for the rates of its method, and the search for rates for its own first cells. Nothing here runs anything.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,19 @@ P_RATES, SEED_RATES, ROUNDS_RATES, ROUNDS = 0.1, 100, 30, 90
 SEEDS, MOST_SEEDS = 3, 5
 # the field of a recipe that names the method
 METHOD_FIELD = "rule"
-REGIME = {"model.layers": 3, "model.head_std": 0.3, "data.valid": None, "data.valid_fraction": 0.1, "data.max_valid": 872,
-          "train.batch_size": 16, "train.local_steps": 20, "train.autocast": "off", "eval.every": 15, "measure.layers": 0,
+REGIME = {"model.layers": 3, "model.head_std": 0.3,
+          "data.valid": None, "data.valid_fraction": 0.1, "data.max_valid": 872,
+          "train.batch_size": 16, "train.local_steps": 20, "train.autocast": "off",
+          "eval.every": 15, "measure.layers": 0,
           "plugins": ["benchmarks.evidence.packed", "benchmarks.evidence.balanced"],
           "callbacks": ["benchmarks.evidence.recorder:Recorder"], "processes": 1, "threads": 1}
 RANKS = (2, 2, 2, 4, 4, 4, 8, 8, 8, 8)
 
 
 class Entry(NamedTuple):
-    """A method as a recipe names it, with parameters, and what else of the recipe makes it what it is. `rates`: the row whose rates
-    it takes; None: it is tuned by itself."""
+    """A method as a recipe names it, with parameters, and what else of the recipe makes it what it is. `rates`: the row
+    whose rates it takes; None: it is tuned by itself.
+    """
 
     name: str
     params: Mapping[str, Any] = {}
@@ -64,8 +67,8 @@ METHODS: dict[str, Entry] = {
     **{f"{of}-ratio{ratio}": Entry(name, params, {"train.lr_ratio.B": ratio}, rates=of)
        for of, name, params in (("lora", "lora", {}), ("tad5", "tad", {"T": 5})) for ratio in (1, 10, 100)},
     # event triggers, at p = 0.1
-    **{f"lora-event{threshold:g}": Entry("lora", overrides={"trigger": {"name": "event", "threshold": threshold}}, rates="lora")
-       for threshold in (0.003, 0.01, 0.03)},
+    **{f"lora-event{least:g}": Entry("lora", overrides={"trigger": {"name": "event", "threshold": least}}, rates="lora")
+       for least in (0.003, 0.01, 0.03)},
 }
 CORE = ("lora", "tad5", "ffa", "tad15", "decaf")
 DECIDING = ("lora", "ffa", "tad5", "tad15")
@@ -81,8 +84,9 @@ GRAPHS = {"ring": "ring", "one-peer": "one_peer_exponential", "base2": {"name": 
 
 
 class Cell(NamedTuple):
-    """One run. `setting`: what differs from the task's usual data and graph, by its name in SKEWS or GRAPHS; lr: the rate of A,
-    ratio: of B to it."""
+    """One run. `setting`: what differs from the task's usual data and graph, by its name in SKEWS or GRAPHS; lr: the
+    rate of A, ratio: of B to it.
+    """
 
     phase: str
     task: str
@@ -109,8 +113,9 @@ class Cell(NamedTuple):
         entry = METHODS[self.method]
         setting = SKEWS.get(self.setting) or ({"topology": GRAPHS[self.setting]} if self.setting in GRAPHS else {})
         graph = {} if "topology" in setting else {"topology.p": self.p}
-        return {METHOD_FIELD: {"name": entry.name, **entry.params}, **graph, "seed": self.seed, "train.rounds": self.rounds,
-                "train.lr": self.lr, "train.lr_ratio.B": self.ratio, **REGIME, **setting, **entry.overrides}
+        return {METHOD_FIELD: {"name": entry.name, **entry.params}, **graph, "seed": self.seed,
+                "train.rounds": self.rounds, "train.lr": self.lr, "train.lr_ratio.B": self.ratio,
+                **REGIME, **setting, **entry.overrides}
 
 
 Found = Mapping[str, dict]
@@ -159,9 +164,8 @@ def _core(found: Found, task: str, seeds) -> Iterator[Cell]:
 def _rest(found: Found) -> Iterator[Cell]:
     for task in TASKS:
         yield from _rates(found, task, OTHERS)
-        yield from _cells(found, "main", task, CORE, (0.5,), range(SEEDS))
+        yield from _cells(found, "main", task, CORE, (0.02, 0.1, 0.5), range(SEEDS))
         yield from _cells(found, "main", task, (*OTHERS, "local"), (0.02, 0.1, 0.5), range(SEEDS))
-        yield from _cells(found, "main", task, ("decaf",), (0.02, 0.1), range(SEEDS))
 
 
 def _claims(found: Found) -> Iterator[Cell]:

@@ -1,9 +1,10 @@
-"""The same classifier with fewer operations: padding is left out, and the last layer is computed for the first token alone.
+"""The same classifier with fewer operations: padding is left out, and the last layer is computed for the first token
+alone.
 
-A plug-in of the recipes of this study (`plugins: [benchmarks.evidence.packed]`): it replaces the forward pass of BERT's classifier
-by one that gives the same logits up to rounding (`tests/pure/test_evidence.py`), at less than half the time on a CPU. Half of a
-batch of short questions is padding, and of the last layer a classifier reads the first token only. Not for training with dropout
-inside the layers, and not for models other than BERT.
+A plug-in of the recipes of this study (`plugins: [benchmarks.evidence.packed]`): it replaces the forward pass of BERT's
+classifier by one that gives the same logits up to rounding (`tests/pure/test_evidence.py`), at less than half the time
+on a CPU. Half of a batch of short questions is padding, and of the last layer a classifier reads the first token only.
+Not for training with dropout inside the layers, and not for models other than BERT.
 """
 
 import torch
@@ -44,7 +45,8 @@ def _layer(layer, hidden: Tensor, only: Tensor | None, kept: Tensor, shape: tupl
 
     query = attention.query(wanted)
     query = spread(query) if only is None else query.view(num, 1, heads, size).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(query, spread(attention.key(hidden)), spread(attention.value(hidden)), attn_mask=visible)
+    key, value = spread(attention.key(hidden)), spread(attention.value(hidden))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
     mixed = mixed.transpose(1, 2).reshape(-1, heads * size)
     attended = layer.attention.output(mixed[kept] if only is None else mixed, wanted)
     return layer.output(layer.intermediate(attended), attended)

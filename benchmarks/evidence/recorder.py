@@ -1,7 +1,8 @@
-"""What the protocol records of a run on the way and `metrics.jsonl` does not hold: relative disagreement, gradients of both factors.
+"""What the protocol records of a run on the way and `metrics.jsonl` does not hold: relative disagreement, gradients of
+both factors.
 
-A callback of the recipes of this study. It looks at the run and changes nothing in it; a line of `diagnostics.jsonl` is a
-measurement, and after a resumption the last line of a round counts.
+A callback of the recipes of this study. It looks at the run and changes nothing in it; a line of `diagnostics.jsonl` is
+a measurement, and after a resumption the last line of a round counts.
 """
 
 import json

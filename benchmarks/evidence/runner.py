@@ -1,4 +1,5 @@
-"""Cells one after the other or several at a time, within a budget, and resumable: what is done is skipped, what was stopped goes on.
+"""Cells one after the other or several at a time, within a budget, and resumable: what is done is skipped, what was
+stopped goes on.
 
 A cell that is done is one file, written whole. One runner works in a folder at a time.
 """
@@ -41,8 +42,9 @@ def run(out: Path, jobs: int, budget: float | None, phases: tuple[str, ...], onl
         work: Callable[[Cell, Path, Children], dict] = execute) -> int:
     """Begin cells until none is left, the budget (seconds) is used up, or a signal comes; the exit status.
 
-    At the end of the budget the runs at work are told to stop; they save their state, and the next call goes on with them. A cell
-    that fails is named and left out of this call. 0: all is done; 1: something failed; 75: stopped before the end.
+    At the end of the budget the runs at work are told to stop; they save their state, and the next call goes on with
+    them. A cell that fails is named and left out of this call. 0: all is done; 1: something failed; 75: stopped before
+    the end.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
@@ -51,7 +53,8 @@ def run(out: Path, jobs: int, budget: float | None, phases: tuple[str, ...], onl
         except BlockingIOError:
             raise SystemExit(f"another runner is at work in {out}") from None
         children, deadline = Children(), None if budget is None else time.monotonic() + budget
-        before = {number: signal.signal(number, lambda *_: children.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, lambda *_: children.stop()) for number in signals}
         try:
             return _run(out, jobs, deadline, phases, only, children, work)
         finally:
@@ -65,7 +68,8 @@ def _run(out, jobs, deadline, phases, only, children, work) -> int:
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             taken = {cell.name for cell in running.values()} | failed
-            todo = [] if children.stopped else [cell for cell in ready(stored(out), phases, only) if cell.name not in taken]
+            todo = [] if children.stopped else ready(stored(out), phases, only)
+            todo = [cell for cell in todo if cell.name not in taken]
             for cell in todo[:jobs - len(running)]:
                 print(f"{_now()} begins {cell.name}", flush=True)
                 running[pool.submit(work, cell, out, children)] = cell
@@ -103,4 +107,5 @@ def check_data() -> None:
     """SystemExit where the data are not there."""
     folder = os.environ.get("DFL_DATA")
     if not folder or not (Path(folder) / "trec6" / "train.tsv").is_file():
-        raise SystemExit("set DFL_DATA to the folder with trec6/, sst2/ and minilm-l6-fp16/ (see the heads of launch/recipes)")
+        raise SystemExit("set DFL_DATA to the folder with trec6/, sst2/ and minilm-l6-fp16/, which the heads of "
+                         "launch/recipes describe")

@@ -4,6 +4,7 @@
                       baseline, peer (drawn faint, together) or line
     bars    variants: {name, y, x, series: [{name, colour, y}]}, stacked
     heat    variants: {name, rows, columns, row, column, unit, values, counts}
+    forest  variants: {name, x, rows: [{name, mean, lo, hi, pairs, points}]}: differences with their intervals
     graph   peers, positions, directed, rounds, frames (links as bits, row by row, in base64)
 """
 
@@ -12,6 +13,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from dfl.report.statistics import Estimate
 
 # no screen shows more points in a line than this
 MAX_POINTS = 400
@@ -79,6 +82,21 @@ def grid(name: str, rows: Sequence, columns: Sequence, values, *, row: str, colu
 def heat(title: str, text: str, variants: Sequence[dict], choose: str = "show") -> dict | None:
     variants = [v for v in variants if any(cell is not None for line in v["values"] for cell in line)]
     return {"kind": "heat", "title": title, "text": text, "choose": choose, "variants": variants} if variants else None
+
+
+def differences(name: str, x: str, rows: Sequence[tuple[str, Estimate, Sequence[float]]]) -> dict:
+    """One choice of a forest plot: (what, mean difference with its interval, the differences one by one where they are known)."""
+    return {"name": name, "x": x, "rows": [
+        {"name": what, "mean": clean(found.mean), "lo": None if found.half is None else clean(found.mean - found.half),
+         "hi": None if found.half is None else clean(found.mean + found.half), "pairs": found.num,
+         "points": [clean(v) for v in points]}
+        for what, found, points in rows]}
+
+
+def forest(title: str, text: str, variants: Sequence[dict], choose: str = "show") -> dict | None:
+    """None when there is no difference."""
+    variants = [v for v in variants if v["rows"]]
+    return {"kind": "forest", "title": title, "text": text, "choose": choose, "variants": variants} if variants else None
 
 
 def frame(w: np.ndarray) -> str:

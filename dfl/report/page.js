@@ -187,6 +187,33 @@ function drawHeat(chart, state, svg, width) {
     read: ([i, j]) => [[row, rows[i]], [column, columns[j]], [unit, short(values[i][j])], ...(counts ? [["mean of", `${counts[i][j]} run(s)`]] : [])] };
 }
 
+// Differences with their intervals, one under the other; what left of zero is worse than the baseline.
+function drawForest(chart, state, svg, width) {
+  const { rows, x: unit } = chart.variants[state.variant], step = 26, top = 8, bottom = top + step * rows.length;
+  const margin = Math.min(width * 0.42, 14 + 6.6 * Math.max(...rows.map((row) => row.name.length)));
+  svg.setAttribute("viewBox", `0 0 ${width} ${bottom + 40}`);
+  const values = [0, ...shown(rows.flatMap((row) => [row.mean, row.lo, row.hi, ...row.points]))];
+  const room = (Math.max(...values) - Math.min(...values)) * 0.05;
+  const x = scale(Math.min(...values) - room, Math.max(...values) + room, margin + 6, width - 12, false);
+  for (const v of x.ticks(width < 420 ? 4 : 8)) {
+    make(svg, "line", { x1: x(v), x2: x(v), y1: top, y2: bottom, class: "axis", "stroke-width": v === 0 ? 2.5 : 1 });
+    make(svg, "text", { x: x(v), y: bottom + 14, "text-anchor": "middle" }, short(v));
+  }
+  make(svg, "text", { x: width - 8, y: bottom + 32, "text-anchor": "end" }, unit);
+  rows.forEach((row, i) => {
+    const y = top + step * (i + 0.5);
+    make(svg, "text", { x: margin - 4, y: y + 4, "text-anchor": "end" }, tail(row.name, margin - 8));
+    for (const v of row.points) make(svg, "circle", { cx: x(v), cy: y, r: 3, fill: "none", stroke: colour(1), opacity: 0.8 });
+    if (row.lo !== null) make(svg, "line", { x1: x(row.lo), x2: x(row.hi), y1: y, y2: y, stroke: colour(0), "stroke-width": 2.5 });
+    make(svg, "rect", { x: x(row.mean) - 4, y: y - 4, width: 8, height: 8, fill: row.lo === null ? "var(--panel)" : colour(0), stroke: colour(0), "stroke-width": 2 });
+  });
+  const interval = (row) => row.lo === null ? "none" : `${short(row.lo)} to ${short(row.hi)}`;
+  return { stops: rows, heat: true, columns: 1,
+    find: (px, py) => { const i = Math.floor((py - top) / step); return i >= 0 && i < rows.length ? i : -1; },
+    box: (row) => ({ x: 2, y: top + step * rows.indexOf(row) + 1, width: width - 4, height: step - 2 }),
+    read: (row) => [[row.name, `${short(row.mean)} ${unit}`], ["95 % interval", interval(row)], ["pairs", row.pairs], ...(row.points.length ? [["one by one", row.points.map(short).join(", ")]] : [])] };
+}
+
 function bits(text) {
   const bytes = atob(text);
   return (k) => (bytes.charCodeAt(k >> 3) >> (7 - (k & 7))) & 1;
@@ -222,7 +249,7 @@ function drawGraph(chart, state, svg, width) {
   return { stops: place.map((_, i) => i), peers: place, star: (i) => draw(neighbours(i).map((j) => [j, i])), read: (i) => [...state.said, [`peer ${i} hears`, neighbours(i).join(", ") || "nobody"]] };
 }
 
-const DRAW = { lines: drawLines, bars: drawBars, heat: drawHeat, graph: drawGraph };
+const DRAW = { lines: drawLines, bars: drawBars, heat: drawHeat, forest: drawForest, graph: drawGraph };
 
 function say(readout, pairs) {
   readout.replaceChildren();
@@ -265,6 +292,9 @@ function numbers(chart, state, box) {
   } else if (chart.kind === "heat") {
     titles([`${variant.row} \\ ${variant.column}`, ...variant.columns]);
     variant.rows.forEach((name, i) => line([name, ...variant.values[i]]));
+  } else if (chart.kind === "forest") {
+    titles(["", variant.x, "from", "to", "pairs"]);
+    for (const row of variant.rows) line([row.name, row.mean, row.lo, row.hi, row.pairs]);
   } else {
     titles(["round", "peer hears"]);
     const hears = bits(chart.frames[state.frame]), n = chart.peers;

@@ -87,8 +87,14 @@ def _differences(ended: list[Member], results: dict, base: str | None, metric: s
     note = (f"{'Above' if higher else 'Below'} zero is better than {base}. Intervals are Student's t over the pairs; fewer than "
             f"{LEAST_VALUES} pairs, or equal differences, have none. In the rows of all places, a pair is a seed: its mean difference "
             "over those places, of the seeds that have them all.")
-    return Section("Differences", tables=[Table(f"{metric.capitalize()} minus that of {base}, on the same topology, setting and seed",
-                                                ["rule", "topology", "difference", "95 % interval", "pairs"], rows, note)])
+    plot = charts.forest(f"{metric.capitalize()} minus that of {base}",
+                         f"Mean differences with their 95 % intervals; {'right' if higher else 'left'} of zero is better than {base}. "
+                         "A hollow square has no interval.",
+                         [charts.differences(place, metric, [(rule, found, ()) for rule, where, found in table if where == place])
+                          for place in dict.fromkeys(where for _, where, _ in table)], choose="topology")
+    return Section("Differences", charts=[plot], tables=[
+        Table(f"{metric.capitalize()} minus that of {base}, on the same topology, setting and seed",
+              ["rule", "topology", "difference", "95 % interval", "pairs"], rows, note)])
 
 
 def _interval(found: Estimate) -> str:

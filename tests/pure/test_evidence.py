@@ -1,7 +1,8 @@
 """The evidence study: its grid, pairs, search for rates, verdicts, resumption, and the faster forward pass."""
 
-import importlib
+import importlib.util
 import json
+import re
 import sys
 import threading
 from itertools import product
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from evidence import cells, findings, grid, runner  # noqa: E402
+from evidence import cells, findings, grid, page, runner  # noqa: E402
 
 from dfl import simulate  # noqa: E402
 from dfl.adapters.layout import make_layout  # noqa: E402
@@ -25,6 +26,10 @@ from dfl.methods import METHODS  # noqa: E402
 from dfl.rules import RULES  # noqa: E402
 from dfl.run.build import check  # noqa: E402
 from topologies import build  # noqa: E402
+
+SPEC = importlib.util.spec_from_file_location("evidence_script", ROOT / "benchmarks" / "evidence.py")
+evidence = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(evidence)
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +84,9 @@ def test_every_cell_is_a_recipe_that_a_run_accepts():
 def test_the_regime_is_the_protocols():
     config = config_of(grid.Cell("main", "trec6", "tad15", 0.02, 1, 1e-3, 4))
     assert (config.peers, config.model.layers, config.model.head_std, config.lora.head) == (10, 3, 0.3, "frozen")
-    assert (config.train.rounds, config.train.local_steps, config.train.batch_size, config.train.state) == (90, 20, 16, "fresh")
-    assert (config.train.lr, config.train.lr_ratio.A, config.train.lr_ratio.B, config.train.autocast) == (1e-3, 1.0, 4, "off")
+    train = config.train
+    assert (train.rounds, train.local_steps, train.batch_size, train.state) == (90, 20, 16, "fresh")
+    assert (train.lr, train.lr_ratio.A, train.lr_ratio.B, train.autocast) == (1e-3, 1.0, 4, "off")
     assert config.data.valid is None and config.data.valid_fraction == 0.1 and "test" not in str(config.to_dict())
     assert all(grid.ROUNDS % (2 * T) == 0 for T in (1, 3, 5, 15))
 
@@ -124,13 +130,15 @@ def test_the_order_is_rates_then_core_then_what_decides():
 def test_no_reported_cell_before_the_rates_of_its_method():
     assert all(cell.phase == "rates" for cell in grid.plan({}))
     some = {cell.name: result(cell, 0.5) for cell in grid.plan({}) if cell.method != "tad5"}
-    while new := [cell for cell in grid.plan(some) if cell.phase == "rates" and cell.method != "tad5" and cell.name not in some]:
+    while new := [cell for cell in grid.plan(some, ("core", "rest"))
+                  if cell.phase == "rates" and cell.method != "tad5" and cell.name not in some]:
         some |= {cell.name: result(cell, 0.5) for cell in new}
     methods = {cell.method for cell in grid.plan(some) if cell.phase != "rates" and cell.task == "trec6"}
     assert "lora" in methods and "local" in methods and not methods & {"tad5", "tad5-head", "decaf-alternating"}
 
 
-@pytest.mark.parametrize("peak, count", [((2e-3, 4), 5), ((2e-3, 64), 6), ((1e-3, 1), 6), ((8e-3, 16), 7), ((5e-4, 64), 7)])
+@pytest.mark.parametrize("peak, count", [((2e-3, 4), 5), ((2e-3, 64), 6), ((1e-3, 1), 6), ((8e-3, 16), 7),
+                                         ((5e-4, 64), 7)])
 def test_the_search_for_rates_finds_a_peak_and_takes_so_many_cells(peak, count):
     def height(point):
         return -sum(abs(torch.tensor(a / b).log()) for a, b in zip(point, peak, strict=True)).item()
@@ -166,7 +174,8 @@ def test_differences_are_taken_within_pairs():
     assert findings.difference(found, findings.Place("trec6", 0.1), "tad5", "lora") is None
 
 
-@pytest.mark.parametrize("tad, verdict", [([62, 52.5, 72.4], "held"), ([62, 50, 72], "refuted"), ([61, 59, 70.5], "not decided"),
+@pytest.mark.parametrize("tad, verdict", [([62, 52.5, 72.4], "held"), ([62, 50, 72], "refuted"),
+                                          ([61, 59, 70.5], "not decided"),
                                           ([62, 52], "not decided")])
 def test_the_criterion_where_links_are_sparse(tad, verdict):
     found = cells_with({"lora": [60, 50, 70], "ffa": [55, 45, 60], "tad5": tad, "tad15": [0] * len(tad)})
@@ -271,7 +280,8 @@ def test_stored_figures_are_short_and_whole():
 def tiny_bert() -> BertForSequenceClassification:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-                        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+                        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(config).eval()
 
 
@@ -286,7 +296,8 @@ def test_the_packed_forward_pass_has_the_logits_and_gradients_of_the_plain_one()
         model.zero_grad()
         logits = forward(model, **batch).logits
         logits.logsumexp(-1).sum().backward()
-        found.append((logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((logits.detach(), gradients))
     (logits, gradients), (fewer, theirs) = found
     torch.testing.assert_close(fewer, logits, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == theirs.keys()
@@ -298,9 +309,11 @@ def test_the_balanced_rule_averages_factors_and_evens_their_norms():
     """Its product is that of plain averaging; B^T B = A A^T; and a product of zero keeps its A."""
     importlib.import_module("benchmarks.evidence.balanced")
     torch.manual_seed(0)
-    factors = {"layer": (torch.randn(3, 2, 6), 5 * torch.randn(3, 4, 2)), "new": (torch.randn(3, 2, 6), torch.zeros(3, 4, 2))}
+    factors = {"layer": (torch.randn(3, 2, 6), 5 * torch.randn(3, 4, 2)),
+               "new": (torch.randn(3, 2, 6), torch.zeros(3, 4, 2))}
     graph = build("complete", 3)
-    plain, even = (simulate(method, graph, factors, lambda *_: None, 1).factors for method in ("lora", "balanced_average"))
+    plain, even = (simulate(method, graph, factors, lambda *_: None, 1).factors
+                   for method in ("lora", "balanced_average"))
     for (a, b), (own_a, own_b) in zip(plain.values(), even.values(), strict=True):
         torch.testing.assert_close(own_b @ own_a, b @ a, rtol=1e-4, atol=1e-5)
     a, b = even["layer"]
@@ -343,3 +356,76 @@ def test_of_two_lines_of_a_round_the_last_counts(tmp_path):
     assert recorder.read(tmp_path) == []
     (tmp_path / recorder.FILE).write_text('{"round": 5, "a": 1}\n{"round": 10, "a": 2}\n{"round": 5, "a": 3}\n{"rou')
     assert recorder.read(tmp_path) == [{"round": 5, "a": 3}, {"round": 10, "a": 2}]
+
+
+def story() -> dict[str, dict]:
+    """A study in the middle: rates chosen, a few methods compared at two places, one run diverged."""
+    found = {name: cell for name, cell in everything(phases=("core",)).items() if cell["phase"] == "rates"}
+    found |= cells_with({"lora": [60, 50, 70], "ffa": [55, 45, 60], "tad5": [62, 52.5, 72.4], "tad15": [61, 51, 71]})
+    found |= cells_with({"lora": [70, 72], "decaf": [80, 81]}, 0.1)
+    broken = grid.Cell("main", "trec6", "decaf", 0.02, 0, 2e-3, 1)
+    return found | {broken.name: cells.describe(broken) | {"diverged": "peer 3 diverged in round 4"}}
+
+
+def test_the_page_draws_what_the_cells_say():
+    found = story()
+    text = page.html(found)
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    drawn = {chart["title"]: chart for chart in json.loads(data)}
+    forest = {variant["name"]: variant["rows"] for variant in drawn["Paired differences"]["variants"]}
+    (tad,) = [row for row in forest["trec6, p = 0.02"] if row["name"] == "tad5"]
+    assert tad["points"] == pytest.approx([2, 2.5, 2.4]) and tad["pairs"] == 3
+    assert tad["mean"] == pytest.approx(2.3) and tad["lo"] == pytest.approx(1.643, abs=1e-3) and tad["hi"] > tad["mean"]
+    (decaf,) = forest["trec6, p = 0.1"]
+    assert (decaf["lo"], decaf["points"]) == (None, pytest.approx([10, 9]))
+    over_p = {line["name"]: line for line in drawn["Accuracy over connectivity"]["variants"][0]["series"]}
+    assert over_p["lora"]["x"] == [0.02, 0.1] and over_p["lora"]["y"] == pytest.approx([60, 71])
+    (over_bytes,) = [v for v in drawn["Accuracy over bytes"]["variants"] if v["name"] == "trec6, p = 0.1"]
+    assert {line["name"]: line["x"] for line in over_bytes["series"]} == {"lora": [0, 0.001], "decaf": [0, 0.001]}
+    assert "peer 3 diverged in round 4" in text and "dfl train launch/recipes/trec6.yaml" in text
+    assert "lora on trec6 at p = 0.1 (2 of 3 seeds), 0.5" in text and "decaf on trec6 at p = 0.02 (1 of 3 seeds), 0.1 (2 of" in text
+
+
+def test_a_page_of_nothing_says_so():
+    assert "all of lora, tad5, ffa, tad15, decaf on trec6" in page.html({}) and page.gaps(everything()) == ""
+
+
+def test_tables_are_made_anew_between_their_marks():
+    marks = "before\n\n<!-- evidence: {} -->\n\nold\n\n<!-- end of evidence -->\n\nafter\n"
+    found = story()
+    made = page.with_tables(marks.format("results") + marks.format("verdicts"), found)
+    row = "| 62.3 ± 24.7 (3) | 31.2 ± 12.4 (3) | 62.3 ± 24.7 (3) | +2.3 ± 0.7 (3) | 0.0 |"
+    assert f"| trec6 | 0.02 | tad5 | 0.002, 0.002 {row}" in made
+    assert "| trec6 | 0.02 | decaf | 0.002, 0.002 | 0.0 (1) | 0.0 (1) | 0.0 (1) | -60.0 (1) | – |" in made
+    assert "TAD ahead of LoRA, as FFA reaches 89 % of LoRA | held | tad5 - lora: +2.0, +2.5, +2.4: mean +2.3" in made
+    assert "old" not in made and made.count("before") == made.count("after") == 2
+    assert page.with_tables(made, found) == made
+    assert "No claim has a pair of runs yet." in page.with_tables(marks.format("verdicts"), {})
+
+
+def test_the_documents_tables_are_those_of_the_committed_cells():
+    path = ROOT / "benchmarks" / "results" / "evidence.json"
+    found = json.loads(path.read_text())["cells"] if path.exists() else {}
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert len(page.MARKS.findall(text)) == text.count("<!-- evidence: ") == 3
+    assert page.with_tables(text, found) == text
+    for name, cell in found.items():
+        missing = {"commands", "seed"} | ({"git_commit", "versions", "hardware"} if "diverged" not in cell else set())
+        assert missing <= cell.keys(), name
+        assert cell["phase"] == "rates" or cell.get("diverged") or cell["test"], name
+
+
+def test_collecting_keeps_the_order_of_the_protocol_and_lists_what_can_be_run(tmp_path, monkeypatch, capsys):
+    found = story()
+    for name, cell in found.items():
+        runner.keep(tmp_path, name, cell)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "evidence.json")
+    assert evidence.main(["collect", "--out", str(tmp_path)]) == 0
+    stored = json.loads((tmp_path / "evidence.json").read_text())
+    assert stored["cells"] == found and stored["git_commit"]
+    names = list(stored["cells"])
+    assert names.index("trec6-lora-p0.1-s100-lr0.002-B1") < names.index("trec6-lora-p0.02-s0") < names.index("trec6-lora-p0.02-s2")
+    assert evidence.main(["list", "--out", str(tmp_path), "--phase", "core"]) == 0
+    said = capsys.readouterr().out
+    assert "done     trec6-lora-p0.02-s0  60.0" in said and "to do    trec6-decaf-p0.02-s1" in said
+    assert "done     trec6-decaf-p0.02-s0  diverged" in said

@@ -192,6 +192,20 @@ def test_runs_none_of_which_has_ended(tmp_path):
     assert "No run has finished with an evaluation yet" in text
 
 
+def test_differences_are_drawn_with_their_intervals_where_they_have_one(tmp_path):
+    """Three seeds of two rules, against a third; of local there is one pair, which has no interval."""
+    found = {"lora": [0.5, 0.4, 0.6], "tad": [0.6, 0.52, 0.68], "local": [0.3]}
+    runs = [write_run(tmp_path / f"{rule}-{k}", [record(1, [value, value])], rule=rule, seed=k)
+            for rule, values in found.items() for k, value in enumerate(values)]
+    _, drawn, _ = report(*runs, output=tmp_path / "page.html")
+    (variant,) = chart(drawn, "Accuracy minus that of lora")["variants"]
+    rows = {row["name"]: row for row in variant["rows"]}
+    assert rows["tad"]["mean"] == pytest.approx(0.1) and rows["tad"]["pairs"] == 3
+    half = 4.302653 * 0.02 / 3**0.5  # the page has six significant digits
+    assert (rows["tad"]["lo"], rows["tad"]["hi"]) == (pytest.approx(0.1 - half, abs=1e-6), pytest.approx(0.1 + half, abs=1e-6))
+    assert (rows["local"]["mean"], rows["local"]["lo"], rows["local"]["pairs"]) == (pytest.approx(-0.2), None, 1)
+
+
 def test_a_diverged_seed_counts_in_no_mean_and_that_is_said(tmp_path):
     runs = [write_run(tmp_path / f"s{k}", [record(1, values)], seed=k) for k, values in enumerate([[0.2, 0.4], [None, 0.9]])]
     text, _, markdown = report(*runs, output=tmp_path / "page.html")
