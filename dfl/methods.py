@@ -200,6 +200,11 @@ def check_trigger(method: Method, filled: Mapping[str, Choice], unequal: bool) -
     if not trigger.always and rule.lossless:
         raise ValueError(f"trigger.name = {name!r} leaves links out, which {method.name!r} cannot have: its copies have to stay equal "
                          "at both ends; allowed: always")
+    if not trigger.always and (rule.columns or rule.exchanges > 1 or rule.conserves and not (trigger.holds or trigger.answers)):
+        why = ("what a peer keeps has to leave it whole" if rule.columns else "it exchanges twice in a round" if rule.exchanges > 1
+               else "what its peers keep has to cancel over all of them")
+        raise ValueError(f"trigger.name = {name!r} leaves messages out, which wrapper.name = {filled['wrapper'].name!r} cannot have: "
+                         f"{why}; allowed: always")
     if trigger.merges is not None and rule.needs == "static":
         raise ValueError(f"trigger.name = {name!r} ends with a merge of all, but {method.name!r} needs the same W in every round")
     if trigger.common_start and unequal:
@@ -221,6 +226,9 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
     if rule.lossless and not channel.perfect:
         raise ValueError(f"channel.name = {name!r} loses messages, which {method.name!r} cannot have: its copies "
                          "have to stay equal at both ends; allowed: perfect")
+    if rule.conserves and not channel.perfect:
+        raise ValueError(f"channel.name = {name!r} loses messages, which {method.name!r} cannot have: what its peers keep has to "
+                         f"cancel over all of them (wrapper.name = {filled['wrapper'].name!r}); allowed: perfect")
     if channel.delays and (rule.dated or method.schedule.sends == "active"):
         why = "its messages mean something in their own round alone" if rule.dated else "another factor is exchanged in every round"
         raise ValueError(f"channel.name = {name!r} delays messages, which {method.name!r} cannot have: {why}; allowed: a channel "
@@ -234,9 +242,14 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
 
 
 def check_topology(method: Method, topology) -> None:
-    """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others, or where
-    links that go one way are to be answered."""
+    """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others, where rows do
+    not sum to one (what does not say which sums do passes), where links that go one way are to be answered, and for what
+    the rule itself refuses."""
     trigger = method.trigger
+    if getattr(topology, "sums", None) == "column" and not method.rule.columns:
+        raise ValueError(f"topology.name = {topology.name!r} has columns that sum to one, but not rows: receivers would not average; "
+                         "allowed: weights that are doubly or row stochastic, or wrapper: push_sum")
+    method.rule.check(topology)
     if (trigger.answers or trigger.greets) and not np.array_equal((w := topology.matrix(0)) != 0, (w != 0).T):
         raise ValueError("topology has links that go one way, over which no peer can answer, as this trigger wants; allowed: a "
                          "topology of undirected links")

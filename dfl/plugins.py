@@ -55,3 +55,8 @@ def check_count(field: str, value: object, least: int = 1) -> None:
 def check_share(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number above 0, up to 1")
+
+
+def check_fraction(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number from 0 up to, not including, 1")

@@ -58,11 +58,12 @@ class Round(NamedTuple):
     peer: int
     weights: Mapping[int, float]  # the peer's row of W(t): neighbours and itself
     plan: Plan = Plan(frozenset(), frozenset())
-    lr: float = 0.0  # train.lr at this time of its schedule
-    local_steps: int = 0
+    lr: float = 0.0  # train.lr in the middle of the round, the same at every peer
+    local_steps: int = 0  # of this peer
     rates: Mapping[str, float] = {}  # the learning rate of each trained group, which may be a multiple of lr
     key: int = 0  # a seed of its own for every (peer, round), for the trigger
     bandwidth: float | None = None  # bytes a second that the peer has lately sent on the simulated network; None: no clock
+    exchange: int = 0  # which of `Rule.exchanges`
 
 
 class Schedule(NamedTuple):
@@ -91,6 +92,10 @@ class Rule(NamedTuple):
     init(x_D) -> state;  send(x_D, state, round) -> (Message, state);
     mix(x_D, inbox, state, round) -> (x_D, state), a new row, the old one untouched; the inbox has one message for each
     weight; correct(state) -> a vector (D,) added to each local gradient, or None.
+    after_step(x_D, state, round, k) -> x_D: what becomes of the row after the optimiser's step k = 0 .. local_steps - 1, in the
+        numbers that are trained; whatever the optimiser, for what is a step of its own and no part of the gradient. None: nothing.
+    speaks(t) -> whether round t exchanges anything, the same at every peer.
+    exchanges: how often a round sends and mixes, one after the other; the last one makes the new row.
     linear: the mixed row is W x, so that with learning rate 0 t rounds give W(t-1) ... W(0) x0.
     averages: `mix` uses messages, or the products of their factors, only in sums over the inbox weighted by
     round.weights, whatever
@@ -105,6 +110,9 @@ class Rule(NamedTuple):
     takes: the kinds of schedule (SENDS) that it can mix under.
     dated: a message means something in its own round alone, so that none can be held back.
     lossless: no message may be lost or held back, since both ends keep copies that have to stay equal.
+    conserves: no message may be lost, since what the peers keep has to cancel, or to sum to the same, over all of them.
+    columns: it divides by a mass that travels too, so that the columns of W have to sum to one and not the rows.
+    check(topology): ValueError for one that the rule cannot use.
     readable(message, own, round) -> whether `mix` can read a neighbour's message beside the peer's own, for messages of many
         lengths; None: where its parts are those of the own, as long as they.
     index: metadata that say which numbers the parts hold, and are counted as such.
@@ -115,6 +123,9 @@ class Rule(NamedTuple):
     send: Callable[[Tensor, State, Round], tuple[Message, State]]
     mix: Callable[[Tensor, Inbox, State, Round], tuple[Tensor, State]]
     correct: Callable[[State], Tensor | None] = lambda state: None
+    after_step: Callable[[Tensor, State, Round, int], Tensor] | None = None
+    speaks: Callable[[int], bool] = lambda t: True
+    exchanges: int = 1
     linear: bool = False
     averages: bool = False
     product: bool = False
@@ -124,6 +135,9 @@ class Rule(NamedTuple):
     takes: frozenset[str] = frozenset(SENDS)
     dated: bool = False
     lossless: bool = False
+    conserves: bool = False
+    columns: bool = False
+    check: Callable[[object], None] = lambda topology: None
     readable: Callable[[Message, Message, Round], bool] | None = None
     index: frozenset[str] = frozenset()
     facts: Mapping[str, object] = {}

@@ -9,7 +9,7 @@ and no folder; a process asks the topology for the rows of its own peers alone.
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from dfl.slots import EXACT, Message, Plan, Round
 from dfl.transport.base import Arrived, Transport
 
 Inboxes = dict[int, dict[int, Message]]
+AfterStep = Callable[[int, Tensor, int], Tensor]
 REMEMBERED = ("trigger", "codec", "sent", "received", "channel", "delivered", "outgoing", "start", "clock")
 
 
@@ -67,7 +68,8 @@ class Gossip(Sending):
         self.peers, self.seed, self.scale = list(peers), seed, scale
         self.common = digest_of_common(method.schedule.common, layout, x)
         self._planned: tuple[int, list[Plan]] = (-1, [])
-        self.state: Tree = {"rule": {str(peer): method.rule.init(row) for peer, row in zip(self.peers, x, strict=True)}}
+        self.state: Tree = {"rule": {str(peer): method.rule.init(self._common_scale(row, k))
+                                     for k, (peer, row) in enumerate(zip(self.peers, x, strict=True))}}
         self.state |= {slot: {} for slot in REMEMBERED}
         if method.trigger.common_start:
             self.state["start"] = {str(peer): {"x": row} for peer, row in zip(self.peers, _same_start(x), strict=True)}
@@ -94,19 +96,44 @@ class Gossip(Sending):
             return None
         return torch.stack([self.state["rule"][str(peer)]["residual"] for peer in self.peers])
 
-    def round(self, t: int, x: Tensor, *, lr: float = 0.0, local_steps: int = 0, rates: Mapping[str, float] = {}) -> Report:
+    def after_step(self, t: int, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
+                   rates: Mapping[str, float] = {}) -> AfterStep | None:
+        """(row, x_D, k) -> x_D: what becomes of the `row`-th hosted peer's row after its local step k of round t, in the
+        numbers that it trains. None: nothing."""
+        change = self.method.rule.after_step
+        if change is None:
+            return None
+        rounds = self._rounds(t, lr, local_steps, rates)
+
+        def changed(row: int, x: Tensor, k: int) -> Tensor:
+            round = rounds[row]
+            return self._own_scale(change(self._common_scale(x, row), self.state["rule"][str(round.peer)], round, k), row)
+
+        return changed
+
+    def _rounds(self, t: int, lr: float, local_steps: int | Sequence[int], rates: Mapping[str, float]) -> list[Round]:
+        """What the slots may know of round t at each hosted peer."""
+        steps = [local_steps] * len(self.peers) if isinstance(local_steps, int) else local_steps
+        return [Round(t, peer, self._row(t, peer), plan, lr, num, rates)
+                for peer, plan, num in zip(self.peers, self.plans(t), steps, strict=True)]
+
+    def round(self, t: int, x: Tensor, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
+              rates: Mapping[str, float] = {}) -> Report:
         """Exchange and mix round t: the rows x (P, D) change in place, `state` is replaced.
 
-        Every receiver uses the values from before the mix. TypeError where a neighbour holds other common values.
+        local_steps: of all hosted peers, or of each. Every receiver uses the values from before the mix. TypeError where
+        a neighbour holds other common values.
         """
-        rounds = [Round(t, peer, self._row(t, peer), plan, lr, local_steps, rates)
-                  for peer, plan in zip(self.peers, self.plans(t), strict=True)]
+        rounds, rule = self._rounds(t, lr, local_steps, rates), self.method.rule
         due, timed, report = self.method.trigger.due, self.method.network.timed, Report()
-        for peer in self.peers if timed else ():
-            self._set_clock(peer, time=self._now(peer) + self.method.network.compute(t, peer, local_steps))
-        if rounds and rounds[0].plan.sends and (due is None or due(t)):  # else nobody speaks in this round
+        for round in rounds if timed else ():
+            took = self.method.network.compute(t, round.peer, round.local_steps)
+            self._set_clock(round.peer, time=self._now(round.peer) + took)
+        # else nobody speaks in this round
+        if rounds and rounds[0].plan.sends and (due is None or due(t)) and rule.speaks(t):
             report, seen = self._aggregate(0, x, rounds)
-            for k in range(1, self._how_often(rounds, seen)):
+            for k in range(1, self._how_often(rounds, seen) * rule.exchanges):
+                rounds = [round._replace(exchange=k % rule.exchanges) for round in rounds]
                 report = report.plus(self._aggregate(k, x, rounds)[0])
         times = {peer: Ledger(seconds=float(self._now(peer))) for peer in self.peers if timed}
         return report._replace(ledger=ledger.together(report.ledger, times))

@@ -165,6 +165,8 @@ class Sending:
 
     def _encode(self, message: Message, round: Round, k: int) -> Packet:
         key, codec = str(round.peer), self.method.codec
+        if round.exchange:  # what another exchange sends is another thing, with errors of its own
+            key = edge(round.peer, round.exchange)
         draw = None if self.method.rule.averages else derive(self.seed, "codec", round.peer, *_when(round.t, k))
         payload, state = codec.encode(message.parts, self._of("codec", key, lambda: codec.init(message.parts)), draw)
         self._keep("codec", key, state)

@@ -1,5 +1,7 @@
 """Any method on any topology with the caller's own local step: no model, no processes, the round that a run takes."""
 
+import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -9,17 +11,16 @@ from torch import Tensor
 
 from dfl import extensions, methods
 from dfl.adapters.layout import Layout, pack, unpack
-from dfl.config.topology import check_averages
-from dfl.engine.gossip import Gossip
+from dfl.engine.gossip import AfterStep, Gossip
 from dfl.engine.ledger import Ledger, together, total
-from dfl.methods import Choice, Context
+from dfl.methods import Choice, Context, Method
 from dfl.metrics.measures import measure
 from dfl.slots import Plan
 from dfl.training.masks import Held
 from dfl.transport import InProcess
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-LocalStep = Callable[[Factors, int, frozenset[str]], None]
+LocalStep = Callable[..., None]
 
 
 class MixingSequence(Protocol):
@@ -50,7 +51,9 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
     local_step(factors, t, trains): trains all peers' factors in place for round t. They are views of the running state;
         whatever it does to a factor outside `trains` (a set of "A", "B") is undone, and so is, when it returns, what it
-        does to slots that the schedule does not train at a peer (`plora`).
+        does to slots that the schedule does not train at a peer (`plora`). Where the method changes rows after every local
+        step (most wrappers) it is local_step(factors, t, trains, after_step), and calls after_step() behind each of its
+        `local_steps` steps.
     schedule, trigger, codec, channel, guard, wrapper, network: what fills these slots, a name or `dfl.methods.Choice(name,
         parameters)`; schedule None: the method's own.
     params: the method's own, as in a recipe (`T=5`, `split="left"`).
@@ -64,19 +67,19 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     layout, x = pack(factors)
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
-    check_averages(topology)
     extensions.load()
     slots = {"schedule": schedule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper,
              "network": network}
     slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items() if choice is not None}
-    graph = topology if hasattr(topology, "receivers") else Rows(topology)
     context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
     built = methods.build(method, context, params, slots)
     methods.check_topology(built, topology)
+    _check_local_step(built, local_step, slots)
+    graph = topology if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
     gossip = Gossip(built, layout, graph, InProcess(), range(len(x)), x, seed=seed)
     history, ledger = [], {}
     for t in range(rounds):
-        _train(x, layout, local_step, t, gossip.plans(t))
+        _train(x, layout, local_step, t, gossip.plans(t), gossip.after_step(t, lr=lr, local_steps=local_steps))
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
         report = gossip.round(t, x, lr=lr, local_steps=local_steps)
@@ -92,21 +95,23 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
 class Rows:
     """Rows and columns of a sequence that gives matrices alone. The last one is kept.
 
-    ValueError where the rows of W(t) do not sum to one: a sequence from outside may say nothing of itself.
+    ValueError where the rows of W(t), or its columns for a method that divides by a mass, do not sum to one: a sequence
+    from outside may say nothing of itself.
     """
 
-    def __init__(self, sequence: MixingSequence):
-        self.sequence, self._last = sequence, (-1, np.zeros((0, 0)))
+    def __init__(self, sequence: MixingSequence, columns: bool = False):
+        self.sequence, self.columns, self._last = sequence, columns, (-1, np.zeros((0, 0)))
         self.num_peers = sequence.num_peers
 
     def matrix(self, t: int) -> np.ndarray:
         if self._last[0] != t:
             self._last = (t, np.asarray(self.sequence.matrix(t)))
-            sums = self._last[1].sum(1)
+            sums = self._last[1].sum(0 if self.columns else 1)
             if not np.allclose(sums, 1, rtol=0, atol=1e-6):
-                peer = int(np.abs(sums - 1).argmax())
-                raise ValueError(f"row {peer} of W in round {t} sums to {sums[peer]:.6g}: receivers would not average; "
-                                 "allowed: rows that sum to one")
+                peer, what = int(np.abs(sums - 1).argmax()), "column" if self.columns else "row"
+                meaning = "senders would not divide what they have" if self.columns else "receivers would not average"
+                raise ValueError(f"{what} {peer} of W in round {t} sums to {sums[peer]:.6g}: {meaning}; allowed: {what}s that "
+                                 "sum to one")
         return self._last[1]
 
     def neighbors(self, t: int, i: int) -> dict[int, float]:
@@ -116,13 +121,30 @@ class Rows:
         return [int(i) for i in np.flatnonzero(self.matrix(t)[:, j]) if i != j]
 
 
-def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, plans: Sequence[Plan]) -> None:
+def _check_local_step(method: Method, local_step: LocalStep, slots: Mapping[str, Choice]) -> None:
+    """ValueError for a local step that does not take what the method does behind each of its steps."""
+    if method.rule.after_step is None:
+        return
+    try:
+        inspect.signature(local_step).bind(None, None, None, None)
+    except TypeError:
+        raise ValueError(f"wrapper = {slots['wrapper'].name!r} changes the rows after every local step; local_step must take "
+                         "(factors, t, trains, after_step), and call after_step() behind each of its steps") from None
+
+
+def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, plans: Sequence[Plan],
+           after_step: AfterStep | None) -> None:
     trains = plans[0].trains
     trained = torch.zeros(x.shape, dtype=torch.bool)
     for cut in layout.columns(trains):
         trained[:, cut] = True
     if plans[0].mask is not None:
         trained &= torch.stack([plan.mask for plan in plans])
-    held = Held(trained, x.clone())
-    local_step(unpack(x, layout), t, trains)
+    held, steps = Held(trained, x.clone()), itertools.count()
+
+    def behind_a_step() -> None:
+        k = next(steps)
+        x.copy_(torch.where(trained, torch.stack([after_step(row, x[row], k) for row in range(len(x))]), x))
+
+    local_step(unpack(x, layout), t, trains, *([behind_a_step] if after_step else []))
     held.put_back(x)

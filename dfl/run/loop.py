@@ -188,7 +188,7 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
             hooks.halt.begin()
             halt = {"halt": hooks.halt}
         losses = run.peers.local_phase(t, run.gossip.plans(t), run.task, run.split, run.executor, run.gossip.corrections(),
-                                       run.gossip.residuals(), **halt)
+                                       run.gossip.residuals(), after_step=run.gossip.after_step(t, **_told(run, t)), **halt)
         save = run.transport.rank == 0 and hooks.save_due()
         flag = _HALT if losses is None else _STOP if stop or hooks.halted() else _SAVE if save else _GO
     except DivergenceError as error:
@@ -211,12 +211,17 @@ def _exchange(run: Run, t: int) -> Report:
     """Exchange and mix; the optimiser follows where mixing turns the basis of the factors."""
     peers = run.peers
     frames = peers.x.clone() if run.rule.changes_basis and peers.turns_moments else None
-    now = t / run.config.train.rounds
-    traffic = run.gossip.round(t, peers.x, lr=peers.learning_rate(now), rates=peers.rates(now), local_steps=peers.steps(0))
+    traffic = run.gossip.round(t, peers.x, **_told(run, t))
     run.gathered = None
     if run.rule.changes_basis:
         peers.after_refactor(frames, traffic.mixed)
     return traffic
+
+
+def _told(run: Run, t: int) -> dict[str, object]:
+    """What the slots are told of round t: rates in its middle, the same on all processes, and never zero in a warm-up."""
+    peers, middle = run.peers, (t + 0.5) / run.config.train.rounds
+    return {"lr": peers.learning_rate(middle), "rates": peers.rates(middle), "local_steps": [peers.steps(row) for row in range(len(peers.ids))]}
 
 
 class Look(NamedTuple):

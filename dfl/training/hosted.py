@@ -184,10 +184,12 @@ class HostedPeers:
         self._active = trains
 
     def local_phase(self, t: int, plans: Sequence[Plan], task, split, executor: Executor, corrections: Sequence[Tensor | None],
-                    residuals: Tensor | None = None, halt: Callable[[int], bool] | None = None) -> Tensor | None:
+                    residuals: Tensor | None = None, halt: Callable[[int], bool] | None = None,
+                    after_step: Callable[[int, Tensor, int], Tensor] | None = None) -> Tensor | None:
         """Every hosted peer takes its local steps of round t as its plan says: the mean loss of each peer (P,).
 
-        What a plan's mask leaves out keeps its value and its moments. residuals: those (P, D_E) that the rule keeps.
+        What a plan's mask leaves out keeps its value and its moments. residuals: those (P, D_E) that the rule keeps. after_step(row,
+        x_D, k) -> x_D: what the rule makes of the trained numbers of a row after the optimiser's step k.
         halt: asked before every step, with the number of steps that are left; where it says so the phase stops, gives
         None and goes on with the next call, or, from what `state_tensors` gave, in another process. Who gives `halt`
         has to call `end_phase`: until then a phase that is done can be saved as well, as another process may have
@@ -199,7 +201,7 @@ class HostedPeers:
         self._held = None if masks[0] is None else Held(torch.stack(masks), self.x.clone(), self.part.held)
         self.adapted.model.train()
         for index in executor.groups(len(self.ids)):
-            if not self._train(t, rows, index, trains, task, split, executor, corrections, halt):
+            if not self._train(t, rows, index, trains, task, split, executor, corrections, halt, after_step):
                 self._check_finite(t)
                 return None
         if self._held:
@@ -229,7 +231,7 @@ class HostedPeers:
         self._start = self._start or self.snapshot()
         return self._start
 
-    def _train(self, t, rows: Rows, index: list[int], trains, task, split, executor, corrections, halt) -> bool:
+    def _train(self, t, rows: Rows, index: list[int], trains, task, split, executor, corrections, halt, after_step) -> bool:
         """The steps of the rows `index`, which go through the model together; False when halted before the last."""
         part = self.part
         unfinished = [row for row in index if part.done[row] < self.steps(row)]
@@ -244,6 +246,7 @@ class HostedPeers:
                     self._keep_generators(index)
                     return False
                 losses = self._step(t, k, active, trains, task, split, forward, corrections)
+                self._after_step(k, active, trains, after_step)
                 part.means[active] += losses / torch.tensor([self.steps(r) for r in active], device=self.device)
                 if k == 0:
                     part.first[active] = losses
@@ -291,9 +294,15 @@ class HostedPeers:
         for group in self.optimizer.param_groups:
             group["lr"] = group["ratio"] * self.learning_rate((t + min(k / group["steps"], 1)) / self.train.rounds)
         self.optimizer.step()
+        return total
+
+    def _after_step(self, k: int, active: list[int], trains, after_step) -> None:
+        for row in active if after_step else ():
+            changed = after_step(row, self.x[row], k)
+            for cut in self.layout.columns(trains):
+                self.x[row, cut] = changed[cut]
         if self._held:
             self._held.put_back(self.x)
-        return total
 
     def _collate(self, task, split, active, numbers) -> dict[str, Tensor]:
         chosen = np.concatenate([self.streams[row].batch(number) for row, number in zip(active, numbers, strict=True)])

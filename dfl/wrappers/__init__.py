@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from dfl.slots import Rule
-from dfl.wrappers.gradient_tracking import gradient_tracking
+from dfl.wrappers.gradient_tracking import gradient_tracking, momentum_tracking
 from dfl.wrappers.none import none
 
-WRAPPERS: dict[str, Callable[..., Rule]] = {"none": none, "gradient_tracking": gradient_tracking}
+WRAPPERS: dict[str, Callable[..., Rule]] = {"none": none, "gradient_tracking": gradient_tracking,
+                                            "momentum_tracking": momentum_tracking}

@@ -1,49 +1,98 @@
-"""Gradient tracking with local steps: every peer comes to follow the mean gradient of all."""
+"""Gradient and momentum tracking with local steps: every peer comes to follow the mean gradient of all."""
 
 import torch
 from torch import Tensor
 
-from dfl.rules.base import weighted_mean
+from dfl.adapters.layout import Layout
+from dfl.plugins import check_fraction
 from dfl.slots import Inbox, Message, Round, Rule, State
+from dfl.wrappers.base import (
+    all_of,
+    at_round,
+    check_rates,
+    check_rule,
+    corrected,
+    doubly_stochastic,
+    mean_of_parts,
+    num_steps,
+    rate,
+    with_parts,
+    without_parts,
+)
 
 PREFIX = "tracking."
+START, LAST, OFFSET, BUFFER, STEP = (PREFIX + name for name in ("start", "last", "offset", "buffer", "step."))
 
 
-def gradient_tracking(rule: Rule) -> Rule:
-    """Add to every local gradient how far the neighbourhood's mean gradient is from the peer's own (K-GT).
+def gradient_tracking(rule: Rule, *, layout: Layout) -> Rule:
+    """Follow the mean gradient of all in every local step: add how far it is from the peer's own (K-GT).
 
-    z_i = (x_i at the round's start - x_i after K steps) / (K lr);  c_i <- c_i - z_i + sum_j w_ij z_j, added to each
-    local gradient of the next round. For doubly stochastic W the c_i sum to zero, so that the mean step is that of the
-    rule; c_i tends to the mean gradient less the peer's own, which takes off what unequal data add to local steps. One
-    more vector of the row's length travels. For plain SGD without momentum, clipping or schedule. Liu, Lin, Koloskova,
-    Stich 2023, arXiv 2301.01313.
+    K local steps x <- x - lr (g_i(x) + c_i);  y_i = (x_i at the round's start - x_i after K steps) / (K lr), the mean of
+    g_i + c_i;  c_i <- c_i - y_i + sum_j w_ij y_j, c_i = 0 at first; x <- W x by the rule. All of them (D,). For doubly
+    stochastic W, also one that changes from round to round, sum_i c_i = 0, so that the network mean moves by the mean
+    step alone and sum_i y_i is the sum of the peers' own mean gradients; c_i tends to the mean gradient less the peer's
+    own, which takes off what unequal data add to local steps. With K = 1 it is y <- W y + g_new - g_old, x <- W (x - lr
+    y), the tracking of NEXT and SONATA. One more vector travels, lr y: two messages in one. c_i is taken off behind the
+    optimiser's step: with SGD that is adding it to the gradient; with momentum, clipping or Adam the sums above still
+    hold and peers follow the mean of what the optimisers do, of which exactness is not proven. Liu, Lin, Koloskova,
+    Stich 2023, arXiv 2301.01313; K = 1: Di Lorenzo, Scutari 2016, arXiv 1602.00591.
     """
-    if not (rule.linear and rule.averages):
-        raise ValueError("wrapper.name = 'gradient_tracking' needs a rule that averages rows as they are; allowed: average")
+    return _tracking("gradient_tracking", rule, layout, 0.0)
+
+
+def momentum_tracking(rule: Rule, *, layout: Layout, momentum: float = 0.9) -> Rule:
+    """Follow the mean of all peers' momentum buffers (Momentum Tracking).
+
+    u_i <- momentum u_i + g_i;  y_i <- sum_j w_ij y_j + u_i - u_i before;  x <- W (x - lr y). All (D,), with g_i the mean
+    over K local steps, in each of which the peer takes off what y_i has beside its own gradient. sum_i y_i = sum_i u_i
+    for doubly stochastic W. The buffer is the wrapper's, so that train.momentum stays 0. Takezawa, Bao, Niwa, Sato,
+    Yamada 2022, arXiv 2209.15505, whose order of mixing and adding u is not known to us; momentum = 0 is
+    gradient_tracking. Two messages in one.
+    """
+    check_fraction("wrapper.momentum", momentum)
+    return _tracking("momentum_tracking", rule, layout, momentum)
+
+
+def _tracking(name: str, rule: Rule, layout: Layout, momentum: float) -> Rule:
+    check_rule(name, rule)
 
     def init(x: Tensor) -> State:
-        return {**rule.init(x), **_own(x, torch.zeros_like(x))}
+        own = {START: x.clone(), LAST: at_round(-1), OFFSET: torch.zeros_like(x)}
+        return {**rule.init(x), **own, **({BUFFER: torch.zeros_like(x)} if momentum else {})}
+
+    def after_step(x: Tensor, state: State, round: Round, k: int) -> Tensor:
+        out = x.clone()
+        for group in layout.present(round.plan.trains):
+            cut = layout.groups[group]
+            out[cut] -= rate(round, group) * state[OFFSET][cut]
+        return out
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
-        if round.lr <= 0 or round.local_steps < 1:
-            raise ValueError(f"wrapper.name = 'gradient_tracking' needs the rate and the number of local steps, got lr = {round.lr} "
-                             f"and local_steps = {round.local_steps}")
         message, inner = rule.send(x, state, round)
-        z = (state[PREFIX + "start"] - x) / (round.local_steps * round.lr)
-        return message._replace(parts={**message.parts, PREFIX + "z": z}), {**state, **inner}
+        return with_parts(message, STEP, _step(x, state, round), layout, corrected(layout, round)), {**state, **inner}
+
+    def _step(x: Tensor, state: State, round: Round) -> Tensor:
+        return (state[START] - x) / num_steps(name, round, state, LAST)
 
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
-        out, inner = rule.mix(x, {j: _without(message) for j, message in inbox.items()}, state, round)
-        own = (state[PREFIX + "start"] - x) / (round.local_steps * round.lr)
-        mean = weighted_mean({j: message.parts[PREFIX + "z"] for j, message in inbox.items()}, round.weights)
-        return out, {**inner, **_own(out, state[PREFIX + "correction"] - own + mean)}
+        out, inner = rule.mix(x, without_parts(inbox, STEP), state, round)
+        groups, step = corrected(layout, round), _step(x, state, round)
+        check_rates(name, round, [group for group in groups if step[layout.groups[group]].any()])
+        offset, buffer = state[OFFSET].clone(), state[BUFFER].clone() if momentum else None
+        for group in groups:
+            cut, lr = layout.groups[group], rate(round, group)
+            if not lr > 0:  # nobody moves
+                continue
+            own = step[cut] / lr - offset[cut]  # the mean of the peer's own gradients
+            offset[cut] = mean_of_parts(inbox, STEP, group, round) / lr
+            if momentum:
+                buffer[cut] = momentum * buffer[cut] + own
+                offset[cut] -= (1 - momentum) * buffer[cut]
+            else:
+                offset[cut] -= own
+        kept = {START: out.clone(), LAST: at_round(round.t), OFFSET: offset, **({BUFFER: buffer} if momentum else {})}
+        return out, {**inner, **kept}
 
-    return rule._replace(init=init, send=send, mix=mix, correct=lambda state: state[PREFIX + "correction"])
-
-
-def _own(x: Tensor, correction: Tensor) -> State:
-    return {PREFIX + "start": x.clone(), PREFIX + "correction": correction}
-
-
-def _without(message: Message) -> Message:
-    return message._replace(parts={name: part for name, part in message.parts.items() if not name.startswith(PREFIX)})
+    # not linear any more: what is mixed is W x, but a learning rate of zero leaves the offsets where they are
+    return rule._replace(init=init, send=send, mix=mix, after_step=after_step, conserves=True,
+                         check=all_of(rule.check, doubly_stochastic(name)))

@@ -19,7 +19,7 @@ PURE = {
     "channels": {"channels", "slots", "plugins"},
     "guards": {"guards", "slots", "plugins"},
     "networks": {"networks", "slots", "plugins"},
-    "wrappers": {"wrappers", "slots", "rules", "plugins"},
+    "wrappers": {"wrappers", "slots", "rules", "plugins", "adapters", "seeds"},
     "methods": {"rules", "schedules", "triggers", "codecs", "channels", "networks", "guards", "wrappers", "slots",
                 "adapters", "plugins"},
     "engine": {"engine", "extensions", "methods", "guards", "rules", "slots", "transport", "adapters", "training", "metrics", "seeds",

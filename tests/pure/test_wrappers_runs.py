@@ -1,0 +1,46 @@
+"""Wrappers in whole runs: with Adam, a warm-up, rates of their own for A and B, halted and resumed."""
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import make_config, make_run
+
+from dfl.run.loop import Hooks, run_rounds
+from dfl.run.train import train
+from dfl.wrappers import WRAPPERS
+
+# what sums to zero over the peers, by wrapper
+CANCEL = {"gradient_tracking": "tracking.offset"}
+GIVEN = {"train__lr": 0.01, "train__lr_ratio__B": 4, "train__warmup": 0.5, "train__schedule": "linear", "train__state": "carried"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny_runs.make_folder(tmp_path_factory.mktemp("wrappers"))
+
+
+def config_of(root, output, **given):
+    return make_config(root / "bert", root / "data.csv", output, **given)
+
+
+@pytest.mark.parametrize("wrapper", CANCEL)
+@pytest.mark.parametrize("rule", ["lora", "rolora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_what_peers_keep_cancels_whatever_the_optimiser(root, tmp_path, wrapper, rule, optimizer):
+    run, _ = make_run(config_of(root, tmp_path, **GIVEN, wrapper=wrapper, rule=rule, train__optimizer=optimizer))
+    assert run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
+    kept = torch.stack([state[CANCEL[wrapper]] for state in run.gossip.state["rule"].values()]).double()
+    assert kept.abs().max() > 1e-6
+    assert kept.sum(0).abs().max() < 1e-5 * kept.abs().max()
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "none"])
+def test_stopped_and_resumed_is_never_stopped(root, tmp_path, wrapper, monkeypatch):
+    from dfl.run import train as running
+    given = GIVEN | {"wrapper": wrapper, "train__local_steps": 3, "eval__every": 0}
+    assert train(config_of(root, tmp_path / "whole", **given)) == 0
+    with monkeypatch.context() as patch:  # between two steps of the third round
+        tiny_runs.stop_after(running, 3, 5, patch.setattr)
+        train(config_of(root, tmp_path / "halves", **given))
+    assert train(config_of(root, tmp_path / "halves", **given), resume=True) == 0
+    assert tiny_runs.adapter_digests(tmp_path / "whole") == tiny_runs.adapter_digests(tmp_path / "halves")

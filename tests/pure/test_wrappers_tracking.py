@@ -1,0 +1,107 @@
+"""Gradient and momentum tracking against dense recursions, in their rows of the table, and what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+from quadratics import NUM, RING, Given, descend, gradient
+from toy import Toy
+
+import topologies
+from dfl import simulate
+from dfl.methods import Choice
+
+
+def matchings(t: int) -> np.ndarray:
+    """A pairing drawn afresh in every round."""
+    order, w = np.random.default_rng([5, t]).permutation(NUM), np.eye(NUM)
+    for i, j in order.reshape(-1, 2):
+        w[i, i] = w[j, j] = w[i, j] = w[j, i] = 0.5
+    return w
+
+
+def tracked(w, lr: float, rounds: int, d: int, momentum: float = 0.0) -> np.ndarray:
+    """y <- W y + u_new - u_old, x <- W (x - lr y), dense."""
+    x, y, u = np.zeros((NUM, d)), np.zeros((NUM, d)), np.zeros((NUM, d))
+    for t in range(rounds):
+        new = momentum * u + gradient(x)
+        y = (w(t - 1) if t else np.eye(NUM)) @ y + new - u
+        x, u = w(t) @ (x - lr * y), new
+    return x
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_one_local_step_is_the_dense_recursion(momentum):
+    """Under W(t) that changes as well."""
+    wrapper = Choice("momentum_tracking", {"momentum": momentum}) if momentum else "gradient_tracking"
+    lr = 0.05 * (1 - momentum)
+    found = descend(wrapper, Given(matchings, period=None), rounds=60, lr=lr, d=3)
+    np.testing.assert_allclose(found.x, tracked(matchings, lr, 60, 3, momentum), rtol=0, atol=1e-12)
+    without = descend(Choice("momentum_tracking", {"momentum": 0}), Given(matchings, period=None), rounds=60, lr=lr, d=3)
+    np.testing.assert_allclose(without.x, tracked(matchings, lr, 60, 3), rtol=0, atol=1e-12)
+
+
+def test_local_steps_are_k_gt():
+    """Y <- X; K times Y <- Y - lr (g(Y) + C); Z = (X - Y) / (K lr); C <- C - Z + W Z; X <- W Y."""
+    x, c, lr, steps = np.zeros((NUM, 3)), np.zeros((NUM, 3)), 0.02, 4
+    for _ in range(30):
+        y = x.copy()
+        for _ in range(steps):
+            y -= lr * (gradient(y) + c)
+        z = (x - y) / (steps * lr)
+        c, x = c - z + RING @ z, RING @ y
+    found = descend("gradient_tracking", "ring", rounds=30, lr=lr, d=3, local_steps=steps)
+    np.testing.assert_allclose(found.x, x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrapper, topology, given", [
+    ("gradient_tracking", "ring", {"lr": 0.02, "local_steps": 4, "rounds": 400}),
+    ("gradient_tracking", Given(matchings, period=None), {"lr": 0.05, "rounds": 600}),
+    (Choice("momentum_tracking", {"momentum": 0.8}), "ring", {"lr": 0.01, "rounds": 350}),
+])
+def test_all_reach_the_optimum_of_all_however_unequal(wrapper, topology, given):
+    assert descend(wrapper, topology, d=20, **given).rms < 1e-13
+
+
+def test_equal_data_from_one_start_are_plain_descent():
+    """Everybody's gradient is the mean gradient: nothing to correct."""
+    same = np.ones((NUM, 1)) @ np.ones((1, 2))
+    toys = {}
+    for wrapper in ("none", "gradient_tracking"):
+        def local_step(factors, t, trains, after_step=lambda: None):
+            for _ in range(3):
+                factors["x"][0].sub_(0.1 * (factors["x"][0] - 2))
+                after_step()
+        a = torch.from_numpy(same)[:, None].clone()
+        toys[wrapper] = simulate("lora", topologies.build("ring", NUM), {"x": (a, torch.zeros(NUM, 1, 1, dtype=torch.float64))},
+                                 local_step, 20, wrapper=wrapper, lr=0.1, local_steps=3).factors["x"][0]
+    torch.testing.assert_close(toys["none"], toys["gradient_tracking"], rtol=0, atol=1e-13)
+
+
+class TestRefusals:
+    def test_weights_whose_columns_do_not_sum_to_one(self):
+        for graph in (topologies.build("star", NUM, weights="uniform"), Given(topologies.build("star", NUM, weights="uniform").matrix(0),
+                                                                             sums=None)):
+            with pytest.raises(ValueError, match="wrapper.name = 'gradient_tracking' needs W.t. whose rows and columns sum to one"):
+                descend("gradient_tracking", graph, rounds=1, lr=0.1)
+
+    def test_a_local_step_that_cannot_be_corrected(self):
+        toy = Toy(0)
+        with pytest.raises(ValueError, match=r"wrapper = 'gradient_tracking' changes the rows after every local step; local_step must"):
+            simulate("lora", topologies.build("ring", 10), toy.factors(), lambda factors, t, trains: None, 1, wrapper="gradient_tracking",
+                     lr=0.1, local_steps=1)
+
+    def test_steps_and_rates_that_nobody_told(self):
+        step = lambda factors, t, trains, after_step: factors["x"][0].add_(1)  # noqa: E731
+        start = {"x": (torch.zeros(NUM, 1, 2), torch.zeros(NUM, 1, 1))}
+        for given, said in (({"lr": 0.1}, "needs the number of local steps, got local_steps = 0"),
+                            ({"local_steps": 1}, "needs the learning rate of what it corrects, got 0.0 for A")):
+            with pytest.raises(ValueError, match=said):
+                simulate("lora", topologies.build("ring", NUM), start, step, 1, wrapper="gradient_tracking", **given)
+
+    def test_a_momentum_that_never_ends(self):
+        with pytest.raises(ValueError, match="wrapper.momentum = 1.0 is not allowed; allowed: a number from 0 up to"):
+            descend(Choice("momentum_tracking", {"momentum": 1.0}), "ring", rounds=1, lr=0.1)
+
+    def test_links_that_lose_messages(self):
+        with pytest.raises(ValueError, match="loses messages, which 'lora' cannot have: what its peers keep has to cancel"):
+            descend("gradient_tracking", "ring", rounds=1, lr=0.1, channel="lossy")
