@@ -219,9 +219,10 @@ def _exchange(run: Run, t: int) -> Report:
 
 
 def _told(run: Run, t: int) -> dict[str, object]:
-    """What the slots are told of round t: rates in its middle, the same on all processes, and never zero in a warm-up."""
+    """What the slots are told of round t: rates in its middle, the same on all processes, not zero in a warm-up."""
     peers, middle = run.peers, (t + 0.5) / run.config.train.rounds
-    return {"lr": peers.learning_rate(middle), "rates": peers.rates(middle), "local_steps": [peers.steps(row) for row in range(len(peers.ids))]}
+    return {"lr": peers.learning_rate(middle), "rates": peers.rates(middle),
+            "local_steps": [peers.steps(row) for row in range(len(peers.ids))]}
 
 
 class Look(NamedTuple):

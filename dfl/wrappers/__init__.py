@@ -1,10 +1,25 @@
-"""Optimisers across peers, as wrappers around a rule: a table from name to factory, `WRAPPERS[name](rule, **parameters) -> Rule`."""
+"""Optimisers across peers, as wrappers around a rule.
+
+A table from name to factory: `WRAPPERS[name](rule, **parameters) -> Rule`.
+"""
 
 from collections.abc import Callable
 
 from dfl.slots import Rule
+from dfl.wrappers.adaptive import adaptive_consensus
+from dfl.wrappers.diffusion import d2, exact_diffusion
 from dfl.wrappers.gradient_tracking import gradient_tracking, momentum_tracking
+from dfl.wrappers.momentum import quasi_global
 from dfl.wrappers.none import none
+from dfl.wrappers.outer import outer
 
-WRAPPERS: dict[str, Callable[..., Rule]] = {"none": none, "gradient_tracking": gradient_tracking,
-                                            "momentum_tracking": momentum_tracking}
+WRAPPERS: dict[str, Callable[..., Rule]] = {
+    "none": none,
+    "gradient_tracking": gradient_tracking,
+    "momentum_tracking": momentum_tracking,
+    "exact_diffusion": exact_diffusion,
+    "d2": d2,
+    "quasi_global": quasi_global,
+    "outer": outer,
+    "adaptive_consensus": adaptive_consensus,
+}

@@ -1,7 +1,7 @@
-"""What wrappers share: which numbers they correct, how those travel, how far a peer went in a step, what W(t) has to be.
+"""What wrappers share: which numbers they correct, how those travel, how far a peer went, what W(t) has to be.
 
-A wrapper corrects the groups that a round trains and exchanges. Groups that stay at home (a personal B, a local head) are
-nobody else's business, and in a round that does not train a group what is kept of it waits.
+A wrapper corrects the groups that a round trains and exchanges. Groups that stay at home (a personal B, a local head)
+are nobody else's business, and in a round that does not train a group what is kept of it waits.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ from dfl.slots import Inbox, Message, Round, Rule, State
 
 
 def check_rule(name: str, rule: Rule) -> None:
-    """ValueError for a rule whose mixed rows are no averages of rows: nothing of what wrappers add would cancel there."""
+    """ValueError for a rule whose mixed rows are no averages of rows: what wrappers add would not cancel there."""
     if not (rule.linear and rule.averages):
-        raise ValueError(f"wrapper.name = {name!r} needs a rule that averages rows as they are, since products and turned bases keep "
-                         "no sum of rows; allowed: average")
+        raise ValueError(f"wrapper.name = {name!r} needs a rule that averages rows as they are, since products and turned "
+                         "bases keep no sum of rows; allowed: average")
 
 
 def corrected(layout: Layout, round: Round) -> list[str]:
@@ -33,9 +33,10 @@ def rate(round: Round, group: str) -> float:
 
 
 def num_steps(name: str, round: Round, state: State, last: str) -> int:
-    """The peer's local steps since the exchange of round state[last]: those of several rounds where some exchange nothing."""
+    """The peer's local steps since the exchange of round state[last]: of several rounds where some exchange nothing."""
     if round.local_steps < 1:
-        raise ValueError(f"wrapper.name = {name!r} needs the number of local steps, got local_steps = {round.local_steps}")
+        raise ValueError(f"wrapper.name = {name!r} needs the number of local steps, got local_steps = "
+                         f"{round.local_steps}")
     return round.local_steps * (round.t - int(state[last]))
 
 
@@ -43,8 +44,8 @@ def check_rates(name: str, round: Round, groups: Iterable[str]) -> None:
     """ValueError where a group moved and its rate is not known."""
     for group in groups:
         if not rate(round, group) > 0:
-            raise ValueError(f"wrapper.name = {name!r} needs the learning rate of what it corrects, got {rate(round, group)} for {group}; "
-                             "allowed: a positive number")
+            raise ValueError(f"wrapper.name = {name!r} needs the learning rate of what it corrects, got "
+                             f"{rate(round, group)} for {group}; allowed: a positive number")
 
 
 def at_round(t: int) -> Tensor:
@@ -54,13 +55,16 @@ def at_round(t: int) -> Tensor:
 
 def with_parts(message: Message, prefix: str, values: Tensor, layout: Layout, groups: Iterable[str]) -> Message:
     """The message, and beside it the groups of the row `values` (D,) under prefix.group."""
-    return message._replace(parts={**message.parts, **{prefix + group: values[layout.groups[group]] for group in groups}})
+    added = {prefix + group: values[layout.groups[group]] for group in groups}
+    return message._replace(parts={**message.parts, **added})
 
 
 def without_parts(inbox: Inbox, prefix: str) -> Inbox:
     """What the rule itself has sent."""
-    return {j: message._replace(parts={name: part for name, part in message.parts.items() if not name.startswith(prefix)})
-            for j, message in inbox.items()}
+    def bare(message: Message) -> Message:
+        return message._replace(parts={name: part for name, part in message.parts.items() if not name.startswith(prefix)})
+
+    return {j: bare(message) for j, message in inbox.items()}
 
 
 def mean_of_parts(inbox: Inbox, prefix: str, group: str, round: Round) -> Tensor:
@@ -80,9 +84,9 @@ def doubly_stochastic(name: str) -> Callable[[object], None]:
             w = np.asarray(topology.matrix(0))
             sums = "doubly" if np.allclose(w.sum(0), 1, rtol=0, atol=1e-9) else "row"
         if sums != "doubly":
-            raise ValueError(f"wrapper.name = {name!r} needs W(t) whose rows and columns sum to one, so that what the peers keep "
-                             f"cancels over all of them; topology.name = {_declared(topology, 'name')!r} is {sums}-stochastic; allowed: "
-                             "weights that are doubly stochastic (metropolis, ...)")
+            raise ValueError(f"wrapper.name = {name!r} needs W(t) whose rows and columns sum to one, so that what the peers "
+                             f"keep cancels over all of them; topology.name = {_declared(topology, 'name')!r} is "
+                             f"{sums}-stochastic; allowed: weights that are doubly stochastic (metropolis, ...)")
     return check
 
 

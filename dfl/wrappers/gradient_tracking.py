@@ -27,15 +27,15 @@ START, LAST, OFFSET, BUFFER, STEP = (PREFIX + name for name in ("start", "last",
 def gradient_tracking(rule: Rule, *, layout: Layout) -> Rule:
     """Follow the mean gradient of all in every local step: add how far it is from the peer's own (K-GT).
 
-    K local steps x <- x - lr (g_i(x) + c_i);  y_i = (x_i at the round's start - x_i after K steps) / (K lr), the mean of
-    g_i + c_i;  c_i <- c_i - y_i + sum_j w_ij y_j, c_i = 0 at first; x <- W x by the rule. All of them (D,). For doubly
-    stochastic W, also one that changes from round to round, sum_i c_i = 0, so that the network mean moves by the mean
-    step alone and sum_i y_i is the sum of the peers' own mean gradients; c_i tends to the mean gradient less the peer's
-    own, which takes off what unequal data add to local steps. With K = 1 it is y <- W y + g_new - g_old, x <- W (x - lr
-    y), the tracking of NEXT and SONATA. One more vector travels, lr y: two messages in one. c_i is taken off behind the
-    optimiser's step: with SGD that is adding it to the gradient; with momentum, clipping or Adam the sums above still
-    hold and peers follow the mean of what the optimisers do, of which exactness is not proven. Liu, Lin, Koloskova,
-    Stich 2023, arXiv 2301.01313; K = 1: Di Lorenzo, Scutari 2016, arXiv 1602.00591.
+    K local steps x <- x - lr (g_i(x) + c_i); y_i = (x_i at the round's start - x_i after K steps) / (K lr), the mean
+    of g_i + c_i; c_i <- c_i - y_i + sum_j w_ij y_j, c_i = 0 at first; x <- W x by the rule. All of them (D,). For
+    doubly stochastic W, also one that changes from round to round, sum_i c_i = 0, so that the network mean moves by
+    the mean step alone and sum_i y_i is the sum of the peers' own mean gradients; c_i tends to the mean gradient less
+    the peer's own, which takes off what unequal data add to local steps. With K = 1 it is y <- W y + g_new - g_old, x
+    <- W (x - lr y), the tracking of NEXT and SONATA. One more vector travels, lr y: two messages in one. c_i is taken
+    off behind the optimiser's step: with SGD that is adding it to the gradient; with momentum, clipping or Adam the
+    sums above still hold and peers follow the mean of what the optimisers do, of which exactness is not proven. Liu,
+    Lin, Koloskova, Stich 2023, arXiv 2301.01313; K = 1: Di Lorenzo, Scutari 2016, arXiv 1602.00591.
     """
     return _tracking("gradient_tracking", rule, layout, 0.0)
 
@@ -43,10 +43,10 @@ def gradient_tracking(rule: Rule, *, layout: Layout) -> Rule:
 def momentum_tracking(rule: Rule, *, layout: Layout, momentum: float = 0.9) -> Rule:
     """Follow the mean of all peers' momentum buffers (Momentum Tracking).
 
-    u_i <- momentum u_i + g_i;  y_i <- sum_j w_ij y_j + u_i - u_i before;  x <- W (x - lr y). All (D,), with g_i the mean
-    over K local steps, in each of which the peer takes off what y_i has beside its own gradient. sum_i y_i = sum_i u_i
-    for doubly stochastic W. The buffer is the wrapper's, so that train.momentum stays 0. Takezawa, Bao, Niwa, Sato,
-    Yamada 2022, arXiv 2209.15505, whose order of mixing and adding u is not known to us; momentum = 0 is
+    u_i <- momentum u_i + g_i; y_i <- sum_j w_ij y_j + u_i - u_i before; x <- W (x - lr y). All (D,), with g_i the
+    mean over K local steps, in each of which the peer takes off what y_i has beside its own gradient. sum_i y_i =
+    sum_i u_i for doubly stochastic W. The buffer is the wrapper's, so that train.momentum stays 0. Takezawa, Bao,
+    Niwa, Sato, Yamada 2022, arXiv 2209.15505, whose order of mixing and adding u is not known to us; momentum = 0 is
     gradient_tracking. Two messages in one.
     """
     check_fraction("wrapper.momentum", momentum)

@@ -10,7 +10,7 @@ from dfl.run.train import train
 from dfl.wrappers import WRAPPERS
 
 # what sums to zero over the peers, by wrapper
-CANCEL = {"gradient_tracking": "tracking.offset"}
+CANCEL = {"gradient_tracking": "tracking.offset", "exact_diffusion": "diffusion.memory"}
 GIVEN = {"train__lr": 0.01, "train__lr_ratio__B": 4, "train__warmup": 0.5, "train__schedule": "linear", "train__state": "carried"}
 
 

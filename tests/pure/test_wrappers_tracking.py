@@ -79,16 +79,16 @@ def test_equal_data_from_one_start_are_plain_descent():
 
 class TestRefusals:
     def test_weights_whose_columns_do_not_sum_to_one(self):
-        for graph in (topologies.build("star", NUM, weights="uniform"), Given(topologies.build("star", NUM, weights="uniform").matrix(0),
-                                                                             sums=None)):
+        star = topologies.build("star", NUM, weights="uniform")
+        for graph in (star, Given(star.matrix(0), sums=None)):
             with pytest.raises(ValueError, match="wrapper.name = 'gradient_tracking' needs W.t. whose rows and columns sum to one"):
                 descend("gradient_tracking", graph, rounds=1, lr=0.1)
 
     def test_a_local_step_that_cannot_be_corrected(self):
         toy = Toy(0)
-        with pytest.raises(ValueError, match=r"wrapper = 'gradient_tracking' changes the rows after every local step; local_step must"):
-            simulate("lora", topologies.build("ring", 10), toy.factors(), lambda factors, t, trains: None, 1, wrapper="gradient_tracking",
-                     lr=0.1, local_steps=1)
+        with pytest.raises(ValueError, match="wrapper = 'gradient_tracking' changes the rows after every local step"):
+            simulate("lora", topologies.build("ring", 10), toy.factors(), lambda factors, t, trains: None, 1,
+                     wrapper="gradient_tracking", lr=0.1, local_steps=1)
 
     def test_steps_and_rates_that_nobody_told(self):
         step = lambda factors, t, trains, after_step: factors["x"][0].add_(1)  # noqa: E731
