@@ -37,7 +37,7 @@ def write_run(folder: Path, records: list[dict], *, facts: dict | None = None, *
     tree["train"] = {"rounds": rounds} | tree.get("train", {})
     config = from_dict(tree).to_dict()
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    facts = {"primary": "accuracy", "higher_is_better": True} if facts is None else facts
+    facts = {"primary": "accuracy", "better": {"accuracy": "higher"}} if facts is None else facts
     about = {"config": config, "facts": facts, "versions": {"torch": "2"}, "git_commit": "c0ffee"}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").unlink(missing_ok=True)

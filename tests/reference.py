@@ -10,6 +10,8 @@ from pathlib import Path
 
 from dfl import methods, partition
 from dfl.config import aliases, schema
+from dfl.metrics import METRICS
+from dfl.metrics.choice import describe
 from dfl.plugins import first_line, parameters
 
 README = Path(__file__).parent.parent / "dfl" / "config" / "README.md"
@@ -55,7 +57,8 @@ SAID = {
     "eval.batch_size": "examples in a pass",
 }
 # choices by name, beside the methods (`rule`)
-PLUGINS = {**{slot: table for slot, table in methods.SLOTS.items() if slot != "rule"}, "partition": partition.PARTITIONS}
+PLUGINS = {**{slot: table for slot, table in methods.SLOTS.items() if slot != "rule"}, "partition": partition.PARTITIONS,
+           "eval.metrics": METRICS}
 OPENS = {"rule": "rules, and what to choose: [dfl/rules](../rules/README.md)",
          "topology": "names and parameters: [topologies](../../topologies/README.md)"}
 
@@ -107,7 +110,8 @@ def kind(annotation) -> str:
         return "section"
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation)) \
         if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    for pattern, plain in ((r"typing\.", ""), (r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace(", ", " / ")),
+    for pattern, plain in ((r"typing\.", ""), (r"tuple\[[\w.]*\bPlugin, \.\.\.\]", "list of names, or of {name: ..., parameters}"),
+                           (r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace(", ", " / ")),
                            (r"[\w.]*\bPlugin\b", "name, or {name: ..., parameters}"), (r"[\w.]+\.(\w+)Config", "section"),
                            (r"Optional\[(.*)\]", r"\1 or null"), (r"tuple\[(\w+), \.\.\.\]", r"list of \1"),
                            (r"tuple\[float, float\]", "two numbers"), (r"\bstr\b", "text"),
@@ -163,7 +167,8 @@ def reference() -> str:
 
 def choices(field: str) -> str:
     """The names that a field takes, each with its parameters and their defaults (none: it has to be given)."""
-    return _table((name, given(factory), first_line(factory)) for name, factory in PLUGINS[field].items())
+    about = describe() if field == "eval.metrics" else {name: first_line(factory) for name, factory in PLUGINS[field].items()}
+    return _table((name, given(factory), about[name]) for name, factory in PLUGINS[field].items())
 
 
 def named_methods() -> str:

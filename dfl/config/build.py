@@ -81,8 +81,8 @@ def _coerce_union(hint: Any, value: Any, where: str) -> Any:
 
 def _coerce_tuple(hint: Any, value: Any, where: str) -> tuple:
     inner = typing.get_args(hint)
-    if isinstance(value, str) and inner[-1] is Ellipsis:
-        value = [value]  # one name is a list of one
+    if inner[-1] is Ellipsis and (isinstance(value, str) or inner[0] is Plugin and isinstance(value, Mapping)):
+        value = [value]  # one name, or one choice, is a list of one
     if isinstance(value, str) or not isinstance(value, (list, tuple)):
         raise wrong(where, value, "a list")
     if inner[-1] is not Ellipsis and len(value) != len(inner):

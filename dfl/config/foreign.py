@@ -79,8 +79,8 @@ _ANSWERS: dict[str, str] = {
         "eval_every validation_steps eval_table_size eval_causal_lm_metrics eval_max_new_tokens",
     "checkpoint.minutes is the field for it, or checkpoint.every in rounds, with checkpoint.keep": "saves_per_epoch save_only_model "
         "save_on_each_node save_freq checkpointing_steps enable_jit_checkpoint save_safetensors ",
-    "a callback of yours may end a run: `callbacks`": "early_stopping_patience early_stopping early_stopping_threshold "
-        "metric_for_best_model greater_is_better",
+    "a callback of yours may end a run: `callbacks`": "early_stopping_patience early_stopping early_stopping_threshold ",
+    "eval.primary is the field for it; a metric itself says whether more of it is better": "metric_for_best_model greater_is_better",
     "`dfl train RECIPE --resume` goes on from the last checkpoint": "resume_from_checkpoint auto_resume_from_checkpoints resume "
         "ignore_data_skip restore_callback_states_from_checkpoint",
     "`dfl train RECIPE --overwrite` replaces a run": "overwrite_output_dir overwrite",
@@ -88,9 +88,10 @@ _ANSWERS: dict[str, str] = {
     # what is always so
     _EVERY_ROUND: "logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm debug verbose "
         "plot_loss include_num_input_tokens_seen include_tokens_per_second skip_memory_metrics log_with log_completions ",
-    "losses and metrics are those of model.task, over all evaluation examples": "include_for_metrics batch_eval_metrics metrics "
-        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps compute_metrics compute_accuracy "
-        "average_tokens_across_devices include_inputs_for_metrics ",
+    "eval.metrics names them, your own as well, over all evaluation examples": "include_for_metrics metrics compute_metrics "
+        "compute_accuracy prediction_loss_only",
+    "metrics are of all evaluation examples, whatever the batches": "batch_eval_metrics eval_do_concat_batches eval_use_gather_object "
+        "eval_accumulation_steps average_tokens_across_devices include_inputs_for_metrics ",
     "every pass over a peer's examples is a new permutation, drawn from the seed": "shuffle shuffle_dataset "
         "train_sampling_strategy group_by_length length_column_name curriculum_sampling sampler buffer_size mix_strategy "
         "interleave_probs disable_shuffling shuffle_merged_datasets",

@@ -112,6 +112,9 @@ class EvalConfig:
     every: int = 5  # rounds; 0: only before the first and after the last
     batch_size: int = 64
     consensus: bool = True  # evaluate the consensus model as well
+    metrics: tuple[Plugin, ...] | None = None  # one or a list, the loss always beside them; null: the task's own
+    # the metric that tables, pages and callbacks are about; null: the task's own where it is among eval.metrics, else their first
+    primary: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dfl import tasks
 from dfl.config import Config
+from dfl.config.schema import plain
 from dfl.export import card, merging, push, ranks
 from dfl.report import align
 from dfl.store import targets
@@ -192,7 +193,9 @@ def _about(config: Config, names: list[str], facts: card.Facts) -> dict[str, Any
     model = {"task": config.model.task, "dtype": facts.merged.dtype if facts.merged else config.model.dtype}
     if not facts.merged:
         model["layers"] = config.model.layers
-    return {"made_by": "dfl", "model": model, "data": columns, "label_names": names, "peer": facts.peer, "round": facts.rounds}
+    measured = {key: plain(getattr(config.eval, key)) for key in ("metrics", "primary")}
+    return {"made_by": "dfl", "model": model, "data": columns, "eval": measured, "label_names": names, "peer": facts.peer,
+            "round": facts.rounds}
 
 
 def lines(exported: Exported) -> list[str]:

@@ -222,7 +222,9 @@ def _evaluation(facts: Facts) -> str:
     own = {} if facts.peer == "consensus" else {"this peer": "this"}
     columns = {"before training": "before", **own, "mean over peers": "mean", "smallest": "min", "largest": "max",
                "consensus": "consensus"}
-    rows = [["metric", *columns]] + [[metric, *(_cell(v[key]) for key in columns.values())] for metric, v in found.items()]
+    ways = facts.record["facts"].get("better", {})
+    rows = [["metric", "better", *columns]]
+    rows += [[metric, ways.get(metric, "–"), *(_cell(v[key]) for key in columns.values())] for metric, v in found.items()]
     text = f"On the run's {facts.record['facts']['num_valid']:,} evaluation examples, after round {facts.rounds}:\n\n{_table(rows)}"
     if not facts.evaluated:
         text += ("\n\nThese numbers were measured before the rank was lowered or the weights were rounded; "

@@ -1,6 +1,6 @@
 """Evaluation of every peer's model, and of the consensus model, on the same examples; sums by group tell the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from dfl.adapters.attach import Adapted, Rows
 from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
 from dfl.adapters.lowrank import refactor, truncate, weighted_sum
 from dfl.adapters.residuals import residual_rows
-from dfl.metrics.own import Own, own_metrics
+from dfl.metrics.base import Metric
+from dfl.metrics.own import Own
+from dfl.metrics.tally import Tally
 from dfl.rules.residual import largest_rank, split_model
 from dfl.training.executors import Executor
-
-SUMS = ("loss_sum", "correct", "count")
 
 
 def in_batches(split, batch_size: int) -> list[list[int]]:
@@ -29,73 +29,97 @@ class GivenUp(Exception):  # noqa: N818  # it is no error
 class Evaluator:
     """Examples in batches of similar length, collated once and kept on the device.
 
-    own: the peers' own distributions, for which sums are kept by group; None: there are none.
+    metrics: what is evaluated, by name; the first is the primary one. own: the peers' own distributions, for which sums are kept by
+    group; None: there are none.
+
+    A pass over models gives rows of sums (dfl/metrics/tally.py). Where processes divide the batches among them, the tables of
+    `by_batch` add up, and `total` makes of their sum, to the bit, what `sums` of all batches is.
     """
 
     def __init__(self, adapted: Adapted, task, split, batch_size: int, device: torch.device, autocast: bool = False,
-                 own: Own | None = None):
-        self.adapted, self.task, self.device, self.autocast, self.own = adapted, task, device, autocast, own
+                 own: Own | None = None, *, metrics: Mapping[str, Metric]):
+        self.adapted, self.task, self.device, self.autocast = adapted, task, device, autocast
+        self.tally = Tally(metrics, len(split), own)
         chunks = in_batches(split, batch_size)
         self.batches = [self._to_device(task.collate([split.features[i] for i in chunk])) for chunk in chunks]
+        self.examples = [torch.tensor(chunk, device=device) for chunk in chunks]
         self.groups = [own.groups[chunk].to(device) for chunk in chunks] if own else [None] * len(chunks)
+
+    @property
+    def primary(self) -> str:
+        return next(iter(self.tally.metrics))
+
+    def better(self) -> dict[str, str]:
+        """Which way each metric gets better: higher or lower."""
+        return {name: "higher" if metric.higher_is_better else "lower" for name, metric in self.tally.metrics.items()}
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in batch.items()}
 
-    @torch.no_grad()
     def sums(self, rows: Rows, executor: Executor, halted: Callable[[], bool] = lambda: False) -> Tensor:
-        """Loss sum, correct and count of each of P rows: (P, 3) float64 on the CPU; behind them the same of each of C
-        groups, (P, 3 + 3 C), where there are any. GivenUp when `halted()` between two batches."""
+        """The row of each of P models after all batches: (P, W + n K) float64 on the CPU. GivenUp when `halted()` between two
+        batches."""
+        added, kept = self._pass(rows, executor, halted, range(len(self.batches)), [0] * len(self.batches))
+        return torch.cat([added[:, 0], kept], 1).cpu()
+
+    def by_batch(self, rows: Rows, executor: Executor, batches: Iterable[int], halted: Callable[[], bool] = lambda: False) -> Tensor:
+        """(P, num_batches W + n K) float64 on the CPU: what each of these batches adds, where it belongs; 0 elsewhere."""
+        added, kept = self._pass(rows, executor, halted, batches, range(len(self.batches)))
+        return torch.cat([added.flatten(1), kept], 1).cpu()
+
+    def total(self, tables: Tensor) -> Tensor:
+        """What `sums` gives, of the sum of the tables of `by_batch` of all processes, each batch in one of them."""
+        width, num = self.tally.width, len(self.batches)
+        total = torch.zeros(len(tables), width, dtype=torch.float64)
+        for batch in tables[:, :num * width].view(len(tables), num, width).unbind(1):
+            total += batch
+        return torch.cat([total, tables[:, num * width:]], 1)
+
+    @torch.no_grad()
+    def _pass(self, rows: Rows, executor: Executor, halted: Callable[[], bool], batches: Iterable[int],
+              slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(P, slots, W) sums, batch k added into slots[k], and (P, n K) of the examples."""
         self.adapted.model.eval()
-        num_groups = self.own.num_groups if self.own else 0
-        totals = torch.zeros(len(rows.x), 1 + num_groups, len(SUMS), dtype=torch.float64, device=self.device)
-        for index in executor.groups(len(rows.x)):
+        num, batches = len(rows.x), list(batches)
+        added = torch.zeros(num, max(slots, default=0) + 1, self.tally.width, dtype=torch.float64, device=self.device)
+        kept = torch.zeros(num, self.tally.num_examples, self.tally.kept_width, dtype=torch.float64, device=self.device)
+        for index in executor.groups(num):
             with executor.bound(self.adapted, rows, None, index) as forward:
-                for batch, groups in zip(self.batches, self.groups, strict=True):
+                for k in batches:
                     if halted():
                         raise GivenUp
-                    repeated = _for_each(index, batch)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                        output = forward(self.task.inputs(repeated), index)
-                    totals[index] += self._scored(output, repeated, len(index), groups)
-        return totals.flatten(1).cpu()
+                    found, of_examples = self._found(forward, index, k)
+                    added[index, slots[k]] += found
+                    if of_examples is not None:
+                        kept[torch.tensor(index, device=self.device)[:, None], self.examples[k]] = of_examples
+        return added, kept.flatten(1)
 
-    def _scored(self, output, batch: dict[str, Tensor], num: int, groups: Tensor | None) -> Tensor:
-        """(num, 1 + C, 3) float64: what a batch adds, in all and by group."""
-        if groups is None:
-            scores = self.task.score(output, batch, num)
-            return torch.stack([scores[name].double() for name in SUMS], 1)[:, None]
-        scores = self.task.score(output, batch, num * len(groups))  # of every example
-        found = [scores[name].view(num, -1) for name in SUMS]
-        by_group = torch.zeros(num, self.own.num_groups, len(SUMS), dtype=torch.float64, device=self.device)
-        by_group.index_add_(1, groups, torch.stack(found, 2).double())
-        return torch.cat([torch.stack([value.sum(1) for value in found], 1)[:, None].double(), by_group], 1)
-
-    def metrics(self, sums: Tensor) -> list[dict[str, float]]:
-        """The task's metrics of each row of what `sums` gave."""
-        return [self.task.metrics(dict(zip(SUMS, row, strict=True))) for row in sums[:, :len(SUMS)].tolist()]
+    def _found(self, forward: Callable, index: Sequence[int], k: int) -> tuple[Tensor, Tensor | None]:
+        """What batch k adds to the rows of the models `index`, and what is kept of its examples; None: nothing."""
+        repeated = _for_each(index, self.batches[k])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output = forward(self.task.inputs(repeated), index)
+        outcome = self.task.outcome(output, repeated)
+        of_examples = self.tally.of_examples(outcome, len(index)) if self.tally.kept else None
+        return self.tally.of_batch(outcome, len(index), self.groups[k]), of_examples
 
     def record(self, sums: Tensor, consensus: Tensor | None) -> dict:
-        """What a round's record says, from the sums of all peers' models (N, ...) and those of the consensus (1, ...).
+        """What a round's record says, from the rows of all peers' models (N, ...) and that of the consensus (1, ...).
 
         `own`: the metrics on each peer's own distribution, `gap` how much they are above those on all examples, and the
         consensus model's on each of them.
         """
-        on_all = self.metrics(sums)
-        found = over_peers(on_all) | ({} if consensus is None else {"consensus": self.metrics(consensus)[0]})
-        if self.own is None:
+        tally = self.tally
+        on_all = tally.values(sums)
+        found = over_peers(on_all) | ({} if consensus is None else {"consensus": tally.values(consensus)[0]})
+        if tally.own is None:
             return found
-        on_own = self.on_own(sums)
+        on_own = tally.on_own(sums)
         gaps = [{name: own[name] - both[name] for name in own} for own, both in zip(on_own, on_all, strict=True)]
         found["own"] = over_peers(on_own) | {"gap": over_peers(gaps)}
         if consensus is not None:
-            found["own"]["consensus"] = over_peers(self.on_own(consensus))
+            found["own"]["consensus"] = over_peers(tally.on_own(consensus))
         return found
-
-    def on_own(self, sums: Tensor) -> list[dict[str, float]]:
-        """The task's metrics of each peer's model on its own distribution; of sums (1, ...) one model's on all of them."""
-        by_group = sums[:, len(SUMS):].reshape(len(sums), -1, len(SUMS))
-        return own_metrics(self.task, SUMS, by_group, self.own.weights)
 
 
 def _for_each(rows: Sequence[int], batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -69,12 +69,3 @@ def _numbered(values: tuple, num: int | None) -> tuple[tuple[np.ndarray, np.ndar
     texts = [np.array([str(value) for value in column]) for column in values]
     names, index = np.unique(np.concatenate(texts), return_inverse=True)
     return (index[:len(texts[0])], index[len(texts[0]):]), len(names)
-
-
-def own_metrics(task: Any, names: tuple[str, ...], sums: Tensor, weights: Tensor) -> list[dict[str, float]]:
-    """The task's metrics of models with `sums` (N, C, S) by group, S the sums `names`, under weights (N, C).
-
-    Sums (1, C, S) are those of one model, at all peers.
-    """
-    weighted = (sums * weights[:, :, None]).sum(1)
-    return [task.metrics(dict(zip(names, row, strict=True))) for row in weighted.tolist()]

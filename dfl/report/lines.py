@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from dfl.report.runs import comparable, primary_of, short_of_end
+from dfl.report.runs import comparable, evaluated, metrics_of, number, primary_of, short_of_end
 from dfl.store.runs import RunData, read_run
 
 
@@ -17,9 +17,9 @@ def training_line(record: dict) -> str:
 
 def evaluation_line(record: dict, primary: str) -> str:
     """The evaluation of a round; empty where there was none."""
-    if "eval" not in record:
+    evaluation = record.get("eval", {})
+    if primary not in evaluation:
         return ""
-    evaluation = record["eval"]
     values = evaluation[primary]
     text = f"{primary} {_cell(values['mean'])} ({_cell(values['min'])} to {_cell(values['max'])})"
     return text + (f", consensus {_cell(evaluation['consensus'][primary])}" if "consensus" in evaluation else "")
@@ -47,20 +47,22 @@ def closing_table(run: Path) -> str:
     A column from before the end of its run says so. ValueError for a folder without an evaluation.
     """
     found = read_run(run)
-    records = _with_evaluation(found)
+    first = next((record["eval"] for record in found.records if "eval" in record), {})
+    primary, higher_is_better = primary_of(found.facts, first)
+    records = evaluated(found, primary)
     if not records:
         raise ValueError(f"{str(run)!r} holds no evaluation yet")
-    primary, higher_is_better = primary_of(found.facts, records[0]["eval"])
     last, top = records[-1], best(records, primary, higher_is_better)
     name = found.config["rule"]["name"]
     columns = [("before", records[0]["eval"]), (f"after {name}{short_of_end(found, last)}", last["eval"])]
-    alone = found.baseline and _with_evaluation(found.baseline)
+    alone = found.baseline and evaluated(found.baseline, primary)
     if alone:
         beside = comparable(alone, last["round"])
         columns.append((f"local alone{short_of_end(found.baseline, beside)}", beside["eval"]))
     columns += [("on own data", own)] if (own := on_own_data(last["eval"], primary)) else []
     lines = [f"{primary} on the evaluation examples", align(_rows(columns, last["eval"], primary)),
-             f"best mean over peers {_cell(top['eval'][primary]['mean'])}, after round {top['round']}"]
+             f"best mean over peers {_cell(top['eval'][primary]['mean'])}, after round {top['round']}",
+             *_others(found, last["eval"], primary)]
     if own:
         by = found.facts.get("own", {}).get("by", "label")
         lines.insert(1, f"own data: the same examples, each {by} weighing what it weighs in the peer's shard")
@@ -82,8 +84,10 @@ def on_own_data(evaluation: dict, metric: str) -> dict | None:
     return found if consensus is None else found | {"consensus": {metric: consensus}}
 
 
-def _with_evaluation(run: RunData) -> list[dict]:
-    return [record for record in run.records if "eval" in record]
+def _others(run: RunData, evaluation: dict, primary: str) -> list[str]:
+    """The means over peers of the other metrics of an evaluation."""
+    means = {name: number(evaluation, name, "mean") for name in metrics_of(run) if name != primary and name in evaluation}
+    return [f"mean over peers of {', '.join(f'{name} {_cell(mean)}' for name, mean in means.items())}"] if means else []
 
 
 def _rows(columns: list[tuple[str, dict]], last: dict, primary: str) -> list[list[str]]:

@@ -4,9 +4,6 @@ import math
 
 from dfl.store.runs import RunData, mapping
 
-# metrics that fall as a model gets better, for runs that do not say it themselves
-FALLING = {"loss", "perplexity"}
-
 
 def number(record: dict, *keys: str) -> float | None:
     """A number inside nested mappings; None where there is none, or where it was not finite."""
@@ -18,13 +15,16 @@ def number(record: dict, *keys: str) -> float | None:
 
 
 def primary_of(facts: dict, evaluation: dict) -> tuple[str, bool]:
-    """The task's primary metric, and whether more of it is better; for older runs, guessed from what was evaluated."""
-    if isinstance(facts.get("primary"), str) and isinstance(facts.get("higher_is_better"), bool):
-        return facts["primary"], facts["higher_is_better"]
-    known = [name for name in ("accuracy", "perplexity") if name in evaluation]
-    others = (name for name in evaluation if name not in ("peers", "consensus", "own"))
-    primary = known[0] if known else next(others, "accuracy")
-    return primary, primary not in FALLING
+    """The metric that a run is about, and whether more of it is better, as run.json says; without it, the first one evaluated."""
+    primary = facts.get("primary")
+    if not isinstance(primary, str):
+        primary = next((name for name in mapping(evaluation.get("peers"))), "accuracy")
+    return primary, higher_is_better(facts, primary)
+
+
+def higher_is_better(facts: dict, metric: str) -> bool:
+    """Whether more of a metric is better, as run.json says; taken to be so where it does not (`dfl.store.runs.read_run` says that)."""
+    return mapping(facts.get("better")).get(metric) != "lower"
 
 
 def metrics_of(run: RunData) -> list[str]:
@@ -36,19 +36,23 @@ def metrics_of(run: RunData) -> list[str]:
 
 
 def choose_metric(runs: list[RunData], metric: str | None) -> tuple[str, bool]:
-    """The metric a report is about: `metric`, or the primary one of the runs. ValueError when the runs do not share it."""
-    primaries = {primary_of(run.facts, next((r["eval"] for r in run.records if mapping(r.get("eval"))), {})): run
+    """The metric a report is about, `metric` or the primary one of the runs, and whether more of it is better.
+
+    ValueError when the runs do not share it, or not its direction.
+    """
+    primaries = {primary_of(run.facts, next((r["eval"] for r in run.records if mapping(r.get("eval"))), {}))[0]
                  for run in runs if run.facts.get("primary") or metrics_of(run)}
-    if metric is None:
-        if len(primaries) > 1:
-            names = ", ".join(sorted(name for name, _ in primaries))
-            raise ValueError(f"metric: the runs have several primary metrics ({names}); choose one that they share, such as "
-                             "--metric loss")
-        return next(iter(primaries), ("accuracy", True))
     known = sorted({name for run in runs for name in metrics_of(run)})
-    if known and metric not in known:
+    if metric is None and len(primaries) > 1:
+        raise ValueError(f"metric: the runs have several primary metrics ({', '.join(sorted(primaries))}); choose one that they "
+                         "share, such as --metric loss")
+    if metric is not None and known and metric not in known:
         raise ValueError(f"metric = {metric!r} was not evaluated; allowed: {', '.join(known)}")
-    return metric, dict(primaries).get(metric, metric not in FALLING)
+    metric = metric or next(iter(primaries), "accuracy")
+    ways = {higher_is_better(run.facts, metric) for run in runs if metric in mapping(run.facts.get("better"))}
+    if len(ways) > 1:
+        raise ValueError(f"metric = {metric!r}: in some of the runs more of it is better, in others less; choose another")
+    return metric, next(iter(ways), True)
 
 
 def evaluated(run: RunData, metric: str) -> list[dict]:

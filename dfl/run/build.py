@@ -20,6 +20,7 @@ from dfl.config.topology import build_topology
 from dfl.config.trackers import check_trackers
 from dfl.engine.gossip import Gossip
 from dfl.methods import Choice, Context, Method
+from dfl.metrics.choice import choose as choose_metrics
 from dfl.metrics.evaluator import Evaluator
 from dfl.metrics.own import Own, own_distributions
 from dfl.plugins import check_parameters, lookup
@@ -55,7 +56,7 @@ def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
     extensions.load(config.plugins)
     memory.check_peers(config)
-    lookup("model.task", tasks.TASKS, config.model.task)
+    choose_metrics(config.eval, lookup("model.task", tasks.TASKS, config.model.task), 2)
     lookup("data.source", tasks.SOURCES, config.data.source)
     for key, instead in (("head", "lora.head"), ("layout", "lora.targets"), ("ranks", "lora.rank"), ("weights", "model.name"),
                          ("peers", "peers"), ("rank", "lora.rank"), ("topology", "topology"), ("rounds", "train.rounds")):
@@ -213,7 +214,8 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     check_same_start(peers, bundle, runtime.transport)
     autocast = executors.autocasts(config.train.autocast, runtime.device)
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
-                          None if isinstance(own, str) else own)
+                          None if isinstance(own, str) else own,
+                          metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)))
     gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
     executor = executors.choose(config.train.executor, runtime.device, adapted.kind)
     return Run(config, peers, gossip, topology, runtime.transport, executor,

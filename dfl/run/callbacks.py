@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from dfl.plugins import did_you_mean
+from dfl.plugins import did_you_mean, lookup
 
 
 class CallbackError(RuntimeError):
@@ -61,6 +61,16 @@ class RunView:
     def peers(self) -> tuple[int, ...]:
         """The peers of this process."""
         return tuple(self._run.peers.ids)
+
+    @property
+    def primary(self) -> str:
+        """The name of the metric that the run is about: `evaluation[run.primary]["mean"]` is its mean over the peers."""
+        return self._run.evaluator.primary
+
+    def higher_is_better(self, metric: str | None = None) -> bool:
+        """Whether more of a metric, or of the primary one, is better. ValueError for one that is not evaluated."""
+        ways = self._run.evaluator.better()
+        return lookup("metric", ways, metric or self.primary) == "higher"
 
     def row(self, peer: int):
         """A copy of the trained numbers (D,) of a peer of this process, float32. ValueError for another peer."""

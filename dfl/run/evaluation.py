@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dfl import tasks
+from dfl import extensions, tasks
 from dfl.config import Config, resolve
 from dfl.config.recipes import parse_overrides
-from dfl.metrics.evaluator import SUMS, in_batches
+from dfl.metrics.choice import choose
+from dfl.metrics.evaluator import in_batches
+from dfl.metrics.tally import Tally
+from dfl.plugins import lookup
 from dfl.run import workers
 from dfl.run.build import Loaded, adapt, assemble, check, data_seed, load
 from dfl.run.loop import evaluate
@@ -102,6 +105,8 @@ def evaluate_model(target: Target, overrides: Sequence[str], data: str | None, r
     if run is None and data is None:
         raise ValueError(f"{str(target.folder)!r} holds no examples: give --data FILE, or --run RUN for the run's own")
     config, names = settings(target, overrides, run)
+    extensions.load(config.plugins)
+    choose(config.eval, lookup("model.task", tasks.TASKS, config.model.task), 2)
     place = place_from_environment()
     if place.rank != 0:
         return None
@@ -109,8 +114,9 @@ def evaluate_model(target: Target, overrides: Sequence[str], data: str | None, r
     torch.set_num_threads(num_threads(config))
     bundle = _examples(config, names, data)
     model = with_adapter(bundle.model, target.folder) if target.kind == "adapter" else bundle.model
-    sums, answers = _score(model.to(device).eval(), bundle, config, device)
-    result = {"target": str(target.folder), "examples": len(bundle.valid), **bundle.task.metrics(sums)}
+    tally = Tally(choose(config.eval, bundle.task, len(names)), len(bundle.valid))
+    row, answers = _score(model.to(device).eval(), bundle, tally, config, device)
+    result = {"target": str(target.folder), "examples": len(bundle.valid), **tally.values(row)[0]}
     if predictions is not None:
         rows = prediction_rows(bundle.valid, answers, config)
         predictions.write_text("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -134,7 +140,7 @@ def settings(target: Target, overrides: Sequence[str], run: Path | None) -> tupl
     if run is not None:
         tree, names = read_config(run).to_dict(), label_names(run)
     else:
-        tree, names = {"model": told["model"], "data": told["data"]}, told["label_names"]
+        tree, names = {"model": told["model"], "data": told["data"], "eval": told.get("eval", {})}, told["label_names"]
     if target.kind == "model":
         tree["model"] = (told["model"] if told else {"task": tree["model"]["task"]}) | {"name": str(target.folder.resolve())}
     elif run is None:
@@ -158,19 +164,23 @@ def with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _score(model: torch.nn.Module, bundle: tasks.Bundle, config: Config, device: torch.device) -> tuple[dict[str, float], list[dict]]:
-    """Sums over all examples, in the order and type of a run's evaluation; what the model says to each example."""
+def _score(model: torch.nn.Module, bundle: tasks.Bundle, tally: Tally, config: Config,
+           device: torch.device) -> tuple[torch.Tensor, list[dict]]:
+    """The tally's row (1, ...) of all examples, in the order and type of a run's evaluation; what the model says to each example."""
     task, split = bundle.task, bundle.valid
-    sums, answers = dict.fromkeys(SUMS, 0.0), [{}] * len(split)
+    added, answers = torch.zeros(1, tally.width, dtype=torch.float64), [{}] * len(split)
+    kept = torch.zeros(1, len(split), tally.kept_width, dtype=torch.float64)
     for chunk in in_batches(split, config.eval.batch_size):
         batch = {key: value.to(device) for key, value in task.collate([split.features[i] for i in chunk]).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config.train.autocast, device)):
             output = model(**task.inputs(batch))
-        for name, value in task.score(output, batch, 1).items():
-            sums[name] += float(value)
+        outcome = task.outcome(output, batch)
+        added += tally.of_batch(outcome, 1, None).cpu()
+        if tally.kept:
+            kept[:, chunk] = tally.of_examples(outcome, 1).cpu()
         for i, answer in zip(chunk, task.answers(output, batch), strict=True):
             answers[i] = answer
-    return sums, answers
+    return torch.cat([added, kept.flatten(1)], 1), answers
 
 
 def prediction_rows(split: tasks.Split, answers: list[dict], config: Config) -> list[dict]:

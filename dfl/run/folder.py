@@ -29,7 +29,7 @@ from dfl.store.checkpoints import complete
 from dfl.store.directory import FILES, TRACKERS, clear, in_the_way, mark, marked, written
 from dfl.store.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
 from dfl.store.records import JsonLines
-from dfl.store.runs import read_description
+from dfl.store.runs import mapping, read_description
 from dfl.transport.agreement import together
 
 # so many of the files that --overwrite leaves are named
@@ -236,14 +236,14 @@ class Recording:
         write_whole(output / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False), lease)
         shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
         # JSON is written last: a folder with a run.json is a run that has started
-        self.primary = run.task.primary
-        facts = loaded.bundle.facts | {"primary": self.primary, "higher_is_better": run.task.higher_is_better,
+        self.primary, before = run.evaluator.primary, None if new else read_description(output)
+        facts = loaded.bundle.facts | {"primary": self.primary, "better": _directions(run, before),
                                        "shards": _shards(loaded), "rule": run.gossip.method.facts,
                                        "state_length": run.peers.layout.size,
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
                                        "contents": dict(loaded.contents)}
-        about = describe_run(config.to_dict(), facts, None if new else read_description(output))
+        about = describe_run(config.to_dict(), facts, before)
         write_whole(output / "run.json", json.dumps(about, indent=1, default=str), lease)
         recorded = run.completed - (run.pending is not None)  # rounds
         self.lines = JsonLines(output / "metrics.jsonl", keep_before=recorded + 1 if run.resumed else 0, guard=lease.check)
@@ -263,6 +263,12 @@ class Recording:
         self.console.close()
         self.trackers.close()
         self.lines.close()
+
+
+def _directions(run: Run, before: dict | None) -> dict[str, str]:
+    """Which way each metric gets better, also those of rounds from before the run went on with others."""
+    found = mapping(mapping((before or {}).get("facts")).get("better"))
+    return run.evaluator.better() | {name: way for name, way in found.items() if name not in run.evaluator.better()}
 
 
 def _shards(loaded: Loaded) -> dict:

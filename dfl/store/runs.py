@@ -83,7 +83,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         raise ValueError(f"{str(folder)!r} holds no run (no recipe.yaml in it) and no sweep (no sweep.json in it)")
     problems, about = [], read_description(folder)
     if not about:
-        problems.append("run.json is missing or damaged: no facts of the run")
+        problems.append("run.json is missing or damaged: no facts of the run; more of a metric is taken to be better")
     config = _recipe(folder) or mapping(about.get("config"))
     if not config:
         problems.append("recipe.yaml is missing or damaged: no configuration")

@@ -1,4 +1,4 @@
-"""What a task hands to the loop: splits of tokenised examples, a collate, and losses by group.
+"""What a task hands to the loop: splits of tokenised examples, a collate, losses by group, and what metrics are made from.
 
 Shapes: B rows, L tokens, C labels, G groups.
 """
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from dfl.metrics.base import Outcome, blocks
 
 IGNORED = -100  # a label that no loss counts: padding and prompt tokens
 
@@ -42,8 +44,8 @@ class Task(Protocol):
     """What the loop asks of a task. A batch is made of `num_groups` equal blocks of consecutive rows, one block a peer."""
 
     name: str
-    primary: str
-    higher_is_better: bool
+    predicts: str  # class, token or number (`dfl.metrics.base.PREDICTS`): which metrics suit it
+    metrics: tuple[str, ...]  # evaluated where a recipe names none; the first is the primary one
 
     def collate(self, features: Sequence[dict], pad_to_multiple: int | None = None) -> dict[str, torch.Tensor]: ...
 
@@ -51,9 +53,7 @@ class Task(Protocol):
 
     def losses(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> torch.Tensor: ...
 
-    def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]: ...
-
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]: ...
+    def outcome(self, output: Any, batch: dict[str, torch.Tensor]) -> Outcome: ...
 
     def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]: ...
 
@@ -89,35 +89,25 @@ def pad(rows: Sequence[Sequence[int]], value: int, multiple: int | None = None) 
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
-def blocks(values: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """(B, ...) as (G, everything of the group's rows)."""
-    if len(values) % num_groups:
-        raise AssertionError(f"{len(values)} rows are not {num_groups} equal blocks")
-    return values.reshape(num_groups, -1)
-
-
 class LabelLoss:
-    """Losses and scores of one label per example, from `output.logits` (B, C)."""
+    """Losses and predictions of one label per example, from `output.logits` (B, C)."""
 
-    primary = "accuracy"
-    higher_is_better = True
+    predicts = "class"
+    metrics = ("accuracy", "loss")
     inputs = staticmethod(without_labels)
 
     def losses(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> torch.Tensor:
         """(G,) float32: the mean cross-entropy of each block."""
         return blocks(self._row_losses(output, batch), num_groups).mean(1)
 
-    def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
-        """Sums of each block, (G,) each: loss_sum, correct, count."""
-        # argmax takes NaN for the largest: a model that has diverged would get credit for one class
-        correct = ((output.logits.argmax(-1) == batch["labels"]) & ~output.logits.isnan().any(-1)).float()
-        return {"loss_sum": blocks(self._row_losses(output, batch), num_groups).sum(1),
-                "correct": blocks(correct, num_groups).sum(1),
-                "count": blocks(torch.ones_like(correct), num_groups).sum(1)}
+    def outcome(self, output: Any, batch: dict[str, torch.Tensor]) -> Outcome:
+        losses = self._row_losses(output, batch)[:, None]
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        count = sums["count"] or float("nan")
-        return {"accuracy": sums["correct"] / count, "loss": sums["loss_sum"] / count}
+        def predict() -> torch.Tensor:
+            # argmax takes NaN for the largest: a model that has diverged would get credit for one class
+            return output.logits.argmax(-1).masked_fill(output.logits.isnan().any(-1), -1)[:, None]
+
+        return Outcome(losses, torch.ones_like(losses, dtype=torch.bool), batch["labels"][:, None], predict)
 
     def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]:
         """What the model says to each row: the index of its label, and the probability it gives it."""

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dfl.config import DataConfig
-from dfl.tasks.base import IGNORED, Encoded, blocks, pad, without_labels
+from dfl.metrics.base import Outcome, blocks
+from dfl.tasks.base import IGNORED, Encoded, pad, without_labels
 from dfl.tasks.tables import Table, texts
 
 
@@ -21,8 +22,8 @@ class CausalLM:
     pad_id: int
 
     name = "causal_lm"
-    primary = "perplexity"
-    higher_is_better = False
+    predicts = "token"
+    metrics = ("perplexity", "loss")
     auto_class = "AutoModelForCausalLM"
     modality = "text"
     labelled = False
@@ -73,23 +74,17 @@ class CausalLM:
         loss, counted, _ = self._tokens(output, batch)
         return blocks(loss, num_groups).sum(1) / blocks(counted, num_groups).sum(1).clamp(min=1)
 
-    def score(self, output: Any, batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
-        """Sums over the tokens of each block, (G,) each: loss_sum, correct, count."""
+    def outcome(self, output: Any, batch: dict[str, torch.Tensor]) -> Outcome:
+        """T = L - 1 items of each row: position l predicts token l + 1."""
         loss, counted, targets = self._tokens(output, batch)
-        correct = (output.logits[:, :-1].argmax(-1) == targets) & counted
-        return {"loss_sum": blocks(loss, num_groups).sum(1), "correct": blocks(correct, num_groups).sum(1).float(),
-                "count": blocks(counted, num_groups).sum(1).float()}
-
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        loss = sums["loss_sum"] / (sums["count"] or float("nan"))
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan, "loss": loss}
+        # a loss that is not a number comes of logits that are not
+        return Outcome(loss, counted, targets, lambda: output.logits[:, :-1].argmax(-1).masked_fill(loss.isnan(), -1))
 
     def answers(self, output: Any, batch: dict[str, torch.Tensor]) -> list[dict[str, float]]:
         """How well the model foresees each row: its mean loss, over how many tokens, and how many of them it names."""
-        sums = self.score(output, batch, len(batch["labels"]))
-        rows = zip(*(sums[name].tolist() for name in ("loss_sum", "correct", "count")), strict=True)
-        return [{"loss": loss / count if count else math.nan, "tokens": int(count), "correct": int(correct)}
-                for loss, correct, count in rows]
+        outcome = self.outcome(output, batch)
+        rows = zip(*(value.sum(1).tolist() for value in (outcome.losses, outcome.correct, outcome.counted)), strict=True)
+        return [{"loss": loss / count if count else math.nan, "tokens": count, "correct": correct} for loss, correct, count in rows]
 
     @staticmethod
     def _tokens(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

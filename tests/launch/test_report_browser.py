@@ -23,7 +23,7 @@ def run_of(folder, peers=10, rounds=40, **fields):
                       layers={"cross_term": {f"encoder.layer.{k}.attention.self.query": float(rng.uniform()) for k in range(6)}})
                for t in range(rounds + 1)]
     shards = rng.integers(0, 50, (peers, len(LABELS))).tolist()
-    facts = {"primary": "accuracy", "higher_is_better": True, "label_names": LABELS, "base": "/a/folder/" + "long" * 30,
+    facts = {"primary": "accuracy", "better": {"accuracy": "higher"}, "label_names": LABELS, "base": "/a/folder/" + "long" * 30,
              "shards": {"examples": [sum(row) for row in shards], "classes": shards}}
     fields = {"peers": peers, "topology": {"name": "edge_activation", "base": "complete", "p": 0.2}} | fields
     run = write_run(folder, records, facts=facts, **fields)

@@ -2,6 +2,7 @@
 
 import torch
 
+from dfl.metrics.base import Metric
 from dfl.rules.average import average
 from dfl.schedules import SCHEDULES
 from dfl.slots import Channel, Codec, Guard, Schedule, Trigger
@@ -66,6 +67,21 @@ def two_rings(num_peers: int):
         graph.add_edges_from(zip(ring, ring[1:] + ring[:1], strict=True))
     from topologies.links import Links
     return Links.from_networkx(graph)
+
+
+def worst_recall(num_classes: int, *, above: float = 0.0):
+    """Recall of the class that is found most rarely, of those with more than this share of the examples."""
+    def sums(outcome, num_blocks):
+        of_class = torch.nn.functional.one_hot(outcome.targets, num_classes)
+        rows = torch.cat([of_class * outcome.correct[..., None], of_class], -1)
+        return rows.view(num_blocks, -1, 2 * num_classes).sum(1)
+
+    def value(sums):
+        found, there = sums.view(2, -1)
+        counted = there / there.sum() > above
+        return float((found / there)[counted].min()) if counted.any() else float("nan")
+
+    return Metric(sums, value, size=2 * num_classes, suits=("class",))
 
 
 class Grading(TASKS["sequence_classification"]):

@@ -12,6 +12,7 @@ import tiny_models
 import tiny_runs
 import torch
 import transformers
+from measured import measured
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -59,11 +60,8 @@ def stock(root, kind, task, folder, **changes):
 
 @torch.no_grad()
 def stock_metrics(model, run):
-    sums = {"loss_sum": 0.0, "correct": 0.0, "count": 0.0}
-    for batch in run.evaluator.batches:
-        for key, value in run.task.score(model(**run.task.inputs(batch)), batch, 1).items():
-            sums[key] += float(value)
-    return run.task.metrics(sums)
+    outcomes = [run.task.outcome(model(**run.task.inputs(batch)), batch) for batch in run.evaluator.batches]
+    return measured(run.task, outcomes)[0]
 
 
 @pytest.mark.parametrize("kind, task, head, rule", [

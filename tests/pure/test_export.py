@@ -228,7 +228,7 @@ def test_the_card_tells_what_the_hub_and_people_want_to_know(run, tmp_path):
     before, spread = read_lines(run / "metrics.jsonl")[0]["eval"]["accuracy"]["mean"], recorded["accuracy"]
     one, both = recorded["peers"]["accuracy"][1], recorded["consensus"]["accuracy"]
     values = [before, one, spread["mean"], spread["min"], spread["max"], both]
-    assert row == "| accuracy | " + " | ".join(f"{v:.4f}" for v in values) + " |"
+    assert row == "| accuracy | higher | " + " | ".join(f"{v:.4f}" for v in values) + " |"
     commit = json.loads((run / "run.json").read_text())["git_commit"]
     made_with = f"dfl at commit {commit}" if commit else "dfl; python"
     for words in ("own model of peer 1 of 4", "Labels: no, yes", "ring", "head mixed", made_with):

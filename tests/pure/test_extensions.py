@@ -1,5 +1,6 @@
 """Plug-ins from outside: a package whose entry points fill every slot, and modules that a recipe names."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+from documents import block
 
-from dfl import extensions
+from dfl import extensions, metrics
 from dfl.cli import main
+from dfl.metrics import choice
+from dfl.store.records import read_lines
 
 HERE = Path(__file__).parent.parent
 OUTSIDE = HERE / "outside"
@@ -55,12 +59,17 @@ def test_entry_points_fill_every_slot():
 def test_they_are_listed_and_may_be_named_in_a_recipe(tmp_path):
     listed = outside("from dfl.cli import main; main(['list'])", OUTSIDE).stdout
     assert "slow_average" in listed and "Send every number as two" in listed and "grading" in listed and "two_rings" in listed
+    assert "of those with more than this share of the examples. Of a predicted class; higher is better." in listed
     root = tiny_runs.make_folder(tmp_path)
     words = tiny_runs.arguments(root / "bert", root / "data.csv", tmp_path / "run", rule="{name: slow_average, pace: 0.25}", peers=6,
-                                topology="two_rings", codec="halves", model__task="grading", train__rounds=2)
+                                topology="two_rings", codec="halves", model__task="grading", train__rounds=2,
+                                eval__metrics="[{name: worst_recall, above: 0.1}, accuracy]", eval__primary="worst_recall")
     done = outside(f"import sys; from dfl.cli import main; sys.exit(main({['train', *words]!r}))", OUTSIDE)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "round-00002").is_dir()
+    assert "worst_recall on the evaluation examples" in done.stdout and "mean over peers of accuracy 0." in done.stdout
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())["facts"]
+    assert facts["primary"] == "worst_recall" and facts["better"] == {"worst_recall": "higher", "accuracy": "higher", "loss": "lower"}
     done = outside(f"import sys; from dfl.cli import main; sys.exit(main({['train', *words]!r}))")
     assert done.returncode == 2 and "is not known" in done.stderr
 
@@ -95,6 +104,22 @@ def test_a_recipe_names_a_module_of_its_own_folder(tmp_path, monkeypatch, capsys
     assert "plugins = 'not_there' cannot be imported: ModuleNotFoundError" in capsys.readouterr().err
 
 
+def test_the_metric_of_the_document_is_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "METRICS", known := dict(metrics.METRICS))
+    monkeypatch.setattr(choice, "METRICS", known)
+    exec(block("python", "def top_error"), {})
+    root = tiny_runs.make_folder(tmp_path)
+    words = tiny_runs.arguments(root / "bert", root / "data.csv", tmp_path / "run", train__rounds=2, eval__primary="top_error",
+                                eval__metrics="[accuracy, {name: top_error, above: 0.5}]")
+    assert main(["train", *words]) == 0
+    text = capsys.readouterr().out
+    assert "top_error on the evaluation examples" in text and "mean over peers of accuracy 0." in text
+    found = [line["eval"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval" in line]
+    assert all(0 < one["top_error"]["mean"] <= 1 and one["own"]["top_error"] for one in found)
+    assert main(["eval", str(tmp_path / "run"), "--eval.primary", "macro_f1"]) == 0
+    assert "macro_f1" in capsys.readouterr().out
+
+
 def test_the_tables_are_those_of_the_entry_points():
     assert set(extensions._tables()) == {"rules", "schedules", "triggers", "codecs", "channels", "networks", "guards", "wrappers",
-                                         "topologies", "tasks"}
+                                         "topologies", "tasks", "metrics"}

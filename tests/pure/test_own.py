@@ -11,6 +11,7 @@ import tiny_runs
 import torch
 
 from dfl.metrics.own import own_distributions
+from dfl.metrics.tally import Tally
 from dfl.report import closing_table
 from dfl.report.build import write_report
 from dfl.run.evaluation import evaluate_run
@@ -114,9 +115,10 @@ def test_all_examples_count_as_ever(root, tmp_path):
     """Sums by group leave the sums over all examples as they are, to the bit."""
     run, _ = tiny_runs.make_run(make_config(root, tmp_path / "run", **SKEWED))
     run.peers.x += torch.randn(run.peers.x.shape, generator=torch.Generator().manual_seed(3))
-    sums = run.evaluator.sums(run.rows(), run.executor)
-    run.evaluator.own, run.evaluator.groups = None, [None] * len(run.evaluator.batches)
-    assert torch.equal(sums[:, :3], run.evaluator.sums(run.rows(), run.executor)) and sums.shape == (4, 9)
+    grouped, found = run.evaluator.tally, run.evaluator.sums(run.rows(), run.executor)
+    run.evaluator.tally, run.evaluator.groups = Tally(grouped.metrics, grouped.num_examples), [None] * len(run.evaluator.batches)
+    alone = run.evaluator.sums(run.rows(), run.executor)
+    assert torch.equal(found[:, :4], alone) and found.shape == (4, 12) and alone.shape == (4, 4)
 
 
 def test_one_pass_over_the_examples(root, tmp_path):
@@ -141,8 +143,8 @@ def test_shards_by_column_are_groups_by_column_also_without_labels(root, tmp_pat
             with Sequential().bound(loaded.adapted, run.rows().row(peer), None, [0]) as forward, torch.no_grad():
                 for i in np.flatnonzero(who == name):
                     batch = run.task.collate([loaded.bundle.valid.features[i]])
-                    score = run.task.score(forward(run.task.inputs(batch), [0]), batch, 1)
-                    loss, tokens = loss + weight * float(score["loss_sum"]), tokens + weight * float(score["count"])
+                    outcome = run.task.outcome(forward(run.task.inputs(batch), [0]), batch)
+                    loss, tokens = loss + weight * float(outcome.losses.sum()), tokens + weight * float(outcome.counted.sum())
         assert own["peers"]["loss"][peer] == pytest.approx(loss / tokens, rel=1e-5)
         assert own["peers"]["perplexity"][peer] == pytest.approx(math.exp(loss / tokens), rel=1e-5)
 

@@ -106,6 +106,7 @@ def test_a_baseline_that_has_not_come_to_an_evaluation_is_left_out(tmp_path):
 def test_perplexity_is_better_when_smaller_and_may_be_infinite(tmp_path):
     run = write_run(tmp_path / "run", [{"round": t, "eval": evaluation([v, v], v, "perplexity")}
                                        for t, v in enumerate((math.inf, 3.0, 4.0))])
+    (run / "run.json").write_text(json.dumps({"facts": {"primary": "perplexity", "better": {"perplexity": "lower"}}}))
     table = report.closing_table(run)
     assert table.lstrip().startswith("perplexity") and cells(table, "mean") == ["-", "4.0000"]
     assert "best mean over peers 3.0000, after round 1" in table
@@ -117,9 +118,10 @@ def test_the_run_says_which_metric_counts_and_which_way_is_better(higher, best, 
             for t, v in enumerate((4.0, 2.0, 3.0))]
     run = write_run(tmp_path / "run", rows)
     assert report.closing_table(run).lstrip().startswith("accuracy")  # an older run says nothing
-    (run / "run.json").write_text(json.dumps({"facts": {"primary": "f1", "higher_is_better": higher}}))
+    (run / "run.json").write_text(json.dumps({"facts": {"primary": "f1", "better": {"f1": "higher" if higher else "lower"}}}))
     table = report.closing_table(run)
     assert table.lstrip().startswith("f1 on") and f"best mean over peers {best}" in table
+    assert "\nmean over peers of accuracy 0.5000\n" in table
 
 
 def test_consensus_evaluation_may_be_off_or_begin_later(tmp_path):

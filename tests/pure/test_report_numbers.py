@@ -182,7 +182,7 @@ def test_cost_is_summed_from_the_beginning_and_the_first_crossing_counts(tmp_pat
     assert crossing(run, "accuracy", True, 0.95) is None
     assert default_targets([run], "accuracy", True) == [0.5, 0.82]
     falling = [record(t, [v, v], metric="perplexity") for t, v in enumerate((30.0, 20.0, 10.0))]
-    run = read_run(write_run(tmp_path / "lm", falling, facts={"primary": "perplexity", "higher_is_better": False}))
+    run = read_run(write_run(tmp_path / "lm", falling, facts={"primary": "perplexity", "better": {"perplexity": "lower"}}))
     assert crossing(run, "perplexity", False, 20.0) == (1, 1000, 2.0)
     assert default_targets([run], "perplexity", False) == [20.0, 12.0]
     assert outcome(run, "perplexity", False)["worst"] == 10.0

@@ -72,7 +72,7 @@ FINISHED = [record(0, [0.1, 0.1], consensus=0.1), record(1), record(2, [0.4, 0.6
 
 
 def test_a_finished_run_is_all_there(tmp_path):
-    facts = {"primary": "accuracy", "higher_is_better": True, "label_names": ["no", "yes"], "base": "tiny",
+    facts = {"primary": "accuracy", "better": {"accuracy": "higher"}, "label_names": ["no", "yes"], "base": "tiny",
              "shards": {"examples": [30, 10], "classes": [[25, 5], [0, 10]]}, "rule": {"T": 5, "reason": "chosen"}}
     run = write_run(tmp_path / "run", FINISHED, facts=facts)
     write_run(run / "baseline-local", [record(0, [0.1, 0.1]), record(4, [0.3, 0.2])], rule="local")
@@ -214,7 +214,7 @@ def test_a_diverged_seed_counts_in_no_mean_and_that_is_said(tmp_path):
 
 
 def test_names_are_text_and_not_markup(tmp_path):
-    facts = {"primary": "accuracy", "higher_is_better": True, "label_names": ["</script><b>&", "{{DATA}}"],
+    facts = {"primary": "accuracy", "better": {"accuracy": "higher"}, "label_names": ["</script><b>&", "{{DATA}}"],
              "shards": {"examples": [1, 1], "classes": [[1, 0], [0, 1]]}, "base": "<img src=x onerror=alert(1)> | pipe"}
     run = write_run(tmp_path / "a<i>&\"b", FINISHED, facts=facts)
     page = write_report([run])[0].read_text()
@@ -226,12 +226,20 @@ def test_names_are_text_and_not_markup(tmp_path):
 
 
 def test_the_primary_metric_is_what_the_run_says(tmp_path):
-    assert primary_of({"primary": "f1", "higher_is_better": True}, {"accuracy": {}}) == ("f1", True)
-    assert primary_of({}, {"accuracy": {}, "loss": {}}) == ("accuracy", True)
-    assert primary_of({}, {"perplexity": {}}) == ("perplexity", False)
-    lm = read_run(write_run(tmp_path / "lm", [record(1, [9.0, 8.0], metric="perplexity")], facts={}))
-    assert choose_metric([lm], None) == ("perplexity", False)
-    classes = read_run(write_run(tmp_path / "c", FINISHED, facts={}))
+    assert primary_of({"primary": "f1", "better": {"f1": "higher"}}, {"accuracy": {}}) == ("f1", True)
+    assert primary_of({"primary": "f1", "better": {"f1": "lower"}}, {}) == ("f1", False)
+    # where it does not say, nobody guesses from a name
+    assert primary_of({}, {"peers": {"perplexity": [1.0], "loss": [1.0]}}) == ("perplexity", True)
+    lm = read_run(write_run(tmp_path / "lm", [record(1, [9.0, 8.0], metric="perplexity")],
+                            facts={"primary": "perplexity", "better": {"perplexity": "lower", "loss": "lower"}}))
+    silent = read_run(write_run(tmp_path / "silent", [record(1, [9.0, 8.0], metric="perplexity")], facts={}))
+    assert choose_metric([lm], None) == choose_metric([silent, lm], None) == choose_metric([lm, silent], None) == ("perplexity", False)
+    assert choose_metric([silent], None) == ("perplexity", True)
+    other = read_run(write_run(tmp_path / "o", [record(1, [9.0, 8.0], metric="perplexity")],
+                               facts={"better": {"perplexity": "higher"}}))
+    with pytest.raises(ValueError, match="metric = 'perplexity': in some of the runs more of it is better, in others less"):
+        choose_metric([lm, other], None)
+    classes = read_run(write_run(tmp_path / "c", FINISHED))
     with pytest.raises(ValueError, match=r"several primary metrics \(accuracy, perplexity\)"):
         choose_metric([lm, classes], None)
     with pytest.raises(ValueError, match="metric = 'f1' was not evaluated; allowed: accuracy"):
@@ -302,7 +310,7 @@ def test_a_real_run_through_the_command_line(tmp_path, capsys):
     assert main(["report", str(run), "--output", str(tmp_path / "out" / "page.html")]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [str(tmp_path / "out" / "page.html"), str(tmp_path / "out" / "page.md")]
     facts = json.loads((run / "run.json").read_text())["facts"]
-    assert (facts["primary"], facts["higher_is_better"]) == ("accuracy", True)
+    assert (facts["primary"], facts["better"]) == ("accuracy", {"accuracy": "higher", "loss": "lower"})
     shards = facts["shards"]
     assert [sum(row) for row in shards["classes"]] == shards["examples"] and sum(shards["examples"]) == facts["num_train"]
     _, found, markdown = report(run)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from measured import measured
 
 from dfl.config import DataConfig
+from dfl.metrics.base import Outcome
 from dfl.tasks import SOURCES, TASKS, describe
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.language import IGNORED, CausalLM, answer, plain
@@ -44,16 +46,15 @@ def test_classification_losses_are_those_of_each_block(dtype):
     task, logits = SequenceClassification(0), torch.randn(12, 5, dtype=dtype)
     batch = {"labels": torch.randint(0, 5, (12,))}
     output = SimpleNamespace(logits=logits)
-    losses, sums = task.losses(output, batch, 3), task.score(output, batch, 3)
+    losses, found = task.losses(output, batch, 3), measured(task, [task.outcome(output, batch)], 3, 5)
     assert losses.dtype == torch.float32
     for g in range(3):
         part = slice(4 * g, 4 * g + 4)
         torch.testing.assert_close(losses[g], torch.nn.functional.cross_entropy(logits[part].float(), batch["labels"][part]))
-        assert sums["correct"][g] == (logits[part].argmax(-1) == batch["labels"][part]).sum()
-    torch.testing.assert_close(sums["loss_sum"], losses * 4)
-    assert sums["count"].tolist() == [4, 4, 4]
-    total = {key: value.sum().item() for key, value in sums.items()}
-    assert task.metrics(total) == {"accuracy": total["correct"] / 12, "loss": pytest.approx(losses.mean().item())}
+        assert found[g] == {"accuracy": (logits[part].argmax(-1) == batch["labels"][part]).sum() / 4,
+                            "loss": pytest.approx(losses[g].item())}
+    (total,) = measured(task, [task.outcome(output, batch)], 1, 5)
+    assert total == {"accuracy": pytest.approx(sum(one["accuracy"] for one in found) / 3), "loss": pytest.approx(losses.mean().item())}
     with pytest.raises(AssertionError, match="12 rows are not 5 equal blocks"):
         task.losses(output, batch, 5)
 
@@ -68,13 +69,13 @@ def test_language_losses_are_those_of_hugging_face(tmp_path):
     with torch.no_grad():
         output = model(**task.inputs(batch))
         for groups in (1, 2, 4):
-            losses, sums = task.losses(output, batch, groups), task.score(output, batch, groups)
+            losses, outcome = task.losses(output, batch, groups), task.outcome(output, batch)
             for g, ours in enumerate(losses):
                 part = {key: value[g * 4 // groups:(g + 1) * 4 // groups] for key, value in batch.items()}
                 torch.testing.assert_close(ours, model(**part).loss)
-            assert sums["count"].sum() == 6 + 2 + 2 + 8
-            torch.testing.assert_close(sums["loss_sum"] / sums["count"], losses)
-    assert task.metrics({"loss_sum": 6.0, "count": 3.0, "correct": 0.0}) == {"perplexity": pytest.approx(math.e**2), "loss": 2}
+            assert outcome.counted.sum() == 6 + 2 + 2 + 8
+            for found, loss in zip(measured(task, [outcome], groups), losses.tolist(), strict=True):
+                assert found == {"perplexity": pytest.approx(math.exp(loss)), "loss": pytest.approx(loss)}
 
 
 def test_gradients_of_a_block_do_not_depend_on_the_others():
@@ -87,10 +88,25 @@ def test_gradients_of_a_block_do_not_depend_on_the_others():
 
 
 def test_metrics_of_nothing_and_of_a_diverged_model():
-    assert math.isnan(SequenceClassification(0).metrics({"loss_sum": 0.0, "correct": 0.0, "count": 0.0})["accuracy"])
-    assert math.isnan(CausalLM(0).metrics({"loss_sum": 0.0, "correct": 0.0, "count": 0.0})["perplexity"])
-    assert CausalLM(0).metrics({"loss_sum": 9e9, "correct": 0.0, "count": 1.0})["perplexity"] == math.inf
-    assert math.isnan(CausalLM(0).metrics({"loss_sum": math.nan, "correct": 0.0, "count": 1.0})["perplexity"])
+    def language(losses):
+        losses = torch.tensor([losses])
+        return CausalLM(0), [Outcome(losses, losses != 0, torch.zeros(losses.shape, dtype=torch.int64), lambda: losses * 0)]
+
+    labels = torch.empty(0, dtype=torch.int64)
+    nothing = SequenceClassification(0).outcome(SimpleNamespace(logits=torch.empty(0, 2)), {"labels": labels})
+    assert all(map(math.isnan, measured(SequenceClassification(0), [nothing])[0].values()))
+    assert math.isnan(measured(*language([0.0, 0.0]))[0]["perplexity"])
+    assert measured(*language([9e9, 9e9]))[0]["perplexity"] == math.inf
+    assert math.isnan(measured(*language([math.nan, 1.0]))[0]["perplexity"])
+
+
+def test_a_model_that_has_diverged_predicts_nothing():
+    """Else argmax, which takes NaN for the largest, would give it credit for one class, or token."""
+    logits = torch.tensor([[math.nan, 0.0], [0.0, 1.0], [math.nan, math.nan]])
+    outcome = SequenceClassification(0).outcome(SimpleNamespace(logits=logits), {"labels": torch.tensor([0, 1, 0])})
+    assert outcome.predictions.tolist() == [[-1], [1], [-1]] and outcome.correct.tolist() == [[False], [True], [False]]
+    tokens = CausalLM(0).outcome(SimpleNamespace(logits=logits[None]), {"labels": torch.tensor([[5, 0, 1]])})
+    assert tokens.predictions.tolist() == [[-1, 1]] and tokens.correct.tolist() == [[False, True]]
 
 
 def test_only_the_response_is_a_target():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from measured import measured
 
 from dfl import partition
 from dfl.config import DataConfig, ModelConfig
@@ -15,11 +16,11 @@ def minilm(**fields):
     return ModelConfig(layers=1, **fields)
 
 
-def run(bundle, index, num_groups):
+def metrics_of(bundle, index, num_classes=2):
     batch = bundle.task.collate([bundle.valid.features[i] for i in index])
     with torch.no_grad():
         output = bundle.model(**bundle.task.inputs(batch))
-    return {key: value.sum().item() for key, value in bundle.task.score(output, batch, num_groups).items()}
+    return measured(bundle.task, [bundle.task.outcome(output, batch)], num_classes=num_classes)[0]
 
 
 def test_trec(research_data):
@@ -30,7 +31,7 @@ def test_trec(research_data):
     assert np.bincount(bundle.train.labels).tolist() == [86, 1162, 1250, 1223, 835, 896]
     assert np.bincount(bundle.valid.labels).tolist() == [9, 138, 94, 65, 81, 113]
     assert len(set(bundle.train.columns["fine"])) == 47
-    metrics = bundle.task.metrics(run(bundle, range(500), 10))
+    metrics = metrics_of(bundle, range(500))
     assert metrics["loss"] == pytest.approx(np.log(6), abs=0.05)  # a new head knows nothing
 
 
@@ -64,28 +65,28 @@ def test_a_small_language_model_on_docstrings_and_on_its_own_stories(research_da
     model = ModelConfig(str(research_data / "stories260k"), task="causal_lm")
     bundle = load(model, DataConfig(max_train=100, max_valid=50), seed=0)
     assert bundle.head_modules == () and bundle.facts["new_weights"] == []
-    metrics = bundle.task.metrics(run(bundle, range(50), 5))
+    metrics = metrics_of(bundle, range(50))
     assert 50 < metrics["perplexity"] < 512  # of 512 tokens; it has read nothing but stories
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     feature = bundle.processor(story, return_tensors="pt")
     batch = {**feature, "labels": feature["input_ids"]}
     with torch.no_grad():
-        sums = bundle.task.score(bundle.model(**bundle.task.inputs(batch)), batch, 1)
-    assert bundle.task.metrics({k: v.item() for k, v in sums.items()})["perplexity"] < 10
+        outcome = bundle.task.outcome(bundle.model(**bundle.task.inputs(batch)), batch)
+    assert measured(bundle.task, [outcome])[0]["perplexity"] < 10
 
 
 def test_a_language_model_also_classifies(research_data):
     model = ModelConfig(str(research_data / "stories260k"))
     bundle = load(model, DataConfig(max_train=100, max_valid=50), seed=0)
     assert bundle.head_modules == ("score",)
-    assert bundle.task.metrics(run(bundle, range(50), 1))["loss"] == pytest.approx(np.log(5), abs=0.3)
+    assert metrics_of(bundle, range(50))["loss"] == pytest.approx(np.log(5), abs=0.3)
 
 
 def test_half_precision_weights_in_float32(research_data):
     folder = research_data / "minilm-l6-fp16"
     bundle = load(ModelConfig(str(folder), layers=1), DataConfig(max_train=50, max_valid=50), seed=0)
     assert {p.dtype for p in bundle.model.parameters()} == {torch.float32}
-    assert np.isfinite(run(bundle, range(50), 1)["loss_sum"])
+    assert np.isfinite(metrics_of(bundle, range(50))["loss"])
 
 
 def test_docstrings_can_be_told_apart_by_their_words():
