@@ -20,7 +20,8 @@ from dfl.config import LoraConfig
 
 ADAPTER = "default"
 CORES = ("sb", "ravan")  # adapters that train cores between frozen bases
-_PEFT_TASKS = {"sequence_classification": peft.TaskType.SEQ_CLS, "causal_lm": peft.TaskType.CAUSAL_LM}
+_PEFT_TASKS = {"sequence_classification": peft.TaskType.SEQ_CLS, "sequence_regression": peft.TaskType.SEQ_CLS,
+               "causal_lm": peft.TaskType.CAUSAL_LM}
 
 
 class Site(NamedTuple):

@@ -16,8 +16,8 @@ from dfl.report.markdown import inline, row
 from dfl.store.records import read_lines
 from dfl.tasks import TASKS, embedded
 
-PIPELINES = {"sequence_classification": "text-classification", "causal_lm": "text-generation",
-             "image_classification": "image-classification"}
+PIPELINES = {"sequence_classification": "text-classification", "sequence_regression": "text-classification",
+             "causal_lm": "text-generation", "image_classification": "image-classification"}
 
 
 class Facts(NamedTuple):
@@ -257,7 +257,7 @@ def _loading(facts: Facts, auto: str) -> list[str]:
     if facts.merged:
         return [f'model = {auto}.from_pretrained(folder, dtype="{facts.merged.dtype}").eval()']
     # the base may have a head for other labels
-    fits = ", ignore_mismatched_sizes=True" if TASKS[facts.config.model.task].labelled else ""
+    fits = "" if auto == "AutoModelForCausalLM" else ", ignore_mismatched_sizes=True"
     return ['config = AutoConfig.from_pretrained(folder, subfolder="base_config")',
             f"base = {auto}.from_pretrained({json.dumps(facts.base, ensure_ascii=False)}, config=config, "
             f'dtype="{facts.config.model.dtype}"{fits})',
@@ -268,10 +268,11 @@ def _example(facts: Facts) -> list[str]:
     if facts.config.model.task == "causal_lm":
         return ['inputs = processor("The", return_tensors="pt")', "with torch.no_grad():",
                 "    words = model.generate(**inputs, max_new_tokens=20, do_sample=False)", "print(processor.decode(words[0]))"]
-    inputs = 'processor("A text.", return_tensors="pt")' if facts.config.model.task == "sequence_classification" else \
+    kind = TASKS[facts.config.model.task]
+    inputs = 'processor("A text.", return_tensors="pt")' if kind.modality == "text" else \
         'processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")'
-    return [f"inputs = {inputs}", "with torch.no_grad():", "    logits = model(**inputs).logits",
-            "print(model.config.id2label[int(logits.argmax())])"]
+    said = "float(logits)" if kind.predicts == "number" else "model.config.id2label[int(logits.argmax())]"
+    return [f"inputs = {inputs}", "with torch.no_grad():", "    logits = model(**inputs).logits", f"print({said})"]
 
 
 def _versions(facts: Facts) -> str:

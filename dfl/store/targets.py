@@ -110,4 +110,6 @@ def about(folder: Path) -> dict:
         raise ValueError(f"{str(folder)!r} does not tell its task (no {ABOUT}, no architecture of a task); "
                          "give --run RUN, the run it comes from")
     labels = config.get("id2label", {})
+    if task == "sequence_classification" and len(labels) == 1:  # how transformers writes a regression
+        return {"model": {"task": "sequence_regression"}, "data": {}, "label_names": []}
     return {"model": {"task": task}, "data": {}, "label_names": [labels[key] for key in sorted(labels, key=int)]}

@@ -12,13 +12,15 @@ from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.images import ImageClassification
 from dfl.tasks.language import CausalLM
+from dfl.tasks.regression import SequenceRegression
 from dfl.tasks.summary import summarise, summary_lines
 from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
 
 __all__ = ["SOURCES", "TASKS", "Bundle", "Prepared", "Split", "Task", "describe", "load", "load_file", "load_model",
            "load_processor", "prepare", "read_tables", "summarise", "summary_lines", "with_weights"]
 
-TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, CausalLM, ImageClassification)}
+TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, SequenceRegression, CausalLM,
+                                                     ImageClassification)}
 SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load, "hub": hub.load}
 
 
@@ -92,7 +94,7 @@ def load_model(model: ModelConfig, data: DataConfig, names: list[str], *, seed: 
 
 
 def _processor(kind: type, source: models.Source, model: ModelConfig, data: DataConfig, names: list[str]) -> tuple[Any, Any]:
-    config = models.read_config(model, source, names if kind.labelled else None)
+    config = models.read_config(model, source, names if kind.labelled else None, number=kind.predicts == "number")
     if kind.modality == "text":
         return config, models.read_tokenizer(model, source, config, data)
     return config, models.read_image_processor(model, source)

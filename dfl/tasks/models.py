@@ -64,8 +64,8 @@ def _check_folder(model: ModelConfig, path: Path) -> None:
         raise ValueError(f"model.name = {model.name!r} has no weights (*.safetensors); allowed: {ALLOWED}")
 
 
-def read_config(model: ModelConfig, source: Source, label_names: list[str] | None) -> Any:
-    """The model's configuration with the first `model.layers` layers, `model.dropout` and the labels of the data."""
+def read_config(model: ModelConfig, source: Source, label_names: list[str] | None, number: bool = False) -> Any:
+    """The model's configuration with the first `model.layers` layers, `model.dropout` and the labels of the data, or one number."""
     from transformers import AutoConfig  # seconds: only when a model is wanted
 
     with quiet(), _one_line(model):
@@ -79,6 +79,8 @@ def read_config(model: ModelConfig, source: Source, label_names: list[str] | Non
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: i for i, name in enumerate(label_names)}
         config.problem_type = "single_label_classification"
+    elif number:
+        config.num_labels, config.problem_type = 1, "regression"
     return config
 
 

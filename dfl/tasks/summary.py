@@ -17,7 +17,7 @@ PART = 0.05
 PERCENTILES = (50, 90, 99)
 # names of more classes than this nobody reads
 NAMED = 5
-_FIELDS = {"sequence_classification": ("text", "pair"), "image_classification": ("image",)}
+_FIELDS = {"sequence_classification": ("text", "pair"), "sequence_regression": ("text", "pair"), "image_classification": ("image",)}
 
 
 def summarise(bundle: Bundle, data: DataConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Raw examples as columns, and the checks that turn a wrong column, a missing label or a stray value into one clear line."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,17 @@ def texts(table: Table, key: str, name: str) -> list[str]:
         if not isinstance(value, str):
             raise ValueError(f"data.{key} = {name!r}: line {line} of {table.where} holds {_short(value)}, not a text")
     return values
+
+
+def numbers(table: Table, key: str, name: str) -> list[float]:
+    """A column of finite numbers. ValueError names the first line that holds none."""
+    found = []
+    for line, value in zip(table.lines, column(table, key, name), strict=True):
+        number = _number(str(value).strip())[0]
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise ValueError(f"data.{key} = {name!r}: line {line} of {table.where} holds {_short(value)}, not a finite number")
+        found.append(number)
+    return found
 
 
 def label_texts(table: Table, name: str) -> list[str]:

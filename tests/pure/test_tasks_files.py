@@ -130,7 +130,7 @@ def test_splits_and_subsets_are_disjoint_deterministic_and_keep_their_order(tmp_
 def test_names_that_are_not_in_a_table():
     with pytest.raises(ValueError, match="data.source = 'fiel' is not known .did you mean 'file'.*; allowed: docstrings"):
         load(ModelConfig(), DataConfig(source="fiel"), seed=0)
-    with pytest.raises(ValueError, match="model.task = 'lm' is not known; allowed: sequence_classification, causal_lm"):
+    with pytest.raises(ValueError, match="model.task = 'lm' is not known; allowed: sequence_classification, sequence_regression"):
         load(ModelConfig(task="lm"), DataConfig(), seed=0)
 
 
