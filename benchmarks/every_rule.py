@@ -26,12 +26,12 @@ SHORT = {"data.max_train": 400, "data.max_valid": 100, "train.local_steps": 5, "
          "topology": "{name: edge_activation, base: complete, p: 0.3}", "device": "cpu"}
 OF_A_RULE = {"fed_sb": {"lora.adapter": "sb"}, "ravan": {"lora.adapter": "ravan"}, "dora": {"lora.adapter": "dora"},
              "hira": {"lora.adapter": "hira"}, "flora": {"topology": "complete"}, "fedex_choco": {"topology": "ring"},
-             "tad": {"rule.T": 1}}
+             "tad": {"method.T": 1}}
 
 
 def torchrun(rule: str, output: Path, rounds: int, *more: str) -> float:
     """Seconds of the command, which must succeed."""
-    fields = SHORT | {"rule": rule} | OF_A_RULE.get(rule, {}) | {"train.rounds": rounds, "output": output}
+    fields = SHORT | {"method": rule} | OF_A_RULE.get(rule, {}) | {"train.rounds": rounds, "output": output}
     words = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
     command = [f"{Path(sys.executable).parent}/torchrun", "--standalone", "--nproc-per-node", "2", "-m", "dfl", "train",
                "launch/recipes/sst2.yaml", *words, *more]

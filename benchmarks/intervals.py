@@ -98,7 +98,7 @@ def plan_real(seed: int) -> list[dict]:
                      (0.1, {"auto": "auto", "calibrated": calibrated(0.1), "T1": 1})):
         for task, rates in RATES.items():
             runs += [{"name": f"{task}-{label}-p{p:g}-s{seed}", "task": task,
-                      "overrides": {"rule": f"{{name: tad, T: {T}}}", "topology.p": p, "seed": seed, **CUT, **rates}}
+                      "overrides": {"method": f"{{name: tad, T: {T}}}", "topology.p": p, "seed": seed, **CUT, **rates}}
                      for label, T in rules.items()]
     return runs
 

@@ -43,7 +43,7 @@ SAME = ("round", "train_loss_peers", "edges", "message_bytes", "measures", "eval
 
 def words(folder: Path, output: Path, phases=()) -> list[str]:
     """The run: four peers, moments carried. A checkpoint every round where kills wait for one, else when it comes by itself."""
-    fields = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": ROUNDS, "eval__every": 3, "model__layers": 1,
+    fields = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": ROUNDS, "eval__every": 3, "model__layers": 1,
               "timeout": TIMEOUT} | ({"checkpoint__every": 1} if set(phases) & set(PATTERNS) else {})
     return ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", output, **fields), "--resume"]
 

@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 def plan_rates() -> list[dict]:
     """Short runs on TREC-6 at strong connectivity, where the papers choose the rate."""
     return [{"name": f"{rule}-lr{lr:g}", "task": "trec6",
-             "overrides": {"rule": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.rounds": 30, "eval.every": 0}}
+             "overrides": {"method": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.rounds": 30, "eval.every": 0}}
             for rule in (*RULES, "tad") for lr in RATES]
 
 
@@ -79,7 +79,7 @@ def plan_ratios() -> list[dict]:
     chosen = [("ffa", 0.02, 1, {}), ("ffa", 0.1, 1, {}), ("tad", 0.01, 1, {}), ("tad", 0.001, 100, {}),
               ("lora", 0.001, 100, {}), ("tad", 0.01, 1, deeper), ("tad", 0.001, 100, deeper)]
     return [{"name": f"{rule}-lr{lr:g}-B{lr * ratio:g}{'-deeper' if regime else ''}", "task": "trec6",
-             "overrides": {"rule": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.lr_ratio.B": ratio,
+             "overrides": {"method": rule_text(rule), "topology.p": 0.5, "train.lr": lr, "train.lr_ratio.B": ratio,
                            "train.rounds": 30, "eval.every": 0, **regime}}
             for rule, lr, ratio, regime in chosen]
 
@@ -106,7 +106,7 @@ def plan_grid(task: str, seeds: int, stored: dict) -> list[dict]:
 
     def run(task, label, rule, text, p, seed):
         return {"name": f"{task}-{label}-p{p:g}-s{seed}", "task": task,
-                "overrides": {"rule": text, "topology.p": p, "train.lr": rates[rule], "seed": seed}}
+                "overrides": {"method": text, "topology.p": p, "train.lr": rates[rule], "seed": seed}}
 
     runs = []
     if task in ("trec6", "both"):

@@ -38,7 +38,7 @@ def phases(peers: int, processes: int, rank: int) -> dict:
     """Median seconds of each phase (slowest process) over the rounds after the first."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        fields = {"baseline": "null", "topology": "ring", "rule": "lora", "partition": "iid", "peers": peers, "lora.rank": rank,
+        fields = {"baseline": "null", "topology": "ring", "method": "lora", "partition": "iid", "peers": peers, "lora.rank": rank,
                   "train.rounds": ROUNDS, "train.local_steps": 5, "eval.every": 0, "data.max_valid": 50, "threads": 1, "output": run}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                    "-m", "dfl", "train", str(RECIPE), *(f"--{key}={value}" for key, value in fields.items())]

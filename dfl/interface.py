@@ -22,7 +22,7 @@ def train(config: Source = None, *, resume: bool = False, overwrite: bool = Fals
     """Run a configuration in this process and return what it has left.
 
     config: the path of a recipe, a mapping of its fields, or a `Config`; None: the defaults. overrides: fields that
-    replace those of `config`, with `__` for the dot: `train__rounds=5`, `rule={"name": "tad", "T": 5}`. resume,
+    replace those of `config`, with `__` for the dot: `train__rounds=5`, `method={"name": "tad", "T": 5}`. resume,
     overwrite, callbacks: as those of the command; callbacks are classes or instances.
 
     A first interrupt (or SIGTERM) ends the run with its state saved: `finished` of the result is then False, and

@@ -1,5 +1,6 @@
-"""Named methods of the literature: which rule, which schedule. A user types the name, and may still change one slot."""
+"""Named methods of the literature: which rule, which schedule. A user types the name, and may still fill each slot himself."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ METHODS: dict[str, Row] = {
 }
 SLOTS = {"schedule": SCHEDULES, "rule": RULES, "trigger": TRIGGERS, "codec": CODECS, "channel": CHANNELS, "guard": GUARDS,
          "wrapper": WRAPPERS, "network": NETWORKS}
+_OF_A_ROW = ("rule", "schedule")  # the slots that a method fills
 DEFAULTS = {"trigger": "always", "codec": "none", "channel": "perfect", "guard": "norm", "wrapper": "none", "network": "none"}
 
 
@@ -113,30 +115,30 @@ OF_THE_RUN = frozenset(Context._fields)
 def fill(name: str, params: Mapping[str, object] = {}, slots: Mapping[str, Choice] = {}) -> dict[str, Choice]:
     """Every slot of method `name` with the user's parameters and his own choice of some slots.
 
-    A parameter of the method goes to the rule or schedule that takes it, to both where both do. ValueError names what
-    nobody takes.
+    A parameter of the method goes to the rule or schedule that takes it, to both where both do; a slot that the user fills
+    himself takes his own parameters alone. ValueError names what nobody takes.
     """
-    row = lookup("rule.name", METHODS, name)
+    row = lookup("method.name", METHODS, name)
     filled = {slot: Choice(default) for slot, default in DEFAULTS.items()}
     filled |= {"rule": Choice(row.rule), "schedule": Choice(row.schedule)}
     for slot, choice in slots.items():
+        if slot == "rule" and choice.name in METHODS and choice.name not in RULES:
+            raise ValueError(f"rule.name = {choice.name!r} is a method, not a rule: give it as method; allowed: {', '.join(RULES)}")
         lookup(f"{slot}.name", SLOTS[slot], choice.name)
         filled[slot] = choice
-    takers = {slot: _own(SLOTS[slot][filled[slot].name]) for slot in ("rule", "schedule") if slot not in slots}
+    takers = {slot: _own(SLOTS[slot][filled[slot].name]) for slot in _OF_A_ROW if slot not in slots}
     merged = {**row.fixed, **params}
     if "pattern" in params and "T" not in params:  # the rounds one by one, in place of the row's interval
         merged.pop("T", None)
     for key, value in merged.items():
         if key in params and not any(key in taken for taken in takers.values()):
-            allowed = sorted(set().union(*takers.values()))
-            raise ValueError(f"rule.{key} = {value!r}: {name!r} has no such parameter{did_you_mean(key, allowed)}; "
-                             f"allowed: {', '.join(allowed) or 'nothing beside name'}")
+            raise _unknown(name, key, value, sorted(set().union(*takers.values())), filled, slots)
         for slot in takers:
             if key in takers[slot]:
                 filled[slot] = filled[slot]._replace(params={**filled[slot].params, key: value})
     for slot, choice in filled.items():
-        factory = SLOTS[slot][choice.name]
-        check_parameters(slot, choice.name, factory, choice.params, hidden=OF_THE_RUN)
+        field, called = (slot, choice.name) if slot in slots else ("method", name)
+        check_parameters(field, called, SLOTS[slot][choice.name], choice.params, hidden=OF_THE_RUN)
     return filled
 
 
@@ -144,9 +146,20 @@ def _own(factory) -> set[str]:
     return set(parameters(factory)) - OF_THE_RUN
 
 
-def automatic_phases(name: str, params: Mapping[str, object]) -> bool:
-    """Whether the method of this name and parameters decides by the topology when to switch factors."""
-    return METHODS[name].schedule == "automatic" and params.get("T", "auto") == "auto" and params.get("pattern") is None
+def _unknown(name: str, key: str, value: object, allowed: list[str], filled: Mapping[str, Choice], slots) -> ValueError:
+    """A parameter of the method that neither its rule nor its schedule takes; one of a slot of the user's belongs there."""
+    elsewhere = [slot for slot in _OF_A_ROW if slot in slots and key in _own(SLOTS[slot][filled[slot].name])]
+    hint = f"; {elsewhere[0]}.{key} is one of {filled[elsewhere[0]].name!r}" if elsewhere else did_you_mean(key, allowed)
+    return ValueError(f"method.{key} = {value!r}: {name!r} has no such parameter{hint}; allowed: "
+                      f"{', '.join(allowed) or 'nothing beside name'}")
+
+
+def phases_field(name: str, params: Mapping[str, object] = {}, slots: Mapping[str, Choice] = {}) -> str | None:
+    """The field of a recipe that holds the parameters of a schedule whose phases the topology decides; None for all others."""
+    chosen = fill(name, params, slots)["schedule"]
+    if chosen.name != "automatic" or chosen.params.get("T", "auto") != "auto" or chosen.params.get("pattern") is not None:
+        return None
+    return "schedule" if "schedule" in slots else "method"
 
 
 def accepts(name: str, parameter: str) -> bool:
@@ -159,17 +172,17 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
     """The method with all slots filled. ValueError for what does not fit together, by slot and reason."""
     filled = fill(name, params, slots)
     if context.ranks is not None and "ranks" not in parameters(RULES[filled["rule"].name]):
-        able = ", ".join(method for method in METHODS if accepts(method, "ranks"))
-        raise ValueError(f"rule.name = {name!r} cannot mix peers of unequal ranks {sorted(set(context.ranks))}; allowed: {able}, "
-                         "or one lora.rank")
+        able = [rule for rule in RULES if "ranks" in parameters(RULES[rule])] if "rule" in slots else \
+            [method for method in METHODS if accepts(method, "ranks")]
+        raise ValueError(f"{whose_rule(name, slots)} cannot mix peers of unequal ranks {sorted(set(context.ranks))}; allowed: "
+                         f"{', '.join(able)}, or one lora.rank")
 
     def make(slot: str, *arguments):
         factory = SLOTS[slot][filled[slot].name]
         try:
             return factory(*arguments, **filled[slot].params, **context.known(factory))
-        except ValueError as error:  # the user knows the parameter of a slot that he has not filled as one of the method
-            raise ValueError(str(error).replace(f"{slot}.", "rule.", 1) if slot == "schedule" and slot not in slots else str(error)) \
-                from None
+        except ValueError as error:
+            raise ValueError(str(error) if slot in slots else _as_the_method_s(str(error), slot, factory)) from None
 
     schedule = make("schedule", groups_of(context.layout, context.head))
     rule = make("wrapper", make("rule", context.layout))
@@ -179,6 +192,23 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
     check_trigger(method, filled, context.ranks is not None)
     check_channel(method, filled)
     return method
+
+
+def _as_the_method_s(text: str, slot: str, factory) -> str:
+    """An error's text: the user knows the parameter of a slot that he has not filled as one of the method."""
+    names = "|".join(map(re.escape, _own(factory)))
+    return re.sub(rf"\b{slot}\.({names})\b", r"method.\1", text) if slot in _OF_A_ROW and names else text
+
+
+def whose_rule(name: str, slots: Mapping[str, Choice]) -> str:
+    """The rule of a run as its recipe names it: by the method, or in the slot itself."""
+    return f"rule.name = {slots['rule'].name!r}" if "rule" in slots else f"method.name = {name!r}"
+
+
+def _whole(method: Method, filled: Mapping[str, Choice]) -> str:
+    """A method with what the user has put in the place of its own rule."""
+    rule = filled["rule"].name
+    return repr(method.name) if rule == METHODS[method.name].rule else f"{method.name!r} with rule {rule!r}"
 
 
 def check_slots(method: Method, filled: Mapping[str, Choice]) -> None:
@@ -191,14 +221,14 @@ def check_slots(method: Method, filled: Mapping[str, Choice]) -> None:
 
 def check_trigger(method: Method, filled: Mapping[str, Choice], unequal: bool) -> None:
     """ValueError for a trigger that the other slots cannot have. unequal: peers have ranks of their own."""
-    rule, trigger, name = method.rule, method.trigger, filled["trigger"].name
+    rule, trigger, name, whole = method.rule, method.trigger, filled["trigger"].name, _whole(method, filled)
     if not trigger.always and trigger.holds and (rule.dated or rule.lossless or method.schedule.sends == "active"):
         why = ("its messages mean something in their own round alone" if rule.dated else "its copies have to stay equal at both ends"
                if rule.lossless else "another factor is exchanged from round to round")
-        raise ValueError(f"trigger.name = {name!r} holds messages back, which {method.name!r} cannot have: {why}; "
+        raise ValueError(f"trigger.name = {name!r} holds messages back, which {whole} cannot have: {why}; "
                          "allowed: always, or a trigger that leaves out a silent link")
     if not trigger.always and rule.lossless:
-        raise ValueError(f"trigger.name = {name!r} leaves links out, which {method.name!r} cannot have: its copies have to stay equal "
+        raise ValueError(f"trigger.name = {name!r} leaves links out, which {whole} cannot have: its copies have to stay equal "
                          "at both ends; allowed: always")
     if not trigger.always and (rule.columns or rule.exchanges > 1 or rule.conserves and not (trigger.holds or trigger.answers)):
         why = ("what a peer keeps has to leave it whole" if rule.columns else "it exchanges twice in a round" if rule.exchanges > 1
@@ -206,15 +236,15 @@ def check_trigger(method: Method, filled: Mapping[str, Choice], unequal: bool) -
         raise ValueError(f"trigger.name = {name!r} leaves messages out, which wrapper.name = {filled['wrapper'].name!r} cannot have: "
                          f"{why}; allowed: always")
     if trigger.merges is not None and rule.needs == "static":
-        raise ValueError(f"trigger.name = {name!r} ends with a merge of all, but {method.name!r} needs the same W in every round")
+        raise ValueError(f"trigger.name = {name!r} ends with a merge of all, but {whole} needs the same W in every round")
     if trigger.common_start and unequal:
         raise ValueError("trigger.start = 'common' needs peers that start from the same row, which those of unequal ranks do not; "
                          "allowed: sent")
     if trigger.pairs and not (rule.linear and method.schedule.sends == "pairs"):
-        raise ValueError(f"trigger.norm = 'product' needs messages of A and B as they are, which {method.name!r} does not send in "
+        raise ValueError(f"trigger.norm = 'product' needs messages of A and B as they are, which {whole} does not send in "
                          "every round; allowed: factors")
     if trigger.tensors is not None and not (rule.linear and rule.averages):
-        raise ValueError(f"trigger.name = {name!r} sends the tensors of a row one by one, which {method.name!r} cannot mix; allowed: "
+        raise ValueError(f"trigger.name = {name!r} sends the tensors of a row one by one, which {whole} cannot mix; allowed: "
                          "methods that average rows")
     if trigger.measures and not method.network.timed:
         raise ValueError("trigger.bandwidth = 'measured' needs a network to measure; allowed: a number for each peer, or a network")
@@ -222,26 +252,26 @@ def check_trigger(method: Method, filled: Mapping[str, Choice], unequal: bool) -
 
 def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
     """ValueError for a channel that the other slots cannot have."""
-    rule, channel, name = method.rule, method.channel, filled["channel"].name
+    rule, channel, name, whole = method.rule, method.channel, filled["channel"].name, _whole(method, filled)
     if rule.lossless and not channel.perfect:
-        raise ValueError(f"channel.name = {name!r} loses messages, which {method.name!r} cannot have: its copies "
+        raise ValueError(f"channel.name = {name!r} loses messages, which {whole} cannot have: its copies "
                          "have to stay equal at both ends; allowed: perfect")
     if rule.conserves and not channel.perfect:
-        raise ValueError(f"channel.name = {name!r} loses messages, which {method.name!r} cannot have: what its peers keep has to "
+        raise ValueError(f"channel.name = {name!r} loses messages, which {whole} cannot have: what its peers keep has to "
                          f"cancel over all of them (wrapper.name = {filled['wrapper'].name!r}); allowed: perfect")
     if channel.delays and (rule.dated or method.schedule.sends == "active"):
         why = "its messages mean something in their own round alone" if rule.dated else "another factor is exchanged in every round"
-        raise ValueError(f"channel.name = {name!r} delays messages, which {method.name!r} cannot have: {why}; allowed: a channel "
+        raise ValueError(f"channel.name = {name!r} delays messages, which {whole} cannot have: {why}; allowed: a channel "
                          "without delay")
     if channel.delays and not method.trigger.always and method.trigger.holds:
         raise ValueError(f"channel.name = {name!r} delays messages: with trigger.name = {filled['trigger'].name!r} no peer would know "
                          "what its neighbours hold; allowed: trigger always, or a channel without delay")
     if channel.aggregations != 1 and not (rule.linear and filled["wrapper"].name == "none"):
-        raise ValueError(f"channel.aggregations: {method.name!r} cannot mix more than once in a round; allowed: 1, or a method that "
+        raise ValueError(f"channel.aggregations: {whole} cannot mix more than once in a round; allowed: 1, or a method that "
                          "averages rows, without wrapper")
 
 
-def check_topology(method: Method, topology) -> None:
+def check_topology(method: Method, topology, slots: Mapping[str, Choice] = {}) -> None:
     """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others, where rows do
     not sum to one (what does not say which sums do passes), where links that go one way are to be answered, and for what
     the rule itself refuses."""
@@ -255,18 +285,27 @@ def check_topology(method: Method, topology) -> None:
                          "topology of undirected links")
     if method.rule.needs == "any":
         return
+    rule = whose_rule(method.name, slots)
     # a mixing sequence from outside may not tell its period
     if getattr(topology, "period", None) != 1:
-        raise ValueError(f"rule.name = {method.name!r} needs a topology that is the same in every round; allowed: ring, complete, "
+        raise ValueError(f"{rule} needs a topology that is the same in every round; allowed: ring, complete, "
                          "... (`dfl list`)")
     w = topology.matrix(0)
     if method.rule.needs == "complete" and not np.allclose(w, w[0], rtol=0, atol=1e-12):
-        raise ValueError(f"rule.name = {method.name!r} needs every peer to receive from every other with equal weights; allowed: "
+        raise ValueError(f"{rule} needs every peer to receive from every other with equal weights; allowed: "
                          "topology complete")
 
 
 def describe_slot(slot: str) -> dict[str, str]:
     return {name: first_line(factory) for name, factory in SLOTS[slot].items()}
+
+
+def filled_by(name: str) -> str:
+    """The slots that a method fills, as a recipe would: `rule: average, schedule: alternate`."""
+    row = METHODS[name]
+    fixed = ", ".join(f"{key}: {value}" for key, value in row.fixed.items())
+    adapter = f", adapter: {row.adapter}" if row.adapter else ""
+    return f"rule: {row.rule}, schedule: {f'{{name: {row.schedule}, {fixed}}}' if fixed else row.schedule}{adapter}"
 
 
 def describe() -> dict[str, str]:

@@ -14,7 +14,7 @@ from dfl.run.loop import Hooks, Run, run_rounds
 from dfl.run.runtime import start
 
 # what a rule asks of a run, beside its name
-WANTS = {"tad": {"rule": {"name": "tad", "T": 1}}, "flora": {"topology": "complete"}, "fedex_choco": {"topology": "ring"},
+WANTS = {"tad": {"method": {"name": "tad", "T": 1}}, "flora": {"topology": "complete"}, "fedex_choco": {"topology": "ring"},
          "fed_svd": {"topology": "ring"}, "fed_sb": {"lora": {"adapter": "sb", "rank": 2}},
          "ravan": {"lora": {"adapter": "ravan", "rank": 4, "heads": 2}}, "dora": {"lora": {"adapter": "dora", "rank": 2}},
          "hira": {"lora": {"adapter": "hira", "rank": 2}}}
@@ -28,17 +28,17 @@ def make_trees(folder: Path, layers: int = 3) -> dict[str, dict]:
              "data": {"source": "file", "train": str(write_data(folder)), "max_length": 16},
              "topology": {"name": "edge_activation", "p": 0.5}, "train": {"rounds": 3, "local_steps": 2, "batch_size": 4, "lr": 0.01},
              "eval": {"every": 0}, "measure": {"every": 0, "layers": 0}, "device": "cpu"}
-    made = {name: plain | {"rule": name} | WANTS.get(name, {}) for name in methods.METHODS}
-    made |= {f"{name}, unequal ranks": plain | WANTS.get(name, {}) | {"rule": name, "lora": UNEQUAL}
+    made = {name: plain | {"method": name} | WANTS.get(name, {}) for name in methods.METHODS}
+    made |= {f"{name}, unequal ranks": plain | WANTS.get(name, {}) | {"method": name, "lora": UNEQUAL}
              for name in methods.METHODS if methods.accepts(name, "ranks")}
-    made["plora, unequal slots"] = plain | {"rule": {"name": "plora", "slots": [1, 2, 1, 2, 2]},
+    made["plora, unequal slots"] = plain | {"method": {"name": "plora", "slots": [1, 2, 1, 2, 2]},
                                             "lora": {"rank": 2, "head": "mixed"}}
-    made["lora, PiSSA"] = plain | {"rule": "lora", "lora": {"rank": 2, "start": "pissa"}}
+    made["lora, PiSSA"] = plain | {"method": "lora", "lora": {"rank": 2, "start": "pissa"}}
     heads = WANTS["ravan"]["lora"] | {"start": "gradient", "start_step": 1.0}
-    made["ravan, first gradient"] = plain | {"rule": "ravan", "lora": heads}
-    made["fedhl, in half precision"] = plain | {"rule": "fedhl", "codec": "float16"}
-    made["hetlora, rounded"] = plain | {"rule": "hetlora", "codec": "bfloat16", "lora": UNEQUAL}
-    made["tad, rounded"] = plain | {"rule": {"name": "tad", "T": 1}, "codec": "bfloat16"}
+    made["ravan, first gradient"] = plain | {"method": "ravan", "lora": heads}
+    made["fedhl, in half precision"] = plain | {"method": "fedhl", "codec": "float16"}
+    made["hetlora, rounded"] = plain | {"method": "hetlora", "codec": "bfloat16", "lora": UNEQUAL}
+    made["tad, rounded"] = plain | {"method": {"name": "tad", "T": 1}, "codec": "bfloat16"}
     return made
 
 

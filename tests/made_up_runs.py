@@ -33,7 +33,7 @@ def write_run(folder: Path, records: list[dict], *, facts: dict | None = None, *
     """A run of `fields` (top-level fields of a recipe; rounds=N is train.rounds)."""
     folder.mkdir(parents=True, exist_ok=True)
     rounds = fields.pop("rounds", max((r["round"] for r in records), default=4))
-    tree = {"peers": 2, "topology": "ring", "rule": "lora", "output": str(folder)} | fields
+    tree = {"peers": 2, "topology": "ring", "method": "lora", "output": str(folder)} | fields
     tree["train"] = {"rounds": rounds} | tree.get("train", {})
     config = from_dict(tree).to_dict()
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

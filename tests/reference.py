@@ -56,10 +56,9 @@ SAID = {
     "train.lr_ratio.head": "of a head that is trained",
     "eval.batch_size": "examples in a pass",
 }
-# choices by name, beside the methods (`rule`)
-PLUGINS = {**{slot: table for slot, table in methods.SLOTS.items() if slot != "rule"}, "partition": partition.PARTITIONS,
-           "eval.metrics": METRICS}
-OPENS = {"rule": "rules, and what to choose: [dfl/rules](../rules/README.md)",
+# choices by name, beside the methods
+PLUGINS = {**methods.SLOTS, "partition": partition.PARTITIONS, "eval.metrics": METRICS}
+OPENS = {"method": "fills the slots of a round; what to choose: [dfl/rules](../rules/README.md)",
          "topology": "names and parameters: [topologies](../../topologies/README.md)"}
 
 
@@ -160,7 +159,7 @@ def reference() -> str:
     for prefix, cls in sections():
         about = "" if cls.__doc__.startswith(f"{cls.__name__}(") else "\n\n" + " ".join(inspect.getdoc(cls).split())
         parts.append(f"### {f'`{prefix}`' if prefix else 'At the top'}{about}\n\n{table(prefix, cls)}")
-    parts.append(f"### Names for `rule`\n\n{named_methods()}")
+    parts.append(f"### Names for `method`\n\n{named_methods()}")
     parts += [f"### Names for `{field}`\n\n{choices(field)}" for field in PLUGINS]
     return "\n\n".join(parts)
 
@@ -172,7 +171,7 @@ def choices(field: str) -> str:
 
 
 def named_methods() -> str:
-    """The names that `rule` takes: parameters go to the rule or to the schedule, whichever takes them."""
+    """The names that `method` takes: parameters go to the rule or to the schedule, whichever takes them."""
     about, rows = methods.describe(), []
     for name, row in methods.METHODS.items():
         own = given(methods.RULES[row.rule]) | given(methods.SCHEDULES[row.schedule])

@@ -38,14 +38,14 @@ def arguments(model: Path, data: Path, output: Path, **fields) -> list[str]:
     One process, which a test may look into; tests/launch/test_own_workers.py is about several, which are the default.
     """
     tree = {"peers": 4, "model.name": model, "data.source": "file", "data.train": data, "data.max_length": 16,
-            "data.valid_fraction": 0.25, "lora.rank": 2, "rule": "lora", "topology": "ring", "train.rounds": 4,
+            "data.valid_fraction": 0.25, "lora.rank": 2, "method": "lora", "topology": "ring", "train.rounds": 4,
             "train.local_steps": 2, "train.batch_size": 4, "eval.every": 2, "output": output, "device": "cpu", "processes": 1}
     tree |= {key.replace("__", "."): value for key, value in fields.items()}
     return [word for key, value in tree.items() for word in _words(key, value)]
 
 
 def _words(key: str, value) -> list[str]:
-    """`{name: tad, T: 5}` as --rule=tad --rule.T=5."""
+    """`{name: tad, T: 5}` as --method=tad --method.T=5."""
     fields = yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else {}
     if "name" in fields:
         return [f"--{key}={fields.pop('name')}", *(f"--{key}.{name}={inner}" for name, inner in fields.items())]

@@ -13,7 +13,7 @@ TASKS = ("trec6", "sst2")
 P_RATES, SEED_RATES, ROUNDS_RATES, ROUNDS = 0.1, 100, 30, 90
 SEEDS, MOST_SEEDS = 3, 5
 # the field of a recipe that names the method
-METHOD_FIELD = "rule"
+METHOD_FIELD = "method"
 REGIME = {"model.layers": 3, "model.head_std": 0.3,
           "data.valid": None, "data.valid_fraction": 0.1, "data.max_valid": 872,
           "train.batch_size": 16, "train.local_steps": 20, "train.autocast": "off",

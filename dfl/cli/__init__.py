@@ -14,7 +14,7 @@ from dfl.run.parent import end_with_launcher
 COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",
             "watch": "watch"}
 EXAMPLES = """examples:
-  dfl train launch/recipes/quickstart.yaml --rule.T 5 --output runs/five
+  dfl train launch/recipes/quickstart.yaml --method.T 5 --output runs/five
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml
   dfl sweep launch/recipes/sweep.yaml --jobs 2
   dfl eval runs/five --data mine.csv --peer 3 --predictions said.jsonl

@@ -12,9 +12,11 @@ def run(args, overrides: list[str]) -> int:
     from dfl import extensions, methods, partition, tasks
     from dfl.metrics.choice import describe as metrics
     extensions.load()
-    slots = [(f"{slot}s", methods.describe_slot(slot)) for slot in methods.SLOTS]
-    for kind, table in (("methods (rule in a recipe)", methods.describe()), ("topologies", topologies.describe()), *slots,
-                        ("tasks", tasks.describe()), ("data sources", tasks.describe(tasks.SOURCES)),
+    named = {name: f"{line}\n{'':4}{methods.filled_by(name)}" for name, line in methods.describe().items()}
+    slots = [(f"{slot}s ({slot} in a recipe)", methods.describe_slot(slot)) for slot in methods.SLOTS]
+    for kind, table in (("methods (method in a recipe), and the slots that each fills", named),
+                        ("topologies", topologies.describe()), *slots, ("tasks", tasks.describe()),
+                        ("data sources", tasks.describe(tasks.SOURCES)),
                         ("metrics (eval.metrics in a recipe)", metrics()), ("partitions", partition.describe())):
         print(f"{kind}:")
         width = max(map(len, table))

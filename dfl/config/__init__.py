@@ -40,9 +40,19 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 def resolve(tree: Mapping[str, Any], pairs: Iterable[tuple[str, Any]] = ()) -> Config:
     """The configuration of a recipe's tree with overrides (dotted key, value); both may use the names of `aliases`."""
     named = settle(apply(own_names(tree), pairs))
+    _check_rule(named)
     config = _expand_paths(build(Config, named, ""))
     validate(config)
     return config
+
+
+def _check_rule(tree: Mapping[str, Any]) -> None:
+    """A rule takes the place of a method's own; without a method, most likely the method itself is meant."""
+    rule = tree.get("rule")
+    if rule is not None and tree.get("method") is None:
+        name = rule.get("name") if isinstance(rule, Mapping) else rule
+        raise ValueError(f"rule = {rule!r} takes the place of the rule of a method, and no method is given: if the whole method is "
+                         f"meant, give it as method (method: {name}), else give the method as well")
 
 
 def _expand_paths(config: Config) -> Config:

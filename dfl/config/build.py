@@ -66,7 +66,7 @@ def _coerce_union(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint)
     if value is None and type(None) in options:
         return None
-    structured = [option for option in options if dataclasses.is_dataclass(option)]
+    structured = [option for option in options if dataclasses.is_dataclass(option) and option is not Plugin]
     if isinstance(value, Mapping) and structured:
         return build(structured[0], value, where)
     errors = []

@@ -19,6 +19,23 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict:
+    """The tree of a recipe; that of a run's own folder in today's form. ValueError for a file that holds none."""
+    tree = _read_yaml(path)
+    return upgraded(tree) if path.name == "recipe.yaml" and any((path.parent / name).exists() for name in _OF_A_RUN) else tree
+
+
+# what stands beside the recipe in the folder of a run
+_OF_A_RUN = ("run.json", "metrics.jsonl", "checkpoints")
+
+
+def upgraded(tree: dict) -> dict:
+    """A resolved recipe in today's form: before `rule` was a slot of its own, the method stood there, and no recipe lacked it."""
+    if "method" in tree or not isinstance(tree.get("rule"), dict):
+        return tree
+    return {"method" if key == "rule" else key: value for key, value in tree.items()}
+
+
+def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"recipe {str(path)!r} is not a file")
     try:
@@ -68,7 +85,7 @@ def set_field(tree: dict, dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for key in path:
         child = tree.get(key)
-        if isinstance(child, str):  # `rule: tad` then --rule.T 5
+        if isinstance(child, str):  # `method: tad` then --method.T 5
             child = {"name": child}
         if not isinstance(child, (dict, type(None))):
             raise ValueError(f"override --{dotted} = {value!r}: {key} = {child!r} has no fields of its own")

@@ -139,9 +139,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    rule: Plugin = field(default_factory=lambda: Plugin("tad"))
+    method: Plugin = field(default_factory=lambda: Plugin("tad"))
     topology: Plugin = field(default_factory=lambda: Plugin("ring"))
     schedule: Plugin | None = None  # what trains and what is exchanged, round by round; None: as the method has it
+    rule: Plugin | None = None  # how what arrives is combined; None: as the method has it
     trigger: Plugin = field(default_factory=lambda: Plugin("always"))  # whether a peer speaks
     codec: Plugin = field(default_factory=lambda: Plugin("none"))  # how a message becomes bytes
     channel: Plugin = field(default_factory=lambda: Plugin("perfect"))  # what the way does to it

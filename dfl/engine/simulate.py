@@ -41,9 +41,9 @@ class Simulation(NamedTuple):
 
 
 def simulate(method: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
-             schedule: str | Choice | None = None, trigger: str | Choice = "always", codec: str | Choice = "none",
-             channel: str | Choice = "perfect", guard: str | Choice = "finite", wrapper: str | Choice = "none",
-             network: str | Choice = "none",
+             schedule: str | Choice | None = None, rule: str | Choice | None = None, trigger: str | Choice = "always",
+             codec: str | Choice = "none", channel: str | Choice = "perfect", guard: str | Choice = "finite",
+             wrapper: str | Choice = "none", network: str | Choice = "none",
              measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None, lr: float = 0.0,
              local_steps: int = 0, seed: int = 0, **params) -> Simulation:
     """Run `rounds` rounds of `method` over `topology` with the caller's own local training.
@@ -54,8 +54,8 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
         does to slots that the schedule does not train at a peer (`plora`). Where the method changes rows after every local
         step (most wrappers) it is local_step(factors, t, trains, after_step), and calls after_step() behind each of its
         `local_steps` steps.
-    schedule, trigger, codec, channel, guard, wrapper, network: what fills these slots, a name or `dfl.methods.Choice(name,
-        parameters)`; schedule None: the method's own.
+    schedule, rule, trigger, codec, channel, guard, wrapper, network: what fills these slots, a name or
+        `dfl.methods.Choice(name, parameters)`; schedule or rule None: the method's own.
     params: the method's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
@@ -68,12 +68,12 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
     extensions.load()
-    slots = {"schedule": schedule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard, "wrapper": wrapper,
-             "network": network}
+    slots = {"schedule": schedule, "rule": rule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard,
+             "wrapper": wrapper, "network": network}
     slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items() if choice is not None}
     context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
     built = methods.build(method, context, params, slots)
-    methods.check_topology(built, topology)
+    methods.check_topology(built, topology, slots)
     _check_local_step(built, local_step, slots)
     graph = topology if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
     gossip = Gossip(built, layout, graph, InProcess(), range(len(x)), x, seed=seed)

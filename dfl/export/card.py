@@ -80,7 +80,7 @@ def _metadata(facts: Facts) -> ModelCardData:
     results = _results(facts)
     if results:
         more |= {"eval_results": results, "model_name": facts.name or _base_title(facts)}
-    tags = ["decentralized-training", "gossip", "lora", f"rule:{config.rule.name}", f"topology:{config.topology.name}"]
+    tags = ["decentralized-training", "gossip", "lora", f"method:{config.method.name}", f"topology:{config.topology.name}"]
     return ModelCardData(library_name="transformers" if facts.merged else "peft", pipeline_tag=PIPELINES[config.model.task], tags=tags,
                          metrics=sorted({result.metric_type for result in results}) or None, **more)
 
@@ -146,7 +146,7 @@ def rank_text(settings: dict[str, Any]) -> str:
 
 
 def _how(config: Config) -> str:
-    if config.rule.name == "local":
+    if config.method.name == "local":
         return f"trained by each of {config.peers} peers alone on its own data: the baseline of a run that mixes."
     return (f"trained by gossip among {config.peers} peers without a server: every peer trained on its own data, exchanged factors "
             "with the neighbours a mixing matrix gave it, and mixed them.")
@@ -154,7 +154,7 @@ def _how(config: Config) -> str:
 
 def _whose(facts: Facts) -> str:
     num = facts.config.peers
-    if facts.peer != "consensus" and facts.config.rule.name == "local":
+    if facts.peer != "consensus" and facts.config.method.name == "local":
         return f"It is the own model of peer {facts.peer} of {num} (the first is 0)."
     if facts.peer != "consensus":
         return (f"It is the own model of peer {facts.peer} of {num} (the first is 0): trained on that peer's data, mixed with "
@@ -178,10 +178,11 @@ def _lost(facts: Facts) -> str:
 def _training(facts: Facts) -> list[list[str]]:
     config, train = facts.config, facts.config.train
     steps = f"{train.local_steps} steps" if train.local_steps is not None else f"{train.local_epochs} epochs"
-    chosen = {key: value for key, value in facts.record["facts"].get("rule", {}).items()}
+    chosen = facts.record["facts"].get("method") or facts.record["facts"].get("rule") or {}  # rule: of a run of the format before
     return [["", ""],
-            ["rule", f"{_plugin(config.rule)}: {methods.describe().get(config.rule.name, '')}"],
-            *([["chosen for the rule", ", ".join(f"{key} = {value}" for key, value in chosen.items())]] if chosen else []),
+            ["method", f"{_plugin(config.method)}: {methods.describe().get(config.method.name, '')}"],
+            *([["rule", _plugin(config.rule)]] if config.rule is not None else []),
+            *([["chosen for the method", ", ".join(f"{key} = {value}" for key, value in chosen.items())]] if chosen else []),
             ["topology", f"{_plugin(config.topology)}: {topologies.describe().get(config.topology.name, '')}"],
             ["peers", str(config.peers)],
             ["rounds", f"{facts.rounds}, each of {steps} of {train.batch_size} examples a peer"],

@@ -12,7 +12,7 @@ from dfl.store.runs import RunData, read_all
 
 def write_report(folders: list[Path], output: Path | None = None, tables: Path | None = None, *, metric: str | None = None,
                  baseline: str | None = None, targets: list[float] = ()) -> list[Path]:
-    """Write the page and its tables; where they are. ValueError for a folder that holds no run, an unknown metric or rule."""
+    """Write the page and its tables; where they are. ValueError for a folder that holds no run, an unknown metric or method."""
     bad = [target for target in targets if not math.isfinite(target)]
     if bad:
         raise ValueError(f"target = {bad[0]} is no number to reach; allowed: finite numbers")
@@ -43,11 +43,11 @@ def _ours(path: Path, option: str) -> Path:
 
 
 def _one(run: RunData, metric: str, higher: bool, targets: list[float]) -> dict:
-    rule, topology = (single.plugin(run.config.get(key)) or "?" for key in ("rule", "topology"))
+    method, topology = (single.plugin(run.config.get(key)) or "?" for key in ("method", "topology"))
     warnings = list(run.problems) if run.finished else [f"This run is not finished: {run.state}.", *run.problems]
     if run.baseline and not run.baseline.finished:
         warnings.append(f"Its local training alone is not finished: {run.baseline.state}.")
-    return {"title": f"Run {run.name}", "lead": f"Rule {rule} on topology {topology}, {run.config.get('peers', '?')} peers.",
+    return {"title": f"Run {run.name}", "lead": f"Method {method} on topology {topology}, {run.config.get('peers', '?')} peers.",
             "warnings": warnings, "tiles": single.tiles(run, metric, higher),
             "sections": single.sections(run, metric, higher, targets)}
 

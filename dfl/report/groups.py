@@ -1,7 +1,7 @@
-"""Many runs as groups: which rule, topology, setting and seed each is, and their differences in pairs.
+"""Many runs as groups: which method, topology, setting and seed each is, and their differences in pairs.
 
-A run is a rule, a topology, a setting (every other field that varies) and a replicate (its seeds). Runs that differ in
-nothing but the replicate are one group; rules are compared on equal topology, setting and replicate.
+A run is a method, a topology, a setting (every other field that varies) and a replicate (its seeds). Runs that differ in
+nothing but the replicate are one group; methods are compared on equal topology, setting and replicate.
 """
 
 import json
@@ -16,6 +16,7 @@ from dfl.store.runs import RunData
 SEEDS = ("seed", "topology_seed", "data_seed")
 # what does not change what a run computes
 _IGNORED = {"output", "device", "backend", "threads", "timeout", "report_to", "callbacks", "baseline", "train.executor"} | set(SEEDS)
+_LABELLED = ("method.", "rule.", "schedule.", "topology.")
 _IGNORED_ROOMS = ("eval.", "measure.", "checkpoint.")
 
 
@@ -24,7 +25,7 @@ class Member:
     """A run and its place in the comparison. `fields`: all of its configuration, dotted."""
 
     run: RunData
-    rule: str
+    method: str
     topology: str
     setting: str
     replicate: Hashable
@@ -36,7 +37,7 @@ class Member:
 
 
 def dotted(tree: dict, prefix: str = "") -> dict:
-    """{"rule": {"T": 5}} as {"rule.T": 5}; lists are one value."""
+    """{"method": {"T": 5}} as {"method.T": 5}; lists are one value."""
     flat = {}
     for key, value in tree.items():
         flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -52,49 +53,51 @@ def _varies(of: list[dict], key: str) -> bool:
 
 
 def place(runs: list[RunData]) -> tuple[list[Member], list[str]]:
-    """Every run with the label of its rule, topology and setting; and which fields were tied to the rule.
+    """Every run with the label of its method, topology and setting; and which fields were tied to the method.
 
-    A label holds the parameters that vary among runs of the same name. A field that has one value for each rule (a learning
+    A label holds the parameters that vary among runs of the same name. A field that has one value for each method (a learning
     rate chosen for it) is no setting: it would leave nothing to compare.
     """
     trees = [dotted(run.config) for run in runs]
-    rules, topologies = _labels(trees, "rule"), _labels(trees, "topology")
+    methods, topologies = _labels(trees, "method", "rule", "schedule"), _labels(trees, "topology")
     own = [k for k, run in enumerate(runs) if not _is_baseline(run)] or range(len(runs))
     others = [key for key in dict.fromkeys(key for tree in trees for key in tree)
-              if not key.startswith(("rule.", "topology.", *_IGNORED_ROOMS)) and key not in _IGNORED and _varies(trees, key)]
-    tied = [key for key in others if len({rules[k] for k in own}) > 1 and not any(
-        _varies([trees[k] for k in own if rules[k] == rule], key) for rule in rules)]
-    notes = [f"{key} goes with the rule: " + ", ".join(dict.fromkeys(f"{rules[k]} {_text(trees[k].get(key))}" for k in own)) + "."
+              if not key.startswith((*_LABELLED, *_IGNORED_ROOMS)) and key not in _IGNORED and _varies(trees, key)]
+    tied = [key for key in others if len({methods[k] for k in own}) > 1 and not any(
+        _varies([trees[k] for k in own if methods[k] == method], key) for method in methods)]
+    notes = [f"{key} goes with the method: " + ", ".join(dict.fromkeys(f"{methods[k]} {_text(trees[k].get(key))}" for k in own)) + "."
              for key in tied]
     alone = [trees[k] for k, run in enumerate(runs) if _is_baseline(run)]
     members = []
-    for run, tree, rule, topology in zip(runs, trees, rules, topologies, strict=True):
-        # local training beside each rule has that rule's values
+    for run, tree, method, topology in zip(runs, trees, methods, topologies, strict=True):
+        # local training beside each method has that method's values
         kept = [key for key in tied if _is_baseline(run) and _varies(alone, key)]
-        rule = " ".join([rule, *(f"{key}={_text(tree.get(key))}" for key in kept)])
+        method = " ".join([method, *(f"{key}={_text(tree.get(key))}" for key in kept)])
         setting = ", ".join(f"{key}={_text(tree.get(key))}" for key in others if key not in tied)
-        members.append(Member(run, rule, topology, setting, tuple(_text(tree.get(key)) for key in SEEDS), tree))
+        members.append(Member(run, method, topology, setting, tuple(_text(tree.get(key)) for key in SEEDS), tree))
     return members, notes
 
 
-def _labels(trees: list[dict], room: str) -> list[str]:
-    """`tad T=5` where T varies among the runs with that name, else `tad`."""
+def _labels(trees: list[dict], room: str, *slots: str) -> list[str]:
+    """`tad T=5` where T varies among the runs with that name, else `tad`; `tad rule=decaf` where one of `slots` does."""
     names = [_text(tree.get(f"{room}.name", "?")) for tree in trees]
     labels = []
     for tree, name in zip(trees, names, strict=True):
         twins = [other for other, theirs in zip(trees, names, strict=True) if theirs == name]
-        keys = dict.fromkeys(key for twin in twins for key in twin if key.startswith(f"{room}.") and key != f"{room}.name")
+        keys = dict.fromkeys(key for twin in twins for key in twin
+                             if key.startswith((f"{room}.", *(f"{slot}." for slot in slots))) and key != f"{room}.name")
         varying = [key for key in keys if _varies(twins, key)]
-        labels.append(" ".join([name, *(f"{key.removeprefix(room + '.')}={_text(tree[key])}" for key in varying if key in tree)]))
+        labels.append(" ".join([name, *(f"{key.removeprefix(room + '.').removesuffix('.name')}={_text(tree[key])}"
+                                        for key in varying if key in tree)]))
     return labels
 
 
 def distinct(members: list[Member]) -> tuple[list[Member], list[str]]:
-    """One run for each rule, topology, setting and replicate: the one with most rounds. A second one is no second seed."""
+    """One run for each method, topology, setting and replicate: the one with most rounds. A second one is no second seed."""
     kept: dict[Hashable, Member] = {}
     notes = []
     for member in members:
-        key = member.rule, member.where, member.replicate
+        key = member.method, member.where, member.replicate
         other = kept.get(key)
         if other and not (_is_baseline(member.run) or _is_baseline(other.run)):
             notes.append(f"{other.run.name} and {member.run.name} differ in no field that counts: only the longer one is used.")
@@ -117,23 +120,23 @@ def outcome(run: RunData, metric: str, higher: bool) -> dict[str, float | None]:
             "cross": number(measured[-1], "measures", "cross_term_relative") if measured else None}
 
 
-def choose_baseline(rules: list[str], asked: str | None) -> str | None:
-    """The label of the rule to compare with: `asked` as a label or as the name of one label; else lora, local, or the first."""
+def choose_baseline(methods: list[str], asked: str | None) -> str | None:
+    """The label of the method to compare with: `asked` as a label or as the name of one label; else lora, local, or the first."""
     for name in (asked,) if asked else ("lora", "local"):
-        found = [rule for rule in rules if rule == name] or [rule for rule in rules if rule.split()[0] == name]
+        found = [method for method in methods if method == name] or [method for method in methods if method.split()[0] == name]
         if len(found) == 1 or (found and not asked):
             return found[0]
         if asked:
-            what = "several rules" if found else "no rule"
-            raise ValueError(f"baseline = {asked!r} is {what} of these runs; allowed: {', '.join(rules)}")
-    return rules[0] if rules else None
+            what = "several methods" if found else "no method"
+            raise ValueError(f"baseline = {asked!r} is {what} of these runs; allowed: {', '.join(methods)}")
+    return methods[0] if methods else None
 
 
 def grouped(members: list[Member]) -> dict[tuple, list[Member]]:
-    """(rule, topology, setting) -> its runs, in the order of the members."""
+    """(method, topology, setting) -> its runs, in the order of the members."""
     groups = defaultdict(list)
     for member in members:
-        groups[(member.rule, *member.where)].append(member)
+        groups[(member.method, *member.where)].append(member)
     return dict(groups)
 
 
@@ -142,30 +145,30 @@ def place_name(where: tuple[str, str]) -> str:
 
 
 def differences(members: list[Member], values: dict[int, float | None], base: str | None) -> list[tuple[str, str, Estimate]]:
-    """(rule, place, mean of rule - base over the seeds that both have); where there are several places, over all of them too."""
+    """(method, place, mean of method - base over the seeds that both have); where there are several places, over all of them too."""
     groups = grouped(members)
     by_seed = {key: {m.replicate: values[id(m)] for m in group} for key, group in groups.items()}
     found = []
-    for rule in dict.fromkeys(key[0] for key in groups):
-        if rule == base:
+    for method in dict.fromkeys(key[0] for key in groups):
+        if method == base:
             continue
         pairs = {}
-        for where in (key[1:] for key in groups if key[0] == rule):
-            own, theirs = by_seed[(rule, *where)], by_seed.get((base, *where), {})
+        for where in (key[1:] for key in groups if key[0] == method):
+            own, theirs = by_seed[(method, *where)], by_seed.get((base, *where), {})
             result = paired(own, theirs)
             if result:
-                found.append((rule, place_name(where), result))
+                found.append((method, place_name(where), result))
                 pairs[where] = {s: own[s] - theirs[s] for s in own if own[s] is not None and theirs.get(s) is not None}
         if len(pairs) > 1:
             shared = set.intersection(*(set(p) for p in pairs.values()))
             size = max((abs(v) for v in values.values() if v is not None), default=None)
             overall = estimate([sum(p[s] for p in pairs.values()) / len(pairs) for s in sorted(shared)], scale=size)
-            found += [(rule, f"all ({len(pairs)} places)", overall)] if overall else []
+            found += [(method, f"all ({len(pairs)} places)", overall)] if overall else []
     return found
 
 
 def axes(members: list[Member]) -> list[str]:
-    """The fields with at least two numeric values among the runs of one rule."""
+    """The fields with at least two numeric values among the runs of one method."""
     fields = dict.fromkeys(key for m in members for key in m.fields if key not in _IGNORED and not key.startswith(_IGNORED_ROOMS))
     return [key for key in fields if len({m.fields[key] for m in members if is_number(m.fields.get(key))}) > 1]
 

@@ -53,7 +53,7 @@ def closing_table(run: Path) -> str:
     if not records:
         raise ValueError(f"{str(run)!r} holds no evaluation yet")
     last, top = records[-1], best(records, primary, higher_is_better)
-    name = found.config["rule"]["name"]
+    name = found.config["method"]["name"]
     columns = [("before", records[0]["eval"]), (f"after {name}{short_of_end(found, last)}", last["eval"])]
     alone = found.baseline and evaluated(found.baseline, primary)
     if alone:

@@ -24,7 +24,7 @@ MEANINGS = {
     "rejected": "Messages that their receivers rejected in the round: not finite, or far larger than their own.",
     "truncation_error": "What cutting an averaged product back to the rank of the adapter loses.",
 }
-UNKNOWN = "As the rule or the measures report it."
+UNKNOWN = "As the method or the measures report it."
 
 
 def cell(value: float | None, digits: int = 4) -> str:
@@ -307,10 +307,11 @@ def _facts(run: RunData) -> Section:
 
 
 def facts(run: RunData) -> list[list[str]]:
-    """Model, data, rule, machine, versions and commit, as far as the folder tells."""
-    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "rule", "packages", "own", "data")}
-    rows = [["folder", str(run.folder)], ["state", run.state], ["rule", plugin(run.config.get("rule"))],
-            *([f"rule: {key}", _short(value)] for key, value in (run.facts.get("rule") or {}).items()),
+    """Model, data, method, machine, versions and commit, as far as the folder tells."""
+    own = {k: v for k, v in run.facts.items() if k not in ("shards", "label_names", "method", "rule", "packages", "own", "data")}
+    rows = [["folder", str(run.folder)], ["state", run.state], ["method", plugin(run.config.get("method"))],
+            *([f"method: {key}", _short(value)] for key, value in (run.facts.get("method") or run.facts.get("rule") or {}).items()),
+            ["rule", plugin(run.config.get("rule"))],
             ["topology", plugin(run.config.get("topology"))], ["codec", plugin(run.config.get("codec"))],
             ["partition", plugin(run.config.get("partition"))], ["seed", _short(run.config.get("seed"))],
             *([key.replace("_", " "), _short(value)] for key, value in own.items()),

@@ -111,7 +111,7 @@ def plora(layout: Layout, *, slots: int | Sequence[int] | None = None, seed: int
     peer saves by folding is not simulated, only the bytes are: gradients and moments keep their full size, all gradients are
     computed, and lora.dropout falls on all slots. Zhang, Hu, Xu 2026, arXiv 2602.16936.
     """
-    draws = draws_of(layout, slots, seed, peers, rank)
+    draws = draws_of(layout, slots, seed, peers, rank, "rule.slots")
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Tensor, State]:
         mine = draws.chosen(round.t, round.peer).nonzero().flatten().to(x.device)

@@ -35,6 +35,9 @@ from dfl.training.hosted import DataStream, HostedPeers
 from dfl.training.starts import at_first_gradient
 from dfl.transport.agreement import together
 
+# what a factory gets from the run, and no recipe gives it a second time
+_SET_BY = {"head": "lora.head", "layout": "lora.targets", "ranks": "lora.rank", "weights": "model.name", "peers": "peers",
+           "rank": "lora.rank", "topology": "topology", "rounds": "train.rounds"}
 # the adapters that a start is for; a kaiming one is for all, and draws the bases of cores from the seed
 _STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
 
@@ -58,11 +61,12 @@ def check(config: Config):
     memory.check_peers(config)
     choose_metrics(config.eval, lookup("model.task", tasks.TASKS, config.model.task), 2)
     lookup("data.source", tasks.SOURCES, config.data.source)
-    for key, instead in (("head", "lora.head"), ("layout", "lora.targets"), ("ranks", "lora.rank"), ("weights", "model.name"),
-                         ("peers", "peers"), ("rank", "lora.rank"), ("topology", "topology"), ("rounds", "train.rounds")):
-        if key in config.rule.params:
-            raise ValueError(f"rule.{key} is set by {instead}")
-    methods.fill(config.rule.name, config.rule.params, chosen_slots(config))
+    slots = chosen_slots(config)
+    for field, choice in {"method": config.method, **slots}.items():
+        for key, instead in _SET_BY.items():
+            if key in choice.params:
+                raise ValueError(f"{field}.{key} is set by {instead}")
+    methods.fill(config.method.name, config.method.params, slots)
     check_parameters("partition", config.partition.name, lookup("partition.name", partition.PARTITIONS, config.partition.name),
                      config.partition.params)
     check_trackers(config.report_to)
@@ -70,7 +74,7 @@ def check(config: Config):
     # its parameters' values, and an interval that has to be chosen
     known = ranks.resolve(config.lora, config.peers, config.seed)
     method = build_method(config, _layout_before_loading(config), topology, known)
-    methods.check_topology(method, topology)
+    methods.check_topology(method, topology, slots)
     check_adapter(config, method, known)
     return topology
 
@@ -82,26 +86,26 @@ def _layout_before_loading(config: Config) -> Layout:
 
 def chosen_slots(config: Config) -> dict[str, Choice]:
     """The slots that the recipe fills beside the method's own choice."""
-    given = {slot: getattr(config, slot) for slot in ("schedule", "trigger", "codec", "channel", "network", "guard", "wrapper")}
+    given = {slot: getattr(config, slot) for slot in methods.SLOTS}
     return {slot: Choice(choice.name, choice.params) for slot, choice in given.items() if choice is not None}
 
 
 def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> None:
     """ValueError for an adapter, a start or ranks that the rule, or each other, do not fit."""
-    lora, name = config.lora, config.rule.name
-    wanted = {"sb": "fed_sb", "ravan": "ravan"}.get(lora.adapter)
-    if wanted and name not in (wanted, "local"):
-        raise ValueError(f"lora.adapter = {lora.adapter!r} trains cores between frozen bases, which rule.name = {name!r} does not "
-                         f"mix; allowed: {wanted}, local")
-    needed = {"fed_sb": "sb", "ravan": "ravan", "dora": "dora", "hira": "hira"}.get(name)
-    if needed and lora.adapter != needed:
-        raise ValueError(f"rule.name = {name!r} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
-    if name == "flora_na" and lora.adapter == "hira":
-        raise ValueError("rule.name = 'flora_na' fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
+    lora, slots = config.lora, chosen_slots(config)
+    rule = methods.fill(config.method.name, config.method.params, slots)["rule"].name
+    who = methods.whose_rule(config.method.name, slots)
+    _check_cores(lora.adapter, config.method.name, rule, who)
+    of_rules = {row.rule: row.adapter for row in methods.METHODS.values() if row.rule != "average"}
+    for what, needed in ((f"method.name = {config.method.name!r}", methods.METHODS[config.method.name].adapter),
+                         (who, of_rules.get(rule))):
+        if needed and lora.adapter != needed:
+            raise ValueError(f"{what} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
+    if rule == "flora_na" and lora.adapter == "hira":
+        raise ValueError(f"{who} fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
                          "W0 ⊙ (B A); allowed with it: rule.name = 'hira', which cuts in that metric, or a rule that fits nothing")
     if lora.adapter in ("dora", "hira") and method.rule.residual is not None:
-        raise ValueError(f"rule.name = {name!r} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; "
-                         "allowed: lora")
+        raise ValueError(f"{who} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; allowed: lora")
     if lora.adapter not in _STARTS.get(lora.start, (lora.adapter,)):
         raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = {' or '.join(map(repr, _STARTS[lora.start]))}, "
                          f"got {lora.adapter!r}; allowed with it: "
@@ -112,6 +116,18 @@ def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> 
     if differ and (lora.start != "kaiming" or lora.adapter != "lora"):
         what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
         raise ValueError(f"{what} needs one lora.rank and one lora.alpha for all peers")
+
+
+def _check_cores(adapter: str, method: str, rule: str, who: str) -> None:
+    """ValueError for a method, or a rule in place of its own, that does not mix the cores of this adapter."""
+    rows = {"sb": "fed_sb", "ravan": "ravan"}
+    if adapter in rows and method not in (rows[adapter], "local"):
+        raise ValueError(f"lora.adapter = {adapter!r} trains cores between frozen bases, which method.name = {method!r} does not "
+                         f"mix; allowed: {rows[adapter]}, local")
+    own = {methods.METHODS[name].rule for name in (rows[adapter], method)} if adapter in rows else {rule}
+    if rule not in own:
+        raise ValueError(f"lora.adapter = {adapter!r} trains cores between frozen bases, which {who} does not mix; allowed: "
+                         f"{', '.join(sorted(own))}")
 
 
 def data_seed(config: Config) -> int:
@@ -160,7 +176,7 @@ def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | 
     unequal = (1, config.lora.rank.largest) if known is None else known.unequal
     weights = None if adapted is None else {site.pair.name: site.weight for site in adapted.sites}
     context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds)
-    return methods.build(config.rule.name, context, config.rule.params, chosen_slots(config))
+    return methods.build(config.method.name, context, config.method.params, chosen_slots(config))
 
 
 def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resumed_from: Path | None) -> Adapted:

@@ -16,9 +16,9 @@ from dfl import partition, tasks
 from dfl.config import Config, from_dict
 from dfl.config.compare import described, differences
 from dfl.config.recipes import read_yaml
-from dfl.methods import automatic_phases
+from dfl.methods import phases_field
 from dfl.report import evaluation_line, training_line
-from dfl.run.build import Loaded
+from dfl.run.build import Loaded, chosen_slots
 from dfl.run.checkpoint import choose
 from dfl.run.console import Console
 from dfl.run.description import describe_run
@@ -39,6 +39,8 @@ MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
 _FREE = {"device", "backend", "processes", "threads", "timeout", "report_to", "callbacks", "output", "eval", "measure", "checkpoint",
          "baseline"}
+# and what a run that is made longer changes
+_OF_LENGTH = ("train.rounds", "method.ends", "schedule.ends")
 
 
 def enter(config: Config, output: Path, runtime: Runtime, resume: bool, overwrite: bool) -> tuple[Lease, Path | None]:
@@ -130,18 +132,19 @@ def _check_continuation(config: Config, output: Path) -> None:
     before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
     longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)
-             if one.field.partition(".")[0] not in _FREE and not (longer and one.field in ("train.rounds", "rule.ends"))]
+             if one.field.partition(".")[0] not in _FREE and not (longer and one.field in _OF_LENGTH)]
     if found:
         raise ValueError(f"{described(found)}, with which {str(output)!r} was begun; a run goes on as it began")
 
 
 def continued(config: Config, output: Path) -> Config:
     """The configuration of a run that goes on: made longer, it keeps the phases that it had, which depend on where it was to end."""
-    if not automatic_phases(config.rule.name, config.rule.params):
+    field = phases_field(config.method.name, config.method.params, chosen_slots(config))
+    if field is None:
         return config
     before, tree = _begun_with(output / "recipe.yaml"), config.to_dict()
-    ends = [end for end in (*before["rule"].get("ends", ()), before["train"]["rounds"]) if end < config.train.rounds]
-    return from_dict(tree | {"rule": tree["rule"] | {"ends": ends}}) if ends else config
+    ends = [end for end in (*before[field].get("ends", ()), before["train"]["rounds"]) if end < config.train.rounds]
+    return from_dict(tree | {field: tree[field] | {"ends": ends}}) if ends else config
 
 
 def _begun_with(recipe: Path) -> dict:
@@ -238,7 +241,7 @@ class Recording:
         # JSON is written last: a folder with a run.json is a run that has started
         self.primary, before = run.evaluator.primary, None if new else read_description(output)
         facts = loaded.bundle.facts | {"primary": self.primary, "better": _directions(run, before),
-                                       "shards": _shards(loaded), "rule": run.gossip.method.facts,
+                                       "shards": _shards(loaded), "method": run.gossip.method.facts,
                                        "state_length": run.peers.layout.size,
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
@@ -280,7 +283,9 @@ def _shards(loaded: Loaded) -> dict:
 
 def _opening(config: Config, run: Run, runtime: Runtime, loaded: Loaded) -> str:
     chosen = "".join(f", {key} = {value}" for key, value in run.gossip.method.facts.items())
-    return (f"{config.peers} peers on {runtime.place.size} process(es), {runtime.device}; rule {config.rule.name}{chosen}; "
-            f"topology {config.topology.name}; {run.peers.layout.size:,} numbers a peer; "
+    replaced = f" with rule {config.rule.name}" if config.rule is not None else ""
+    return (f"{config.peers} peers on {runtime.place.size} process(es), {runtime.device}; "
+            f"method {config.method.name}{replaced}{chosen}; topology {config.topology.name}; "
+            f"{run.peers.layout.size:,} numbers a peer; "
             f"{len(loaded.bundle.train):,} training and {len(loaded.bundle.valid):,} evaluation examples")
 

@@ -122,9 +122,9 @@ def _with_contents(loaded: Loaded, topology) -> Loaded:
 
 
 def _baseline(config: Config) -> Config:
-    """The same run without mixing, in a folder inside the run's."""
-    tree = config.to_dict() | {"rule": config.baseline, "baseline": None, "callbacks": [],
-                               "output": f"{config.output}/baseline-{config.baseline}"}
+    """The same run without mixing, in a folder inside the run's: by the method's own slots, not by those that the run fills."""
+    own = {"method": config.baseline, "rule": None, "schedule": None, "trigger": "always", "wrapper": "none"}
+    tree = config.to_dict() | own | {"baseline": None, "callbacks": [], "output": f"{config.output}/baseline-{config.baseline}"}
     return from_dict(tree)
 
 

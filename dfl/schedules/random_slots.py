@@ -22,7 +22,7 @@ def random_slots(groups: Groups, *, layout: Layout, slots: int | Sequence[int] |
     slots: how many a peer trains: a whole number from 1 to R, or a list with one a peer (unequal resources); none: half
     of R. Zhang, Hu, Xu 2026, arXiv 2602.16936 (Fed-PLoRA).
     """
-    draws = draws_of(layout, slots, seed, peers, rank)
+    draws = draws_of(layout, slots, seed, peers, rank, "schedule.slots")
     plan = groups.plan(groups.factors, groups.factors)
     return Schedule(lambda t, peer: plan._replace(mask=draws.mask(t, peer)))
 
@@ -58,22 +58,23 @@ class Draws(NamedTuple):
         return mask
 
 
-def draws_of(layout: Layout, slots: int | Sequence[int] | None, seed: int, peers: int | None, rank: int | None) -> Draws:
-    """ValueError for `slots` that the layout, or the number of peers, does not allow."""
-    num_slots = one_rank(layout, rank)
-    check_slots(slots, num_slots, peers)
+def draws_of(layout: Layout, slots: int | Sequence[int] | None, seed: int, peers: int | None, rank: int | None,
+             field: str) -> Draws:
+    """ValueError for `slots`, given in `field`, that the layout, or the number of peers, does not allow."""
+    num_slots = one_rank(layout, rank, field)
+    check_slots(field, slots, num_slots, peers)
     return Draws(layout, num_slots, max(1, num_slots // 2) if slots is None else slots, seed)
 
 
-def one_rank(layout: Layout, rank: int | None) -> int:
+def one_rank(layout: Layout, rank: int | None, field: str) -> int:
     """The rank R of all layers; `rank` for a layout without any, 0 where that is not given. ValueError where layers differ."""
     ranks = {pair.rank for pair in layout.pairs}
     if len(ranks) > 1:
-        raise ValueError(f"rule.name = 'plora' draws the same slots in all layers, whose ranks are {sorted(ranks)}; allowed: one rank")
+        raise ValueError(f"{field} are the same in all layers, whose ranks are {sorted(ranks)}; allowed: one rank")
     return ranks.pop() if ranks else rank or 0
 
 
-def check_slots(slots: object, rank: int, peers: int | None) -> None:
+def check_slots(field: str, slots: object, rank: int, peers: int | None) -> None:
     """ValueError unless `slots` is none, a whole number from 1 to `rank` (0: not known) or a list of them, one a peer."""
     if slots is None:
         return
@@ -81,5 +82,5 @@ def check_slots(slots: object, rank: int, peers: int | None) -> None:
     counts = list(slots) if many else [slots]
     whole = all(isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= (rank or count) for count in counts)
     if not whole or not counts or (many and peers is not None and len(counts) != peers):
-        raise ValueError(f"rule.slots = {slots!r} is not allowed; allowed: null (half of them), a whole number from 1 to "
+        raise ValueError(f"{field} = {slots!r} is not allowed; allowed: null (half of them), a whole number from 1 to "
                          f"{rank or 'lora.rank'}, or a list of {peers or 'them'}, one a peer")

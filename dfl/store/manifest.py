@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: what belongs to it, with digests, and the version of the format, of which older ones are upgraded.
 
-    {"version": 2, "rounds": 20, "peers": 8,
+    {"version": 3, "rounds": 20, "peers": 8,
      "contents": {"base model": ..., "training labels": ..., ...},    digests of what the run was begun with
      "sha256": {"peer-0/adapter_model.safetensors": ..., "state-0.safetensors": ..., ...},
      "self": ...}                                                     digest of all of the above
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-NAME, VERSION = "manifest.json", 2
+NAME, VERSION = "manifest.json", 3
 
 
 class UnreadableError(ValueError):
@@ -55,12 +55,17 @@ def _from_1(tree: dict) -> dict:
     if tree.keys() != {"rounds", "sha256"}:
         raise ValueError(f"it holds {', '.join(tree)}")
     peers = {int(found[1]) for name in tree["sha256"] if (found := re.match(r"peer-(\d+)/", name))}
-    return {"version": 2, "rounds": tree["rounds"], "peers": len(peers), "contents": {}, "sha256": tree["sha256"]}
+    return {"version": 3, "rounds": tree["rounds"], "peers": len(peers), "contents": {}, "sha256": tree["sha256"]}
+
+
+def _from_2(tree: dict) -> dict:
+    """The same, of a run whose recipe named its method under `rule` (`dfl.config.recipes.upgraded`); what was saved is as it was."""
+    return tree | {"version": 3}
 
 
 # version k -> a tree of version k + 1 from one of version k; the files beside the manifest may stay as they are, or get a key there
 # that says how they are to be read
-UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1}
+UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1, 2: _from_2}
 
 
 def read(folder: Path) -> Manifest:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from dfl.config import Config, load
+from dfl.config.recipes import upgraded
 from dfl.store.directory import ENDED
 from dfl.store.jsonlines import scan
 from dfl.store.sweeps import read
@@ -84,7 +85,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     problems, about = [], read_description(folder)
     if not about:
         problems.append("run.json is missing or damaged: no facts of the run; more of a metric is taken to be better")
-    config = _recipe(folder) or mapping(about.get("config"))
+    config = _recipe(folder) or upgraded(mapping(about.get("config")))
     if not config:
         problems.append("recipe.yaml is missing or damaged: no configuration")
     records = read_records(folder / "metrics.jsonl", problems)
@@ -95,7 +96,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
 
 def _recipe(folder: Path) -> dict:
     try:
-        return mapping(yaml.safe_load((folder / "recipe.yaml").read_text()))
+        return upgraded(mapping(yaml.safe_load((folder / "recipe.yaml").read_text())))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from dfl.config.recipes import upgraded
 from dfl.store.checkpoints import complete
 from dfl.store.directory import ENDED, is_plain_name
 
 if TYPE_CHECKING:
     from dfl.config import Config
 
-MANIFEST = "sweep.json"
+MANIFEST, VERSION = "sweep.json", 2
 
 
 class SweepRun(NamedTuple):
@@ -54,10 +55,20 @@ def read_manifest(folder: Path) -> dict | None:
     try:
         manifest = json.loads(path.read_text())
         if all({"index", "name", "fields"} <= set(run) and is_plain_name(run["name"]) for run in manifest["runs"]):
-            return manifest
+            return manifest if "version" in manifest else _from_1(manifest)
     except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"{str(path)!r} is not the manifest of a sweep")
+
+
+def _from_1(manifest: dict) -> dict:
+    """The first version named no version, and a method stood under `rule`."""
+    def named(key: str) -> str:
+        return "method" + key.removeprefix("rule") if key.partition(".")[0] == "rule" else key
+
+    runs = [run | {"fields": {named(key): value for key, value in run["fields"].items()}} for run in manifest["runs"]]
+    return {"version": VERSION, "axes": [named(axis) for axis in manifest.get("axes", [])], "runs": runs,
+            "recipe": {named(key): value for key, value in manifest.get("recipe", {}).items()}}
 
 
 def with_state(run: SweepRun) -> SweepRun:
@@ -75,7 +86,7 @@ def with_state(run: SweepRun) -> SweepRun:
 
 def read_recipe(folder: Path) -> dict | None:
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe = upgraded(yaml.safe_load((folder / "recipe.yaml").read_text()))
         return recipe if isinstance(recipe["train"]["rounds"], int) else None
     except (OSError, yaml.YAMLError, TypeError, KeyError):
         return None

@@ -152,7 +152,7 @@ def expand(choices: list[dict[str, list]], exclude: list[dict[str, Any]], partia
 
 
 def _matches(cell: Mapping[str, Any], pattern: Mapping[str, Any]) -> bool:
-    """`rule: tad` matches `{name: tad, T: 5}` as well, and `{name: tad}` every one that has at least these parameters."""
+    """`method: tad` matches `{name: tad, T: 5}` as well, and `{name: tad}` every one that has at least these parameters."""
     def same(value: Any, wanted: Any) -> bool:
         if isinstance(value, Mapping) and isinstance(wanted, (str, Mapping)):
             wanted = {"name": wanted} if isinstance(wanted, str) else wanted
@@ -166,7 +166,7 @@ def _cells(base: dict[str, Any], combinations: Iterable[dict[str, Any]], axes: l
     cells: list[Cell] = []
     for given in combinations:
         try:
-            # a whole plug-in before its parameters: `rule` before `rule.T`
+            # a whole plug-in before its parameters: `method` before `method.T`
             config = resolve(base, sorted(given.items(), key=lambda pair: pair[0].count(".")))
         except ValueError as error:
             raise ValueError(f"run {len(cells)} ({describe(given)}): {error}") from None

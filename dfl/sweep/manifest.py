@@ -15,7 +15,7 @@ from dfl.config.compare import described, differences
 from dfl.config.recipes import number
 from dfl.config.schema import plain
 from dfl.store.directory import mark
-from dfl.store.sweeps import MANIFEST, SweepRun, failure_file, read_manifest, read_recipe, with_state
+from dfl.store.sweeps import MANIFEST, VERSION, SweepRun, failure_file, read_manifest, read_recipe, with_state
 from dfl.sweep import clearing
 from dfl.sweep.grid import Sweep, with_output
 from dfl.sweep.names import names
@@ -52,7 +52,7 @@ def plan(sweep: Sweep, *, overwrite: bool = False) -> list[SweepRun]:
         # by fields, and by configuration where the grid has other fields now
         kept = {_key(run["fields"]): run["name"] for run in earlier["runs"]}
         recipes = {run["name"]: read_recipe(folder / run["name"]) for run in earlier["runs"]}
-        kept |= {_key(_of_result(recipe)): name for name, recipe in recipes.items() if recipe is not None}
+        kept |= {_key(_of_result(_filled(recipe))): name for name, recipe in recipes.items() if recipe is not None}
     runs = []
     for index, (cell, name) in enumerate(zip(sweep.cells, fresh, strict=True)):
         name = kept.get(_key(_of_result(cell.config.to_dict())), kept.get(_key(cell.fields), name))
@@ -91,7 +91,7 @@ def _of_result(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _check_same_run(run: SweepRun, overwrite: bool) -> None:
     before = None if overwrite else read_recipe(run.output)
     if before is not None:
-        _refuse_difference(before, run.config.to_dict(), [], run.output)
+        _refuse_difference(_filled(before), run.config.to_dict(), [], run.output)
 
 
 def _check_same_recipe(earlier: dict, sweep: Sweep) -> None:
@@ -130,7 +130,8 @@ def write(sweep: Sweep, runs: list[SweepRun], *, overwrite: bool = False) -> Non
         if left:
             print(f"dfl: left in {str(folder)!r}, as no run is known to have written it: {', '.join(left)}", file=sys.stderr)
     listed = [{"index": run.index, "name": run.name, "fields": run.fields, "output": str(run.output)} for run in runs]
-    _write(folder / MANIFEST, json.dumps({"axes": sweep.axes, "runs": listed, "recipe": plain(sweep.base)}, indent=1, default=str))
+    tree = {"version": VERSION, "axes": sweep.axes, "runs": listed, "recipe": plain(sweep.base)}
+    _write(folder / MANIFEST, json.dumps(tree, indent=1, default=str))
 
 
 def write_recipe(run: SweepRun) -> None:

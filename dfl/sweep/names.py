@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# a rule and a topology speak for themselves; other values need the name of their field
-_ALONE = ("rule", "topology", "rule.name", "topology.name")
+# a method and a topology speak for themselves; other values need the name of their field
+_ALONE = ("method", "topology", "method.name", "topology.name")
 _LONGEST = 120
 
 
 def names(fields: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]:
     """A folder name for each mapping from dotted fields to values, different even where case does not count.
 
-    `{"rule": {"name": "tad", "T": 5}, "train.lr": 0.01}` becomes `tad-T=5__lr=0.01`.
+    `{"method": {"name": "tad", "T": 5}, "train.lr": 0.01}` becomes `tad-T=5__lr=0.01`.
     """
     last = [axis.rpartition(".")[2] for axis in axes]
     labels = {axis: name if last.count(name) == 1 else axis for axis, name in zip(axes, last, strict=True)}

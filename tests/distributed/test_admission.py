@@ -33,7 +33,7 @@ def root(tmp_path_factory):
 
 
 def config_of(root, output, **fields) -> dict:
-    fields = {"rule": "{name: tad, T: 2}", "train__state": "carried", "model__layers": 1, "eval__every": 3, "timeout": 60} | fields
+    fields = {"method": "{name: tad, T: 2}", "train__state": "carried", "model__layers": 1, "eval__every": 3, "timeout": 60} | fields
     return make_config(root / "bert", root / "data.csv", output, **fields).to_dict()
 
 
@@ -179,7 +179,7 @@ def test_all_go_on_from_the_checkpoint_that_process_0_finds_whole(root, tmp_path
 # -- another number of processes --------------------------------------------------------------------------------------------
 
 
-RULES = {"tad": ({"rule": "{name: tad, T: 2}"}, "moments."), "decaf": ({"rule": "decaf", "lora__head": "mixed"}, "rule.")}
+RULES = {"tad": ({"method": "{name: tad, T: 2}"}, "moments."), "decaf": ({"method": "decaf", "lora__head": "mixed"}, "rule.")}
 
 
 def states(output) -> dict[str, torch.Tensor]:

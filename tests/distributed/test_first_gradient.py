@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 def tree(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("gradient")
     save(folder / "model", "bert")
-    return {"peers": 4, "model": {"name": str(folder / "model")}, "rule": "fed_sb", "topology": "ring",
+    return {"peers": 4, "model": {"name": str(folder / "model")}, "method": "fed_sb", "topology": "ring",
             "data": {"source": "file", "train": str(write_data(folder)), "max_length": 16},
             "lora": {"adapter": "sb", "rank": 2, "start": "gradient", "start_step": 1.0},
             "train": {"rounds": 4, "local_steps": 2, "batch_size": 4, "lr": 0.05}, "eval": {"every": 0}, "device": "cpu"}

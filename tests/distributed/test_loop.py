@@ -37,7 +37,7 @@ def recipe(tmp_path_factory) -> dict:
 
 
 def with_(recipe: dict, **changes) -> configuration.Config:
-    merged = {key: {**recipe.get(key, {}), **value} if isinstance(value, dict) and key != "rule" else value
+    merged = {key: {**recipe.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
               for key, value in changes.items()}
     return configuration.from_dict(recipe | merged)
 
@@ -46,7 +46,7 @@ def with_(recipe: dict, **changes) -> configuration.Config:
 def test_hosting_does_not_matter(recipe, rule, tmp_path):
     digests = []
     for num_processes in (1, 2, 5):
-        config = with_(recipe, rule=rule, output=str(tmp_path / str(num_processes)))
+        config = with_(recipe, method=rule, output=str(tmp_path / str(num_processes)))
         assert run_processes(train_worker, num_processes, config.to_dict()) == [0] * num_processes
         digests.append(adapter_digests(Path(config.output)))
     assert len(digests[0]) == 6 and digests[0] == digests[1] == digests[2]
@@ -55,7 +55,7 @@ def test_hosting_does_not_matter(recipe, rule, tmp_path):
 def test_measures_do_not_depend_on_hosting(recipe, tmp_path):
     runs = []
     for num_processes in (1, 3):
-        config = with_(recipe, rule="lora", output=str(tmp_path / str(num_processes)))
+        config = with_(recipe, method="lora", output=str(tmp_path / str(num_processes)))
         run_processes(train_worker, num_processes, config.to_dict())
         runs.append(read_lines(Path(config.output) / "metrics.jsonl"))
     for one, other in zip(*runs, strict=True):
@@ -82,7 +82,7 @@ def start_row(peer: int, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("rule", ["lora", "ffa", "rolora", {"name": "adf", "T": 2}, {"name": "tad", "T": 3}, "local"])
 def test_learning_rate_zero_leaves_the_product_of_the_matrices(recipe, rule):
-    config = with_(recipe, rule=rule, train={"lr": 0.0, "rounds": 5}, peers=6, topology={"p": 0.15})
+    config = with_(recipe, method=rule, train={"lr": 0.0, "rounds": 5}, peers=6, topology={"p": 0.15})
     rows, *_ = run_processes(zero_rate_worker, 3, config.to_dict())
     adapted = load(config, torch.device("cpu")).adapted
     topology = check(config)
@@ -123,7 +123,7 @@ def diverging_worker(rank: int, tree: dict) -> str:
 
 
 def test_all_processes_stop_when_one_peer_diverges(recipe, tmp_path):
-    config = with_(recipe, rule="lora", train={"lr": 1e30, "clip": None, "optimizer": "sgd"}, output=str(tmp_path / "run"))
+    config = with_(recipe, method="lora", train={"lr": 1e30, "clip": None, "optimizer": "sgd"}, output=str(tmp_path / "run"))
     said = run_processes(diverging_worker, 2, config.to_dict())
     assert said[0] == said[1] and "diverged in round" in said[0] and "peer" in said[0]
     assert adapter_digests(tmp_path / "run")
@@ -168,7 +168,7 @@ def test_recorded_bytes_are_the_interfaces(recipe, peers, gathers):
     import json
     import subprocess
     import sys
-    tree = with_(recipe | {"topology": "ring"}, peers=peers, rule="lora",
+    tree = with_(recipe | {"topology": "ring"}, peers=peers, method="lora",
                  lora={"rank": 128 if gathers else 256, "targets": "all-linear"},
                  train={"rounds": BYTES_ROUNDS, "local_steps": 1}, eval={"every": 2 * gathers, "consensus": gathers},
                  measure={"every": int(gathers), "layers": 0}).to_dict()

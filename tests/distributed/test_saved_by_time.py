@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 
 def tree_of(root, output, **fields) -> dict:
     """Moments and a phase of the rule are carried. Nothing is said about checkpoints."""
-    fields = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": ROUNDS, "timeout": 20} | fields
+    fields = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": ROUNDS, "timeout": 20} | fields
     tree = tiny_runs.make_config(root / "bert", root / "data.csv", output, **fields).to_dict()
     assert fields.keys() & {"checkpoint__every"} or tree["checkpoint"] == configuration.Config().to_dict()["checkpoint"]
     return tree

@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 
 
 def tree(root, output, **fields) -> dict:
-    fields = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 2, "train__local_steps": 4, "peers": 5,
+    fields = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 2, "train__local_steps": 4, "peers": 5,
               "lora__dropout": 0.2, "timeout": 60} | fields
     return make_config(root / "bert", root / "data.csv", output, **fields).to_dict()
 

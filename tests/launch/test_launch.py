@@ -34,7 +34,7 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
 
 @pytest.mark.core
 def test_quickstart_script(tmp_path):
-    done = run("bash", "launch/quickstart.sh", *SHORT, "--rule", "{name: tad, T: auto}", "--output", str(tmp_path / "run"))
+    done = run("bash", "launch/quickstart.sh", *SHORT, "--method", "{name: tad, T: auto}", "--output", str(tmp_path / "run"))
     table = done.stdout
     assert re.search(r"peer +before +after tad +local alone +on own data", table)
     assert len(re.findall(r"^[0-7](?: +[01]\.\d{4}){4}$", table, re.M)) == 8
@@ -42,7 +42,7 @@ def test_quickstart_script(tmp_path):
     assert len(adapter_digests(tmp_path / "run")) == 9
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["facts"]["processes"] == min(num_cores(), 8) and about["hardware"]["threads"] == 1
-    assert about["facts"]["rule"]["reason"].startswith("phases end when the frozen factor keeps")
+    assert about["facts"]["method"]["reason"].startswith("phases end when the frozen factor keeps")
     again = json.loads(run("python", "-m", "dfl", "eval", str(tmp_path / "run")).stdout)
     recorded = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["eval"]
     assert again["accuracy"] == recorded["accuracy"] and again["consensus"] == recorded["consensus"]

@@ -27,7 +27,7 @@ def run_of(folder, peers=10, rounds=40, **fields):
              "shards": {"examples": [sum(row) for row in shards], "classes": shards}}
     fields = {"peers": peers, "topology": {"name": "edge_activation", "base": "complete", "p": 0.2}} | fields
     run = write_run(folder, records, facts=facts, **fields)
-    write_run(run / "baseline-local", records, facts=facts, **(fields | {"rule": "local"}))
+    write_run(run / "baseline-local", records, facts=facts, **(fields | {"method": "local"}))
     return run
 
 
@@ -36,7 +36,7 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     write_report([run_of(root / "one")], root / "one.html")
     write_report([run_of(root / "hundred", peers=100, rounds=20)], root / "hundred.html")
-    several = [run_of(root / f"{rule['name']}{rule.get('T', '')}-{p}-{seed}", rounds=10, seed=seed, rule=rule,
+    several = [run_of(root / f"{rule['name']}{rule.get('T', '')}-{p}-{seed}", rounds=10, seed=seed, method=rule,
                       topology={"name": "edge_activation", "base": "complete", "p": p})
                for rule in ({"name": "lora"}, {"name": "tad", "T": 1}, {"name": "tad", "T": 5}) for p in (0.1, 0.5) for seed in (0, 1)]
     write_report(several, root / "several.html")
@@ -101,7 +101,7 @@ def test_choices_and_the_slider_change_what_is_drawn(pages, browser):
     assert browser.value(shown) == all_lines - 10
     browser.open(pages / "several.html", 390)
     heat = "document.querySelector('figure.heat svg[role=img]').textContent"
-    assert browser.value("document.querySelector('figure.heat select')") is None and "rule.T" in browser.value(heat)
+    assert browser.value("document.querySelector('figure.heat select')") is None and "method.T" in browser.value(heat)
     title = "document.querySelector('figure.lines svg[role=img]').innerHTML"
     first = browser.value(title)
     browser.value("{ const s = document.querySelector('figure.lines select'); s.value = 1; s.dispatchEvent(new Event('change')); 0 }")

@@ -83,7 +83,7 @@ def test_two_nodes_make_the_plain_run(slurm, place):
     """With a site file, and with arguments that a careless script would split or expand."""
     (place / "site.sh").write_text("echo the site file of $SLURM_JOB_ID\n")
     output = "runs/two nodes; and *"
-    job = slurm.submit("--nodes", "2", "--cpus-per-task", "3", TRAIN, "my.yaml", "--rule", "{name: lora}", "--output", output,
+    job = slurm.submit("--nodes", "2", "--cpus-per-task", "3", TRAIN, "my.yaml", "--method", "{name: lora}", "--output", output,
                        DFL_SITE="site.sh")
     slurm.reach(job, output, 1)
     assert " CPUs=6 " in slurm("scontrol", "show", "step", "--oneliner", f"{job}.0"), "the step has the cores of the job"
@@ -161,7 +161,7 @@ def test_nodes_die(place):
 
 def test_sweep_is_an_array(slurm, place):
     """Submitted by `dfl sweep --slurm`: a task a run, each of two processes."""
-    (place / "sweep.yaml").write_text("recipe: my.yaml\ngrid: {rule: [lora, ffa]}\noutput: runs/sweep\n")
+    (place / "sweep.yaml").write_text("recipe: my.yaml\ngrid: {method: [lora, ffa]}\noutput: runs/sweep\n")
     command = ["python", "-m", "dfl", "sweep", "sweep.yaml", "--sbatch", "ntasks=2"]
     submitted = slurm(*command, "--slurm")
     job = re.search(r"Submitted batch job (\d+)", submitted)[1]

@@ -136,7 +136,7 @@ def test_the_status_tells_a_killed_process_from_a_refused_run(folder, tmp_path):
 
 
 def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_path):
-    tree = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "train__local_steps": 300,
+    tree = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "train__local_steps": 300,
             "checkpoint__every": 1, "model__layers": 1}
     words = {name: ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / name, **tree), "--resume"]
              for name in ("run", "straight")}

@@ -112,7 +112,7 @@ def test_stopped_by_a_signal_and_gone_on_with(root, tmp_path, seeds, words):
 
 def test_the_committed_sweep(tmp_path):
     said = finish(start("launch/recipes/sweep.yaml", "--jobs", "2", "--train.rounds", "1", "--train.local_steps", "2",
-                        "--data.max_valid", "40", "--seed", "0", "--rule", "lora", "--output", str(tmp_path / "out")), 0)
+                        "--data.max_valid", "40", "--seed", "0", "--method", "lora", "--output", str(tmp_path / "out")), 0)
     assert "2 runs, 0 finished" in said
     assert {run.name: run.state for run in sweeps.read(tmp_path / "out")} == {
         "ring": "finished", "edge_activation-base=complete-p=0.2": "finished"}

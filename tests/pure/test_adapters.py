@@ -22,23 +22,23 @@ from dfl.training.executors import Sequential, Stacked
 QUIET = Hooks(lambda record: None, lambda: None, lambda: False)
 # name -> what a run sets beside tiny_runs' own; every one trains, mixes and evaluates in its own way
 KINDS = {
-    "unequal ranks": {"rule": "decaf", "lora__rank": "[1, 2, 3, 4]", "lora__alpha": "[2, 4, 2, 8]",
+    "unequal ranks": {"method": "decaf", "lora__rank": "[1, 2, 3, 4]", "lora__alpha": "[2, 4, 2, 8]",
                       "lora__rslora": "[true, false, true, false]"},
-    "residual": {"rule": "{name: fedhl, residual_rank: 4}", "lora__rank": "[1, 2, 3, 4]"},
-    "fedex": {"rule": "{name: fedex, residual_rank: 4}"},
-    "choco": {"rule": "{name: fedex_choco, residual_rank: 6}"},
-    "flora": {"rule": "{name: flora, residual_rank: 6}", "topology": "complete"},
-    "carried rank": {"rule": "carry", "lora__rank": "[1, 2, 3, 4]"},
+    "residual": {"method": "{name: fedhl, residual_rank: 4}", "lora__rank": "[1, 2, 3, 4]"},
+    "fedex": {"method": "{name: fedex, residual_rank: 4}"},
+    "choco": {"method": "{name: fedex_choco, residual_rank: 6}"},
+    "flora": {"method": "{name: flora, residual_rank: 6}", "topology": "complete"},
+    "carried rank": {"method": "carry", "lora__rank": "[1, 2, 3, 4]"},
     "dora": {"lora__adapter": "dora"},
-    "dora, exact": {"lora__adapter": "dora", "rule": "dora"},
+    "dora, exact": {"lora__adapter": "dora", "method": "dora"},
     "hira": {"lora__adapter": "hira"},
-    "hira, weighted": {"lora__adapter": "hira", "rule": "hira"},
+    "hira, weighted": {"lora__adapter": "hira", "method": "hira"},
     "pissa": {"lora__start": "pissa"},
-    "olora and a residual": {"lora__start": "olora", "rule": "{name: fedhl, residual_rank: 4}"},
-    "cores": {"rule": "fed_sb", "lora__adapter": "sb"},
-    "cores alone": {"rule": "local", "lora__adapter": "sb"},
-    "cores at the first gradient": {"rule": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "lora__start_step": 1.0},
-    "heads": {"rule": "ravan", "lora__adapter": "ravan", "lora__heads": 2, "lora__rank": 4},
+    "olora and a residual": {"lora__start": "olora", "method": "{name: fedhl, residual_rank: 4}"},
+    "cores": {"method": "fed_sb", "lora__adapter": "sb"},
+    "cores alone": {"method": "local", "lora__adapter": "sb"},
+    "cores at the first gradient": {"method": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "lora__start_step": 1.0},
+    "heads": {"method": "ravan", "lora__adapter": "ravan", "lora__heads": 2, "lora__rank": 4},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -197,8 +197,8 @@ class TestRanks:
         assert set(run.peers.adapted.ranks.ranks) == {2, 4}
 
     @pytest.mark.parametrize("fields, said", [
-        ({"rule": "lora"}, "rule.name = 'lora' cannot mix peers of unequal ranks"),
-        ({"rule": "ffa"}, "cannot mix peers of unequal ranks"),
+        ({"method": "lora"}, "method.name = 'lora' cannot mix peers of unequal ranks"),
+        ({"method": "ffa"}, "cannot mix peers of unequal ranks"),
         ({"lora__rank": "[1, 2]"}, "lora.rank = [1, 2] is not allowed; allowed: one value, or a list of 4"),
         ({"lora__rank": "[1, 2, 0, 4]"}, "lora.rank = (1, 2, 0, 4) is not allowed"),
         ({"lora__rank": "{choices: [2], budget_mb: 3}"}, "give exactly one of them"),
@@ -213,15 +213,15 @@ class TestRanks:
 
 
 @pytest.mark.parametrize("fields, said", [
-    ({"lora__adapter": "sb", "rule": "lora"}, "allowed: fed_sb, local"),
-    ({"lora__adapter": "sb", "rule": "fed_sb", "lora__alpha": "[1, 2, 1, 1]"}, "needs one lora.rank and one lora.alpha"),
-    ({"lora__adapter": "lora", "rule": "fed_sb"}, "rule.name = 'fed_sb' needs lora.adapter = 'sb'"),
-    ({"lora__adapter": "dora", "rule": "fedhl"}, "keeps a residual beside B A"),
-    ({"lora__adapter": "hira", "rule": "flora_na"}, "fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by"),
+    ({"lora__adapter": "sb", "method": "lora"}, "allowed: fed_sb, local"),
+    ({"lora__adapter": "sb", "method": "fed_sb", "lora__alpha": "[1, 2, 1, 1]"}, "needs one lora.rank and one lora.alpha"),
+    ({"lora__adapter": "lora", "method": "fed_sb"}, "method.name = 'fed_sb' needs lora.adapter = 'sb'"),
+    ({"lora__adapter": "dora", "method": "fedhl"}, "keeps a residual beside B A"),
+    ({"lora__adapter": "hira", "method": "flora_na"}, "fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by"),
     ({"lora__adapter": "dora", "lora__start": "pissa"}, "lora.start = 'pissa' is for"),
-    ({"lora__adapter": "ravan", "rule": "ravan", "lora__heads": 3, "lora__rank": 4}, "is not a multiple of lora.heads = 3"),
-    ({"lora__adapter": "sb", "rule": "fed_sb", "lora__rank": 40}, "orthonormal"),
-    ({"rule": "{name: flora}", "topology": "ring"}, "needs every peer to receive from every other")])
+    ({"lora__adapter": "ravan", "method": "ravan", "lora__heads": 3, "lora__rank": 4}, "is not a multiple of lora.heads = 3"),
+    ({"lora__adapter": "sb", "method": "fed_sb", "lora__rank": 40}, "orthonormal"),
+    ({"method": "{name: flora}", "topology": "ring"}, "needs every peer to receive from every other")])
 def test_what_does_not_fit_is_refused(folder, tmp_path, fields, said):
     with pytest.raises(ValueError) as error:
         make_run(make_config(folder / "bert", folder / "data.csv", tmp_path / "run", **fields))
@@ -249,7 +249,7 @@ def test_a_start_at_the_weights_own_directions_changes_nothing_at_first(folder, 
 def test_the_consensus_model_is_the_mean_of_whole_models(folder, tmp_path, kind):
     """With ranks and residuals that suffice, what is evaluated as consensus is the dense mean of E_i + B_i A_i."""
     fields = {"lora__rank": 4} if kind == "residual" else {}
-    run, _ = make_run(configure(folder, tmp_path / "run", kind, rule=f"{{name: {run_name(kind)}, residual_rank: 16}}", **fields))
+    run, _ = make_run(configure(folder, tmp_path / "run", kind, method=f"{{name: {run_name(kind)}, residual_rank: 16}}", **fields))
     run_rounds(run, QUIET)
     x, kept = run.peers.x, run.gossip.residuals()
     rows = run.consensus(run.peers.common_scale(), kept)

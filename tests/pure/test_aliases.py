@@ -19,7 +19,7 @@ peers: 8
 model: {name: FacebookAI/roberta-base, task: sequence_classification}
 data: {source: file, train: my/train.csv, valid: my/valid.csv, text: sentence, label: label}
 lora: {rank: 4, alpha: 8, dropout: 0.1, targets: [query, value], rslora: true, head: mixed}
-rule: {name: tad, T: auto}
+method: {name: tad, T: auto}
 topology: {name: edge_activation, base: complete, p: 0.2}
 seed: 3
 data_seed: 4
@@ -35,7 +35,7 @@ peers: 8
 model: {name: FacebookAI/roberta-base, task: sequence_classification}
 data: {source: file, train: my/train.csv, valid: my/valid.csv, text: sentence, label: label}
 lora: {r: 4, lora_alpha: 8, lora_dropout: 0.1, target_modules: [query, value], use_rslora: true, head: mixed}
-rule: {name: tad, T: auto}
+method: {name: tad, T: auto}
 topology: {name: edge_activation, base: complete, p: 0.2}
 seed: 3
 data_seed: 4

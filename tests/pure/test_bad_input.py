@@ -55,28 +55,28 @@ def refused(argv, capsys, status=2):
 
 REFUSED = {
     "unknown key": ({"train__learning_rate": 1}, ["unknown key 'train.learning_rate' = 1 (did you mean 'train.lr'?)"]),
-    "unknown rule": ({"rule": "tda"}, ["rule.name = 'tda' is not known (did you mean 'tad'?)", "allowed: lora"]),
+    "unknown rule": ({"method": "tda"}, ["method.name = 'tda' is not known (did you mean 'tad'?)", "allowed: lora"]),
     "unknown topology": ({"topology": "rign"}, ["rign", "ring"]),
     "unknown codec": ({"codec": "zip"}, ["codec.name = 'zip'", "bfloat16"]),
     "unknown partition": ({"partition": "idd"}, ["partition.name = 'idd'", "iid"]),
     "unknown task": ({"model__task": "regression"}, ["model.task = 'regression'", "sequence_classification"]),
     "unknown source": ({"data__source": "web"}, ["data.source = 'web'", "docstrings"]),
     "unknown tracker": ({"report_to": "[tensorbord]"}, ["report_to = 'tensorbord'", "tensorboard"]),
-    "parameter of another rule": ({"rule": "{name: lora, T: 5}"}, ["rule.T = 5: 'lora' has no such parameter"]),
+    "parameter of another rule": ({"method": "{name: lora, T: 5}"}, ["method.T = 5: 'lora' has no such parameter"]),
     "parameter of another partition": ({"partition": "{name: iid, alpha: 1}"}, ["partition.alpha = 1", "'iid'"]),
     "parameter of another topology": ({"topology": "{name: ring, p: 0.5}"}, ["p", "ring"]),
     "missing parameter": ({"partition": "column"}, ["partition.column is missing"]),
-    "a value a rule refuses": ({"rule": "{name: adf, T: 0}"}, ["rule.T = 0", "a whole number from 1"]),
-    "a word a rule refuses": ({"rule": "{name: tad, T: five}"}, ["rule.T = 'five'", "'auto'"]),
-    "a split": ({"rule": "{name: decaf, split: right}"}, ["rule.split = 'right'", "balanced, left"]),
+    "a value a rule refuses": ({"method": "{name: adf, T: 0}"}, ["method.T = 0", "a whole number from 1"]),
+    "a word a rule refuses": ({"method": "{name: tad, T: five}"}, ["method.T = 'five'", "'auto'"]),
+    "a split": ({"method": "{name: decaf, split: right}"}, ["method.split = 'right'", "balanced, left"]),
     "a probability": ({"topology": "{name: erdos_renyi, p: 1.5}"}, ["1.5"]),
     "no fraction": ({"partition": "{name: majority, fraction: most}"}, ["partition.fraction = 'most'", "up to 1"]),
     "no class count": ({"partition": "{name: majority, peers_per_class: two}"}, ["partition.peers_per_class = 'two'"]),
     "a list for a column": ({"partition": "{name: column, column: [text]}"}, ["partition.column = ['text']", "text, label"]),
     "a concentration": ({"partition": "{name: dirichlet, alpha: -1}"}, ["partition.alpha = -1"]),
-    "what the topology sets": ({"rule": "{name: tad, topology: 0.5}"}, ["rule.topology is set by topology"]),
-    "no automatic interval": ({"rule": "tad", "topology": "{name: erdos_renyi, p: 0.0, allow_disconnected: true}"},
-                              ["rule.T = 'auto'", "spectral gap", "a whole number"]),
+    "what the topology sets": ({"method": "{name: tad, topology: 0.5}"}, ["method.topology is set by topology"]),
+    "no automatic interval": ({"method": "tad", "topology": "{name: erdos_renyi, p: 0.0, allow_disconnected: true}"},
+                              ["method.T = 'auto'", "spectral gap", "a whole number"]),
     "more peers than examples": ({"peers": 40}, ["peers = 40", "36 training examples"]),
     "an empty shard": ({"partition": "{name: quantity, skew: 9.0}"}, ["partition.name = 'quantity'", "without an example"]),
     "an infeasible size": ({"partition": "{name: majority, per_client: 500}"}, ["partition.per_client = 500", "allowed: up to"]),
@@ -103,8 +103,9 @@ REFUSED = {
     "a head that is none": ({"model__name": "{root}/gpt2", "model__task": "causal_lm", "lora__head": "mixed"},
                             ["lora.head must be 'frozen'"]),
     "an executor": ({"lora__adapter": "dora", "train__executor": "stacked"}, ["train.executor = 'stacked'", "allowed: sequential"]),
-    "a core larger than a layer": ({"lora__adapter": "sb", "rule": "fed_sb", "lora__rank": 17}, ["lora.rank = 17 is more than layer"]),
-    "heads that do not divide": ({"lora__adapter": "ravan", "rule": "ravan", "lora__rank": 6}, ["multiple of lora.heads = 4"]),
+    "a core larger than a layer": ({"lora__adapter": "sb", "method": "fed_sb", "lora__rank": 17},
+                                   ["lora.rank = 17 is more than layer"]),
+    "heads that do not divide": ({"lora__adapter": "ravan", "method": "ravan", "lora__rank": 6}, ["multiple of lora.heads = 4"]),
     "a rank that no machine holds": ({"lora__rank": 10**9}, ["lora.rank = 1000000000 need at least", "TB of memory here"]),
     "peers that no machine counts": ({"peers": 10**9}, ["peers = 1000000000 need 6.1 TB of memory"]),
     "a variable that is not set": ({"model__name": "$NOT_SET_ANYWHERE/x"}, ["model.name", "NOT_SET_ANYWHERE is not set"]),
@@ -140,18 +141,18 @@ def test_a_word_where_a_topology_wants_a_number(root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("override", [
-    ["--rule={name: adf, T: 0}"], ["--rule", "{name: adf, T: 0}"], ["--rule.name", "adf", "--rule.T", "0"],
-    ["--rule=adf", "--rule.T", "0"]])
+    ["--method={name: adf, T: 0}"], ["--method", "{name: adf, T: 0}"], ["--method.name", "adf", "--method.T", "0"],
+    ["--method=adf", "--method.T", "0"]])
 def test_overrides_are_overrides_with_and_without_a_recipe(root, tmp_path, capsys, override):
     given = words(root, tmp_path / "run")[1:]
-    given.remove("--rule=lora")
-    assert "rule.T = 0 is not allowed" in refused(["train", *given, *override], capsys)
-    (tmp_path / "recipe.yaml").write_text("rule: {name: adf}\n")
-    override = [word.replace("--rule=adf", "--seed=1") for word in override]
-    assert "rule.T = 0 is not allowed" in refused(["train", tmp_path / "recipe.yaml", *given, *override], capsys)
-    assert "rule.T = 0 is not allowed" in refused(["train", tmp_path / "recipe.yaml", *given, *override, "--resume"], capsys)
+    given.remove("--method=lora")
+    assert "method.T = 0 is not allowed" in refused(["train", *given, *override], capsys)
+    (tmp_path / "recipe.yaml").write_text("method: {name: adf}\n")
+    override = [word.replace("--method=adf", "--seed=1") for word in override]
+    assert "method.T = 0 is not allowed" in refused(["train", tmp_path / "recipe.yaml", *given, *override], capsys)
+    assert "method.T = 0 is not allowed" in refused(["train", tmp_path / "recipe.yaml", *given, *override, "--resume"], capsys)
     # the recipe may also stand behind its overrides
-    assert "rule.T = 0 is not allowed" in refused(["train", *given, *override, tmp_path / "recipe.yaml"], capsys)
+    assert "method.T = 0 is not allowed" in refused(["train", *given, *override, tmp_path / "recipe.yaml"], capsys)
 
 
 def test_more_processes_than_peers(root, tmp_path, capsys, monkeypatch):
@@ -196,12 +197,12 @@ def test_a_folder_that_holds_a_run_is_left_alone(root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fields, part", [
-    ({"train__lr": 0.5}, "train.lr = 0.5 differs from 0.001"), ({"rule": "ffa"}, "rule.name = 'ffa' differs from 'lora'"),
+    ({"train__lr": 0.5}, "train.lr = 0.5 differs from 0.001"), ({"method": "ffa"}, "method.name = 'ffa' differs from 'lora'"),
     ({"seed": 1}, "seed = 1 differs from 0"), ({"lora__rank": 3}, "lora.rank = 3 differs from 2"),
     ({"peers": 3}, "peers = 3 differs from 4"),
     ({"train__rounds": 3, "train__schedule": "linear"}, "train.rounds = 3 differs from 1, train.schedule = 'linear' from 'constant'"),
-    ({"rule": "{name: adf, T: 2}", "train__eps": 1e-6, "lora__rank": [2, 2, 2, 2]},
-     "lora.rank = [2, 2, 2, 2] differs from 2, rule.name = 'adf' from 'lora', rule.T = 2 from (not given), "
+    ({"method": "{name: adf, T: 2}", "train__eps": 1e-6, "lora__rank": [2, 2, 2, 2]},
+     "lora.rank = [2, 2, 2, 2] differs from 2, method.name = 'adf' from 'lora', method.T = 2 from (not given), "
      "train.eps = 1e-06 from 1e-08")])
 def test_a_run_goes_on_as_it_began(root, tmp_path, capsys, fields, part):
     output = tmp_path / "run"
@@ -266,7 +267,7 @@ def test_a_learning_rate_far_too_large_stops_the_run_with_its_last_good_state(ro
 @pytest.mark.parametrize("rule", ["lora", "decaf"])
 @pytest.mark.parametrize("lr", [1e15, 1e37])
 def test_factors_that_explode_before_the_loss_does_are_no_traceback(root, tmp_path, capsys, rule, lr):
-    fields = {"rule": rule, "train__lr": lr, "train__clip": None, "train__local_steps": 1, "eval__every": 1, "train__rounds": 3}
+    fields = {"method": rule, "train__lr": lr, "train__clip": None, "train__local_steps": 1, "eval__every": 1, "train__rounds": 3}
     assert main(words(root, tmp_path / "run", **fields)) == 1
     assert "diverged in round" in said(capsys)
     finite_checkpoint(tmp_path / "run")
@@ -292,7 +293,7 @@ def test_the_message_names_peer_and_round(root, tmp_path, capsys, monkeypatch, e
 
 @pytest.mark.parametrize("state", ["fresh", "carried"])
 def test_the_last_good_state_is_that_of_the_round_before(root, tmp_path, capsys, monkeypatch, state):
-    fields = {"train__state": state, "rule": "{name: adf, T: 2}", "checkpoint__every": 1, "checkpoint__keep": 9}
+    fields = {"train__state": state, "method": "{name: adf, T: 2}", "checkpoint__every": 1, "checkpoint__keep": 9}
     assert main(words(root, tmp_path / "good", **fields)) == 0
     with monkeypatch.context() as patch:
         poison(patch, peer=1, t=2)
@@ -313,7 +314,7 @@ def test_checkpoints_that_are_all_damaged_are_not_silently_replaced(root, tmp_pa
 
 
 def test_numbers_too_large_for_a_codec_do_not_break_the_products(root, tmp_path, capsys):
-    fields = {"rule": "decaf", "codec": "float16", "train__lr": 1e10, "train__clip": None, "train__local_steps": 1, "eval__every": 1}
+    fields = {"method": "decaf", "codec": "float16", "train__lr": 1e10, "train__clip": None, "train__local_steps": 1, "eval__every": 1}
     assert main(words(root, tmp_path / "run", **fields)) in (0, 1)  # as large as it can be, or one line
     finite_checkpoint(tmp_path / "run")
 

@@ -69,7 +69,7 @@ def stock_metrics(model, run):
     ("bert", CLASSIFY, "mixed", "decaf"), ("roberta", CLASSIFY, "mixed", "lora"), ("gpt2", CLASSIFY, "local", "decaf"),
     ("llama", GENERATE, "frozen", "lora"), ("gpt2", GENERATE, "frozen", "ffa")])
 def test_stock_peft_loads_what_the_run_evaluated(root, tmp_path, kind, task, head, rule):
-    config = make_config(root, tmp_path / "run", kind, model__task=task, lora__head=head, rule=rule, train__rounds=2)
+    config = make_config(root, tmp_path / "run", kind, model__task=task, lora__head=head, method=rule, train__rounds=2)
     assert running.train(config) == 0
     run, _ = tiny_runs.make_run(config)
     check_stock(root, kind, task, tmp_path / "run", run)
@@ -105,7 +105,7 @@ def test_stock_peft_loads_image_adapters(root, tmp_path):
 
 
 def test_a_saved_adapter_names_its_base_and_is_ready_for_inference(root, tmp_path):
-    config = make_config(root, tmp_path / "run", train__rounds=1, rule="decaf")
+    config = make_config(root, tmp_path / "run", train__rounds=1, method="decaf")
     running.train(config)
     folder = checkpoint.latest(tmp_path / "run")
     about = json.loads((folder / "peer-3" / "adapter_config.json").read_text())
@@ -116,7 +116,7 @@ def test_a_saved_adapter_names_its_base_and_is_ready_for_inference(root, tmp_pat
 
 @pytest.mark.parametrize("rule", ["lora", "decaf"])
 def test_the_consensus_is_the_mean_of_factors_or_the_best_part_of_the_mean_product(root, tmp_path, rule):
-    config = make_config(root, tmp_path / "run", train__rounds=3, train__lr=0.1, rule=rule, lora__head="mixed", lora__alpha=3)
+    config = make_config(root, tmp_path / "run", train__rounds=3, train__lr=0.1, method=rule, lora__head="mixed", lora__alpha=3)
     running.train(config)
     folder, layout = checkpoint.latest(tmp_path / "run"), tiny_runs.make_run(config)[0].peers.layout
     rows, saved = checkpoint.rows_of(folder, 4), load_file(folder / "consensus" / "adapter_model.safetensors")
@@ -173,18 +173,18 @@ def assert_same_run(one, other):
 
 CARRIED = {"train__state": "carried"}
 RESUMED = {
-    "adf, in mid phase": {"rule": "{name: adf, T: 3}"},
-    "adf, moments across rounds": {"rule": "{name: adf, T: 3}", **CARRIED},
-    "tad, moments across a switch": {"rule": "{name: tad, T: 2}", **CARRIED, "train__at_switch": "carried"},
-    "rolora with a local head": {"rule": "rolora", **CARRIED, "lora__head": "local"},
-    "decaf": {"rule": "decaf", **CARRIED, "lora__head": "mixed"},
-    "sgd with momentum": {"rule": "lora", **CARRIED, "train__optimizer": "sgd", "train__momentum": 0.9},
-    "sgd without": {"rule": "lora", **CARRIED, "train__optimizer": "sgd"},
-    "schedule": {"rule": "lora", "train__schedule": "cosine", "train__warmup": 0.3},
-    "dropout": {"rule": "lora", "model__dropout": 0.2, "lora__dropout": 0.2},
-    "random graph, epochs": {"rule": "ffa", "topology": "{name: erdos_renyi, p: 0.4}", "train__local_steps": None,
+    "adf, in mid phase": {"method": "{name: adf, T: 3}"},
+    "adf, moments across rounds": {"method": "{name: adf, T: 3}", **CARRIED},
+    "tad, moments across a switch": {"method": "{name: tad, T: 2}", **CARRIED, "train__at_switch": "carried"},
+    "rolora with a local head": {"method": "rolora", **CARRIED, "lora__head": "local"},
+    "decaf": {"method": "decaf", **CARRIED, "lora__head": "mixed"},
+    "sgd with momentum": {"method": "lora", **CARRIED, "train__optimizer": "sgd", "train__momentum": 0.9},
+    "sgd without": {"method": "lora", **CARRIED, "train__optimizer": "sgd"},
+    "schedule": {"method": "lora", "train__schedule": "cosine", "train__warmup": 0.3},
+    "dropout": {"method": "lora", "model__dropout": 0.2, "lora__dropout": 0.2},
+    "random graph, epochs": {"method": "ffa", "topology": "{name: erdos_renyi, p: 0.4}", "train__local_steps": None,
                              "train__local_epochs": 1, "partition": "{name: quantity, skew: 1.0}"},
-    "stacked": {"rule": "{name: adf, T: 3}", **CARRIED, "train__executor": "stacked"},
+    "stacked": {"method": "{name: adf, T: 3}", **CARRIED, "train__executor": "stacked"},
 }
 
 
@@ -201,13 +201,14 @@ def test_the_moments_make_a_difference(root, tmp_path):
     """Else the cases above would show nothing."""
     rows = []
     for number, fields in enumerate([{}, CARRIED, CARRIED | {"train__at_switch": "carried"}]):
-        running.train(make_config(root, tmp_path / str(number), rule="{name: tad, T: 2}", train__rounds=5, model__layers=1, **fields))
+        config = make_config(root, tmp_path / str(number), method="{name: tad, T: 2}", train__rounds=5, model__layers=1, **fields)
+        running.train(config)
         rows.append(state_of(tmp_path / str(number))["x.0"])
     assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
 
 
 def test_a_resumed_run_may_be_made_longer(root, tmp_path):
-    fields = {"rule": "{name: adf, T: 2}", **CARRIED, "eval__every": 1}
+    fields = {"method": "{name: adf, T: 2}", **CARRIED, "eval__every": 1}
     running.train(make_config(root, tmp_path / "straight", train__rounds=5, **fields))
     running.train(make_config(root, tmp_path / "longer", train__rounds=3, **fields))
     running.train(make_config(root, tmp_path / "longer", train__rounds=5, **fields), resume=True)
@@ -230,7 +231,7 @@ def flip(path, at=-3):
     path.write_bytes(raw)
 
 
-DAMAGED = {"train__rounds": 4, "checkpoint__every": 1, "rule": "{name: tad, T: 2}", **CARRIED, "model__layers": 1}
+DAMAGED = {"train__rounds": 4, "checkpoint__every": 1, "method": "{name: tad, T: 2}", **CARRIED, "model__layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +419,7 @@ def test_when_another_process_fails_nothing_is_published(root, tmp_path):
 
 
 def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
-    running.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", **CARRIED))
+    running.train(make_config(root, tmp_path / "run", train__rounds=2, method="decaf", **CARRIED))
     folder = checkpoint.latest(tmp_path / "run")
     whole = {name: value.clone() for name, value in load_file(folder / "state-0.safetensors").items()}  # its file is written over
     for process, peers in enumerate((("0", "1", "2"), ("3",))):
@@ -435,7 +436,7 @@ def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
 
 
 def test_evaluating_a_run_again_gives_its_last_numbers(root, tmp_path):
-    running.train(make_config(root, tmp_path / "run", train__rounds=2, rule="decaf", lora__head="local"))
+    running.train(make_config(root, tmp_path / "run", train__rounds=2, method="decaf", lora__head="local"))
     again = evaluation.evaluate_run(tmp_path / "run")
     recorded = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["eval"]
     assert {key: again[key] for key in recorded} == recorded and again["round"] == 2

@@ -28,12 +28,12 @@ def test_defaults_are_a_valid_recipe():
 
 
 def test_a_configuration_survives_yaml_bit_for_bit(tmp_path):
-    config = load(None, ["--rule", "{name: tad, T: 5, theta: 1e-3}", "--lora.targets", "[query, value]", "--train.lr", "3e-4",
+    config = load(None, ["--method", "{name: tad, T: 5, theta: 1e-3}", "--lora.targets", "[query, value]", "--train.lr", "3e-4",
                          "--train.betas", "[0.8, 0.95]", "--report_to", "[tensorboard, mlflow]", "--train.eps", "1e-12",
                          "--topology.name", "ring", "--partition", "{name: proportions, proportions: [[0.9, 0.1], [0.1, 0.9]]}"])
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     assert load(recipe(tmp_path, text)) == config == from_dict(yaml.safe_load(text))
-    assert config.rule == Plugin("tad", {"T": 5, "theta": 1e-3})
+    assert config.method == Plugin("tad", {"T": 5, "theta": 1e-3})
 
 
 def test_configurations_are_frozen():
@@ -61,9 +61,9 @@ def test_words_that_python_takes_for_numbers_stay_words(value):
 
 
 def test_an_override_completes_or_replaces_a_plugin(tmp_path):
-    path = recipe(tmp_path, "rule: tad\ntopology: {name: erdos_renyi, p: 0.1}\n")
-    config = load(path, ["--rule.T", "5", "--topology.p", "0.5"])
-    assert config.rule == Plugin("tad", {"T": 5}) and config.topology == Plugin("erdos_renyi", {"p": 0.5})
+    path = recipe(tmp_path, "method: tad\ntopology: {name: erdos_renyi, p: 0.1}\n")
+    config = load(path, ["--method.T", "5", "--topology.p", "0.5"])
+    assert config.method == Plugin("tad", {"T": 5}) and config.topology == Plugin("erdos_renyi", {"p": 0.5})
     assert load(path, ["--topology", "ring"]).topology == Plugin("ring")
 
 
@@ -92,7 +92,7 @@ REFUSED = {
     "unknown section": (["--trian.lr", "1"], ["'trian'", "did you mean 'train'"]),
     "no value": (["--train.lr"], ["--train.lr", "lacks a value"]),
     "no override": (["train.lr", "1"], ["'train.lr'", "--dotted.key value"]),
-    "not YAML": (["--rule", "{name: tad"], ["--rule", "YAML"]),
+    "not YAML": (["--method", "{name: tad"], ["--method", "YAML"]),
     "not a date": (["--output", "2020-77-77"], ["--output", "YAML"]),
     "a field of a number": (["--peers", "8", "--peers.x", "1"], ["peers.x", "has no fields"]),
     "a field of a list": (["--report_to", "[wandb]", "--report_to.x", "1"], ["report_to.x", "has no fields"]),
@@ -102,7 +102,7 @@ REFUSED = {
     "a number for a switch": (["--lora.rslora", "1"], ["lora.rslora = 1", "true or false"]),
     "none of the choices": (["--lora.head", "shared"], ["lora.head = 'shared'", "frozen, mixed, local"]),
     "a section as a value": (["--train", "5"], ["train = 5", "mapping"]),
-    "a plug-in without a name": (["--rule", "{T: 5}"], ["rule = {'T': 5}", "name"]),
+    "a plug-in without a name": (["--method", "{T: 5}"], ["method = {'T': 5}", "name"]),
     "too few betas": (["--train.betas", "[0.9]"], ["train.betas", "2"]),
     "one beta": (["--train.betas", "0.9"], ["train.betas = 0.9", "a list"]),
     "a beta of one": (["--train.betas", "[0.9, 1.0]"], ["train.betas"]),
@@ -149,7 +149,7 @@ def test_a_missing_recipe_and_an_empty_one(tmp_path):
 
 
 def test_anchors_and_merges_still_work(tmp_path):
-    path = recipe(tmp_path, "rule: &r {name: tad, T: 3}\ntopology:\n  <<: *r\n  name: ring\n")
+    path = recipe(tmp_path, "method: &r {name: tad, T: 3}\ntopology:\n  <<: *r\n  name: ring\n")
     assert load(path).topology == Plugin("ring", {"T": 3})
 
 

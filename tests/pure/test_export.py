@@ -31,14 +31,14 @@ QUIET = ("grad and param do not obey", ".*is_gradient_checkpointing", ".*tie_wor
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings(*(f"ignore:{message}" for message in QUIET))]
 CLASSIFY, GENERATE, IMAGES = "sequence_classification", "causal_lm", "image_classification"
 CASES = {
-    "bert, mixed head": ("bert", CLASSIFY, {"lora__head": "mixed", "rule": "decaf"}),
+    "bert, mixed head": ("bert", CLASSIFY, {"lora__head": "mixed", "method": "decaf"}),
     "bert, frozen head, one layer": ("bert", CLASSIFY, {"model__layers": 1, "lora__rslora": True}),
     "gpt2, local head": ("gpt2", CLASSIFY, {"lora__head": "local"}),
     "llama, one layer": ("llama", CLASSIFY, {"lora__head": "mixed", "model__layers": 1}),
     "gpt2, adapted output": ("gpt2", GENERATE, {"lora__targets": "[c_attn,lm_head]"}),
-    "llama, next token": ("llama", GENERATE, {"rule": "tad"}),
-    "ranks of their own, and a residual": ("bert", CLASSIFY, {"lora__rank": "[1,2,3,4]", "rule": "fedhl"}),
-    "a residual, mixed head": ("gpt2", CLASSIFY, {"rule": "fedex", "lora__head": "mixed"}),
+    "llama, next token": ("llama", GENERATE, {"method": "tad"}),
+    "ranks of their own, and a residual": ("bert", CLASSIFY, {"lora__rank": "[1,2,3,4]", "method": "fedhl"}),
+    "a residual, mixed head": ("gpt2", CLASSIFY, {"method": "fedex", "lora__head": "mixed"}),
     "DoRA": ("gpt2", GENERATE, {"lora__adapter": "dora"}),
     "HiRA": ("llama", GENERATE, {"lora__adapter": "hira"}),
     "PiSSA": ("bert", CLASSIFY, {"lora__start": "pissa", "train__lr": 0.01}),
@@ -222,7 +222,7 @@ def test_the_card_tells_what_the_hub_and_people_want_to_know(run, tmp_path):
     recorded = read_lines(run / "metrics.jsonl")[-1]["eval"]
     about = yaml.safe_load(found.content.split("---")[1])
     assert about["library_name"] == "peft" and about["pipeline_tag"] == "text-classification" and "base_model" not in about
-    assert {"decentralized-training", "rule:lora", "topology:ring"} <= set(about["tags"])
+    assert {"decentralized-training", "method:lora", "topology:ring"} <= set(about["tags"])
     assert {r.metric_type: r.metric_value for r in found.data.eval_results} == {k: v[1] for k, v in recorded["peers"].items()}
     row = next(line for line in found.text.splitlines() if line.startswith("| accuracy"))
     before, spread = read_lines(run / "metrics.jsonl")[0]["eval"]["accuracy"]["mean"], recorded["accuracy"]

@@ -61,8 +61,8 @@ def test_they_are_listed_and_may_be_named_in_a_recipe(tmp_path):
     assert "slow_average" in listed and "Send every number as two" in listed and "grading" in listed and "two_rings" in listed
     assert "of those with more than this share of the examples. Of a predicted class; higher is better." in listed
     root = tiny_runs.make_folder(tmp_path)
-    words = tiny_runs.arguments(root / "bert", root / "data.csv", tmp_path / "run", rule="{name: slow_average, pace: 0.25}", peers=6,
-                                topology="two_rings", codec="halves", model__task="grading", train__rounds=2,
+    words = tiny_runs.arguments(root / "bert", root / "data.csv", tmp_path / "run", method="{name: slow_average, pace: 0.25}",
+                                peers=6, topology="two_rings", codec="halves", model__task="grading", train__rounds=2,
                                 eval__metrics="[{name: worst_recall, above: 0.1}, accuracy]", eval__primary="worst_recall")
     done = outside(f"import sys; from dfl.cli import main; sys.exit(main({['train', *words]!r}))", OUTSIDE)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_a_recipe_names_a_module_of_its_own_folder(tmp_path, monkeypatch, capsys
                                           "RULES['mine'] = mine\n")
     root = tiny_runs.make_folder(tmp_path)
     code = "import sys; from dfl.cli import main; sys.exit(main({!r}))"
-    words = tiny_runs.arguments(root / "bert", root / "data.csv", "run", rule="mine", plugins="my_rules", train__rounds=2)
+    words = tiny_runs.arguments(root / "bert", root / "data.csv", "run", method="mine", plugins="my_rules", train__rounds=2)
     dry = outside(code.format(["train", *words, "--dry-run"]), cwd=tmp_path)
     assert dry.returncode == 0 and "plugins = my_rules: this recipe names code" in dry.stdout + dry.stderr, dry.stderr
     done = outside(code.format(["train", *words]), cwd=tmp_path)

@@ -38,7 +38,7 @@ def poisoned(monkeypatch, factor: float) -> None:
 @pytest.mark.parametrize("factor", [1e30, -100.0])
 def test_honest_peers_go_on_and_the_sender_is_named_once(root, tmp_path, monkeypatch, caplog, factor):
     poisoned(monkeypatch, factor)
-    config = tiny_runs.make_config(*root, tmp_path / "run", rule="lora", topology="ring", train__rounds=3)
+    config = tiny_runs.make_config(*root, tmp_path / "run", method="lora", topology="ring", train__rounds=3)
     with caplog.at_level(logging.WARNING):
         assert running.train(config) == 0
     rounds = read_lines(tmp_path / "run" / "metrics.jsonl")[1:]
@@ -49,7 +49,7 @@ def test_honest_peers_go_on_and_the_sender_is_named_once(root, tmp_path, monkeyp
 
 def test_without_a_guard_absurd_values_pass(root, tmp_path, monkeypatch):
     poisoned(monkeypatch, -100.0)
-    config = tiny_runs.make_config(*root, tmp_path / "run", rule="lora", topology="ring", train__rounds=2, guard="finite")
+    config = tiny_runs.make_config(*root, tmp_path / "run", method="lora", topology="ring", train__rounds=2, guard="finite")
     assert running.train(config) == 0
     rounds = read_lines(tmp_path / "run" / "metrics.jsonl")[1:]
     assert all(r["rejected"] == 0 and "rejected_senders" not in r for r in rounds)

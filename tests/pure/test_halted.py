@@ -13,11 +13,11 @@ from dfl.store.records import read_lines
 
 CASES = {name: RESUMED[name] for name in ("adf, moments across rounds", "tad, moments across a switch", "rolora with a local head",
                                           "sgd with momentum", "schedule", "dropout", "random graph, epochs", "stacked")} | {
-    "fresh sgd with momentum": {"rule": "lora", "train__optimizer": "sgd", "train__momentum": 0.9},
-    "accumulation": {"rule": "lora", "train__accumulation": 2},
-    "masks": {"rule": "plora", **CARRIED}, "masks, fresh": {"rule": "plora"},
-    "a residual": {"rule": "fedex_choco", **CARRIED},
-    "cores": {"rule": "fed_sb", "lora__adapter": "sb"},
+    "fresh sgd with momentum": {"method": "lora", "train__optimizer": "sgd", "train__momentum": 0.9},
+    "accumulation": {"method": "lora", "train__accumulation": 2},
+    "masks": {"method": "plora", **CARRIED}, "masks, fresh": {"method": "plora"},
+    "a residual": {"method": "fedex_choco", **CARRIED},
+    "cores": {"method": "fed_sb", "lora__adapter": "sb"},
     "stacked, epochs": RESUMED["random graph, epochs"] | {"train__executor": "stacked"},
 }
 
@@ -113,7 +113,7 @@ def test_in_the_baseline(root, tmp_path, monkeypatch):
 
 
 def test_a_peer_that_diverges_after_a_stop_goes_back_to_the_start_of_the_round(root, tmp_path, monkeypatch):
-    fields = {"rule": "lora", "train__lr": 1e30, "lora__head": "mixed", **CARRIED, "train__local_steps": 4}
+    fields = {"method": "lora", "train__lr": 1e30, "lora__head": "mixed", **CARRIED, "train__local_steps": 4}
     found = []
     for name in ("straight", "halted"):
         config = make_config(root, tmp_path / name, **fields)

@@ -12,7 +12,7 @@ from dfl.config import from_dict
 from dfl.tasks.base import Split
 from dfl.transport import InProcess, agreement, handshake
 
-CONFIG = {"peers": 4, "rule": {"name": "tad", "T": 5}, "train": {"lr": 0.01}}
+CONFIG = {"peers": 4, "method": {"name": "tad", "T": 5}, "train": {"lr": 0.01}}
 
 
 class Seen(InProcess):
@@ -35,9 +35,9 @@ def test_equal_processes_belong_together():
 
 
 @pytest.mark.parametrize("field, value, said", [
-    ("train.lr", 0.02, "train.lr = 0.02, but 0.01 on process 0"), ("rule.T", 7, "rule.T = 7, but 5 on"),
+    ("train.lr", 0.02, "train.lr = 0.02, but 0.01 on process 0"), ("method.T", 7, "method.T = 7, but 5 on"),
     ("version", "0.0.1", "version = '0.0.1', but"), ("topology_seed", 3, "topology_seed = 3, but 0 on"),
-    ("--resume", False, "--resume = False, but True"), ("rule.extra", 1, "rule.extra = 1, but None on")])
+    ("--resume", False, "--resume = False, but True"), ("method.extra", 1, "method.extra = 1, but None on")])
 def test_the_field_that_differs_is_named_with_both_values(field, value, said):
     fields = handshake.settings(from_dict(CONFIG), resume=True)
     with pytest.raises(ValueError) as refused:

@@ -77,20 +77,20 @@ def test_twice_in_one_process_gives_the_bits_of_the_command(tree, tmp_path):
 
 def test_a_path_a_mapping_and_a_config_are_the_same(tree, tmp_path):
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(tree | {"output": str(tmp_path / "run")}))
-    overrides = {"train__rounds": 1, "rule": {"name": "tad", "T": 2}, "overwrite": True, "train__betas": (0.8, 0.9)}
+    overrides = {"train__rounds": 1, "method": {"name": "tad", "T": 2}, "overwrite": True, "train__betas": (0.8, 0.9)}
     trees = [dfl.train(config, **overrides).config.to_dict() for config in (
         tree, tmp_path / "my.yaml", str(tmp_path / "my.yaml"), resolve(tree | {"output": str(tmp_path / "run")}))]
     assert trees[0] == trees[1] == trees[2] == trees[3]
     assert trees[0]["train"]["rounds"] == 1 and trees[0]["train"]["betas"] == [0.8, 0.9]
-    assert trees[0]["rule"] == {"name": "tad", "T": 2}
+    assert trees[0]["method"] == {"name": "tad", "T": 2}
 
 
 def test_what_it_returns_is_what_the_run_has_left(tree, tmp_path):
-    result = dfl.train(tree, baseline="local", rule="decaf")
+    result = dfl.train(tree, baseline="local", method="decaf")
     assert result.finished and result.rounds == 4 and [record["round"] for record in result.metrics] == [0, 1, 2, 3, 4]
     assert [row["round"] for row in result.table()] == [0, 2, 4]
     assert result.table()[-1]["eval/accuracy/mean"] == result.metrics[-1]["eval"]["accuracy"]["mean"]
-    assert result.baseline.finished and result.baseline.config.rule.name == "local" and result.baseline.baseline is None
+    assert result.baseline.finished and result.baseline.config.method.name == "local" and result.baseline.baseline is None
     stored = load_file(result.checkpoint / "peer-2" / "adapter_model.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in result.adapter(2).items()) and stored
     assert list(result.adapters) == list(result.peers) == [0, 1, 2, 3]

@@ -23,7 +23,7 @@ def pieces(tmp_path_factory):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("rule", ["ffa", "rolora", "{name: tad, T: 2}"])
 def test_only_the_active_factor_moves(pieces, rule, optimizer):
-    config = make_config(*pieces, rule=rule, train__optimizer=optimizer, train__weight_decay=0.1, train__state="carried")
+    config = make_config(*pieces, method=rule, train__optimizer=optimizer, train__weight_decay=0.1, train__state="carried")
     run, _ = make_run(config)
     for t in range(4):
         before, trains = run.peers.x.clone(), run.gossip.plans(t)[0].trains
@@ -80,7 +80,7 @@ def test_payload_of_roberta_large():
 
 
 def test_every_rule_sees_the_same_graphs(pieces):
-    runs = [make_run(make_config(*pieces, rule=rule, topology="{name: edge_activation, p: 0.4}"))[0] for rule in ("lora", "decaf")]
+    runs = [make_run(make_config(*pieces, method=rule, topology="{name: edge_activation, p: 0.4}"))[0] for rule in ("lora", "decaf")]
     for t in (0, 1, 50):
         assert (runs[0].topology.matrix(t) == runs[1].topology.matrix(t)).all()
     assert all((one.batch(k) == other.batch(k)).all() for one, other in

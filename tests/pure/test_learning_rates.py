@@ -35,7 +35,7 @@ def local_phase(run, t=0, trains=BOTH):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_equal_ratios_are_another_rate_bit_for_bit(root, tmp_path, optimizer):
     given = {"train__optimizer": optimizer, "train__schedule": "cosine", "train__warmup": 0.3,
-             "train__weight_decay": 0.1, "rule": "decaf"}
+             "train__weight_decay": 0.1, "method": "decaf"}
     one = make_config(root, tmp_path / "one", train__lr=0.02, **given)
     halves = make_config(root, tmp_path / "halves", train__lr=0.04, train__lr_ratio="{A: 0.5, B: 0.5}", **given)
     assert train(one) == 0 and train(halves) == 0
@@ -62,7 +62,7 @@ def test_a_step_is_that_of_an_optimiser_with_two_groups(root, tmp_path, optimize
 
 
 def test_a_ratio_of_zero_freezes_a_factor(root, tmp_path):
-    run = make_run(root, tmp_path, rule="local", train__lr_ratio__A=0, train__weight_decay=0.1, train__state="carried",
+    run = make_run(root, tmp_path, method="local", train__lr_ratio__A=0, train__weight_decay=0.1, train__state="carried",
                    train__optimizer="sgd", train__momentum=0.9)
     before, cuts = run.peers.x.clone(), run.peers.layout.groups
     for t in range(3):
@@ -72,8 +72,8 @@ def test_a_ratio_of_zero_freezes_a_factor(root, tmp_path):
 
 
 @pytest.mark.parametrize("group, fields", [("head", {"lora__head": "local"}),
-                                           ("M", {"lora__adapter": "dora", "rule": "dora"}),
-                                           ("core", {"lora__adapter": "sb", "rule": "fed_sb"})])
+                                           ("M", {"lora__adapter": "dora", "method": "dora"}),
+                                           ("core", {"lora__adapter": "sb", "method": "fed_sb"})])
 def test_every_group_has_a_ratio(root, tmp_path, group, fields):
     run = make_run(root, tmp_path, **{"train__lr_ratio": f"{{{group}: 0}}"}, **fields)
     before, cut = run.peers.x.clone(), run.peers.layout.groups[group]
@@ -97,7 +97,7 @@ def test_peers_with_other_numbers_of_steps_keep_their_schedules(root, tmp_path):
 
 
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path):
-    given = {"train__lr_ratio__B": 8, "train__state": "carried", "rule": "{name: tad, T: 2}"}
+    given = {"train__lr_ratio__B": 8, "train__state": "carried", "method": "{name: tad, T: 2}"}
     assert train(make_config(root, tmp_path / "whole", **given)) == 0
     assert train(make_config(root, tmp_path / "halves", **given, train__rounds=2)) == 0
     assert train(make_config(root, tmp_path / "halves", **given), resume=True) == 0

@@ -109,7 +109,7 @@ def root(tmp_path_factory):
     return tiny_runs.make_folder(tmp_path_factory.mktemp("manifests"))
 
 
-FIELDS = {"rule": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "checkpoint__every": 1, "checkpoint__keep": 3}
+FIELDS = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "checkpoint__every": 1, "checkpoint__keep": 3}
 
 
 def words(root, output, **fields):

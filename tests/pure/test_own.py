@@ -34,7 +34,7 @@ def root(tmp_path_factory):
     return folder
 
 
-SKEWED = {"partition": "{name: dirichlet, alpha: 0.4}", "train__lr": 0.05, "rule": "decaf"}
+SKEWED = {"partition": "{name: dirichlet, alpha: 0.4}", "train__lr": 0.05, "method": "decaf"}
 
 
 def make_config(root, output, data="data.csv", model="bert", **fields):

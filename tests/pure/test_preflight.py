@@ -14,12 +14,12 @@ from dfl.run import build, memory, preflight, runtime
 
 CASES = {
     "lora": {}, "mixed head": {"lora__head": "mixed"}, "dora": {"lora__adapter": "dora", "lora__head": "local"},
-    "hira": {"lora__adapter": "hira"}, "sb": {"lora__adapter": "sb", "rule": "fed_sb"},
-    "ravan": {"lora__adapter": "ravan", "rule": "ravan", "lora__rank": 4, "lora__head": "mixed"},
-    "ranks that differ": {"lora__rank": [1, 2, 3, 4], "rule": "decaf"},
-    "ranks by memory": {"lora__rank": "{budget_mb: 0.01}", "rule": "decaf"},
+    "hira": {"lora__adapter": "hira"}, "sb": {"lora__adapter": "sb", "method": "fed_sb"},
+    "ravan": {"lora__adapter": "ravan", "method": "ravan", "lora__rank": 4, "lora__head": "mixed"},
+    "ranks that differ": {"lora__rank": [1, 2, 3, 4], "method": "decaf"},
+    "ranks by memory": {"lora__rank": "{budget_mb: 0.01}", "method": "decaf"},
     "all layers": {"lora__targets": "all-linear"}, "half precision": {"model__dtype": "bfloat16"},
-    "a residual": {"rule": "fedex"}, "pissa": {"lora__start": "pissa"},
+    "a residual": {"method": "fedex"}, "pissa": {"lora__start": "pissa"},
 }
 
 

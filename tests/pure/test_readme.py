@@ -41,7 +41,7 @@ def test_the_round_for_readers_is_the_loops(interval, tmp_path):
     exec(block("def one_round"), twin)
     assert len(block("def one_round").strip().splitlines()) <= 40
     model, data = tiny_models.save(tmp_path / "model", "bert", layers=2), write_data(tmp_path)
-    config = make_config(model, data, tmp_path / "run", rule=f"{{name: tad, T: {interval}}}", train__rounds=3, train__local_steps=3,
+    config = make_config(model, data, tmp_path / "run", method=f"{{name: tad, T: {interval}}}", train__rounds=3, train__local_steps=3,
                          train__lr=1e-2, train__clip=0.5, model__dropout=0.0)
     run, loaded = make_run(config)
     topology = run.topology

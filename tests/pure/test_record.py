@@ -178,11 +178,11 @@ def test_wandb_gets_configuration_numbers_and_the_end(tmp_path, monkeypatch):
 def test_mlflow_gets_configuration_numbers_and_the_end(tmp_path, monkeypatch):
     spy = Spy("mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", spy)
-    trackers = Trackers(["mlflow"], tmp_path / "run", {"peers": 4, "rule": {"name": "tad"}})
+    trackers = Trackers(["mlflow"], tmp_path / "run", {"peers": 4, "method": {"name": "tad"}})
     trackers.log(3, RECORD)
     trackers.close()
     assert [name for name, _, _ in spy.calls] == ["start_run", "log_params", "log_metrics", "end_run"]
-    assert spy.calls[1][1] == ({"peers": "4", "rule": "{'name': 'tad'}"},)
+    assert spy.calls[1][1] == ({"peers": "4", "method": "{'name': 'tad'}"},)
     assert spy.calls[2][1:] == ((NUMBERS,), {"step": 3})
 
 

@@ -22,9 +22,9 @@ def evaluation(values, consensus=None, primary="accuracy"):
     return result | ({} if consensus is None else {"consensus": {primary: consensus}})
 
 
-def write_run(folder, records, rule="tad", rounds=None):
+def write_run(folder, records, method="tad", rounds=None):
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"rule": {"name": rule}, "train": {"rounds": rounds}}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": {"name": method}, "train": {"rounds": rounds}}))
     lines = JsonLines(folder / "metrics.jsonl")
     for record in records:
         lines.write(record)
@@ -51,7 +51,7 @@ def test_closing_table_shows_before_after_and_best_of_peers_and_consensus(tmp_pa
 
 def test_local_training_alone_has_a_column_of_its_own(tmp_path):
     run = write_run(tmp_path / "run", RECORDS)
-    write_run(run / "baseline-local", [RECORDS[0], {"round": 10, "eval": evaluation([0.3, 0.4], 0.35)}], rule="local")
+    write_run(run / "baseline-local", [RECORDS[0], {"round": 10, "eval": evaluation([0.3, 0.4], 0.35)}], method="local")
     table = report.closing_table(run)
     assert cells(table, "peer") == ["before", "after", "tad", "local", "alone"]
     assert cells(table, "mean") == ["0.2000", "0.8000", "0.3500"]
@@ -60,7 +60,7 @@ def test_local_training_alone_has_a_column_of_its_own(tmp_path):
 def test_local_training_that_was_stopped_is_no_equal_beside_the_finished_run(tmp_path):
     run = write_run(tmp_path / "run", RECORDS, rounds=10)
     short = [RECORDS[0], {"round": 2, "eval": evaluation([0.3, 0.4], 0.35)}]
-    write_run(run / "baseline-local", short, rule="local", rounds=10)
+    write_run(run / "baseline-local", short, method="local", rounds=10)
     table = report.closing_table(run)
     assert "after tad  local alone, round 2 of 10" in table and cells(table, "mean") == ["0.2000", "0.8000", "0.3500"]
     assert "local training alone is not finished (unfinished, 2 of 10 rounds): --resume goes on with it" in table
@@ -69,7 +69,7 @@ def test_local_training_that_was_stopped_is_no_equal_beside_the_finished_run(tmp
 def test_a_run_that_is_not_at_its_end_stands_beside_the_same_round_of_local_training(tmp_path):
     run = write_run(tmp_path / "run", RECORDS[:3], rounds=10)
     alone = [{"round": t, "eval": evaluation([v, v], v)} for t, v in ((0, 0.2), (5, 0.3), (10, 0.4))]
-    write_run(run / "baseline-local", alone, rule="local", rounds=10)
+    write_run(run / "baseline-local", alone, method="local", rounds=10)
     table = report.closing_table(run)
     assert "after tad, round 5 of 10  local alone, round 5 of 10" in table and cells(table, "mean") == ["0.2000", "0.8500", "0.3000"]
     (run / "ended.json").write_text("{}")  # a callback has ended it: that is its end

@@ -37,7 +37,7 @@ def folders(table, tmp_path_factory):
     for rule, p, seed in itertools.product(RULES, PROBABILITIES, SEEDS):
         values = table[label(rule), p, seed].tolist()
         records = [record(0, [0.1, 0.1], consensus=0.1), record(2, [v / 2 for v in values]), record(4, values, consensus=values[0])]
-        made[label(rule), p, seed] = write_run(root / f"{label(rule)}-{p}-{seed}".replace(" ", "-"), records, rule=rule, seed=seed,
+        made[label(rule), p, seed] = write_run(root / f"{label(rule)}-{p}-{seed}".replace(" ", "-"), records, method=rule, seed=seed,
                                                topology={"name": "edge_activation", "base": "complete", "p": p})
     return made
 
@@ -97,7 +97,7 @@ def test_groups_hold_the_seeds_and_their_means(members, table):
 
 def test_differences_are_paired_by_topology_and_seed(members, table):
     # one run less: its pair is left out, and its seed from the row over all places
-    short = [m for m in members if not (m.rule == "tad T=5" and m.fields["topology.p"] == 0.5 and m.replicate[0] == "2")]
+    short = [m for m in members if not (m.method == "tad T=5" and m.fields["topology.p"] == 0.5 and m.replicate[0] == "2")]
     values = {id(m): outcome(m.run, "accuracy", True)["mean"] for m in short}
     found = {(rule, where): result for rule, where, result in differences(short, values, "lora")}
     assert len(found) == 9  # three rules, two places and both
@@ -118,7 +118,7 @@ def test_differences_are_paired_by_topology_and_seed(members, table):
 def test_a_cell_of_the_map_is_the_mean_over_seeds(members, table):
     results = {id(m): outcome(m.run, "accuracy", True) for m in members}
     (grid,) = several.grids(members, results, "mean", "accuracy")
-    assert (grid["row"], grid["column"], grid["rows"], grid["columns"]) == ("rule.T", "topology.p", ["1", "5"], ["0.1", "0.5"])
+    assert (grid["row"], grid["column"], grid["rows"], grid["columns"]) == ("method.T", "topology.p", ["1", "5"], ["0.1", "0.5"])
     wanted = [[np.mean([table[f"tad T={T}", p, s] for s in SEEDS]) for p in PROBABILITIES] for T in (1, 5)]
     np.testing.assert_allclose(np.array(grid["values"]), wanted, rtol=1e-5)
     assert grid["counts"] == [[4, 4], [4, 4]]
@@ -134,12 +134,12 @@ def test_a_curves_band_is_over_seeds(members, table):
 
 
 def test_a_learning_rate_chosen_for_each_rule_is_no_setting(tmp_path):
-    runs = [read_run(write_run(tmp_path / f"{rule}{seed}", [record(1, [0.5, 0.5])], rule=rule, seed=seed, train={"lr": lr}))
+    runs = [read_run(write_run(tmp_path / f"{rule}{seed}", [record(1, [0.5, 0.5])], method=rule, seed=seed, train={"lr": lr}))
             for rule, lr in (("lora", 0.01), ("ffa", 0.02)) for seed in (0, 1)]
     members, notes = place(runs)
-    assert {m.setting for m in members} == {""} and notes == ["train.lr goes with the rule: lora 0.01, ffa 0.02."]
+    assert {m.setting for m in members} == {""} and notes == ["train.lr goes with the method: lora 0.01, ffa 0.02."]
     assert len(differences(members, {id(m): 0.5 for m in members}, "lora")) == 1
-    runs.append(read_run(write_run(tmp_path / "more", [record(1, [0.5, 0.5])], rule="ffa", train={"lr": 0.01})))
+    runs.append(read_run(write_run(tmp_path / "more", [record(1, [0.5, 0.5])], method="ffa", train={"lr": 0.01})))
     members, notes = place(runs)
     assert {m.setting for m in members} == {"train.lr=0.01", "train.lr=0.02"} and notes == []
 
@@ -147,12 +147,12 @@ def test_a_learning_rate_chosen_for_each_rule_is_no_setting(tmp_path):
 def test_local_training_beside_rules_with_values_of_their_own_keeps_them_apart(tmp_path):
     runs = []
     for rule, lr in (("lora", 0.01), ("ffa", 0.02)):
-        folder = write_run(tmp_path / rule, [record(1, [0.5, 0.5])], rule=rule, train={"lr": lr}, baseline="local")
-        write_run(folder / "baseline-local", [record(1, [0.2, 0.2])], rule="local", train={"lr": lr})
+        folder = write_run(tmp_path / rule, [record(1, [0.5, 0.5])], method=rule, train={"lr": lr}, baseline="local")
+        write_run(folder / "baseline-local", [record(1, [0.2, 0.2])], method="local", train={"lr": lr})
         runs += [run := read_run(folder), run.baseline]
     members, notes = place(runs)
-    assert notes == ["train.lr goes with the rule: lora 0.01, ffa 0.02."] and {m.setting for m in members} == {""}
-    assert [m.rule for m in members] == ["lora", "local train.lr=0.01", "ffa", "local train.lr=0.02"]
+    assert notes == ["train.lr goes with the method: lora 0.01, ffa 0.02."] and {m.setting for m in members} == {""}
+    assert [m.method for m in members] == ["lora", "local train.lr=0.01", "ffa", "local train.lr=0.02"]
     assert len(differences(members, {id(m): 0.5 for m in members}, "lora")) == 3
 
 
@@ -168,9 +168,9 @@ def test_the_baseline_is_a_rule_of_the_runs():
     rules = ["decaf", "tad T=1", "tad T=5", "local"]
     assert choose_baseline(rules, None) == "local" and choose_baseline(["b", "a"], None) == "b"
     assert choose_baseline(rules, "tad T=5") == "tad T=5" and choose_baseline(rules, "decaf") == "decaf"
-    with pytest.raises(ValueError, match="baseline = 'tad' is several rules of these runs; allowed: decaf, tad T=1, tad T=5, local"):
+    with pytest.raises(ValueError, match="baseline = 'tad' is several methods of these runs; allowed: decaf, tad T=1, tad T=5, local"):
         choose_baseline(rules, "tad")
-    with pytest.raises(ValueError, match="baseline = 'ffa' is no rule"):
+    with pytest.raises(ValueError, match="baseline = 'ffa' is no method"):
         choose_baseline(rules, "ffa")
 
 
@@ -197,8 +197,8 @@ def rows(markdown: str, title: str) -> list[list[str]]:
 def test_the_tables_say_it(folders, table, tmp_path):
     write_report(list(folders.values()), tmp_path / "page.html", baseline="local", targets=[0.3])
     text = (tmp_path / "page.md").read_text()
-    head, *found = rows(text, "Accuracy after the last round, mean over peers: rule by topology")
-    assert head == ["rule", "edge_activation p=0.1", "edge_activation p=0.5"] and len(found) == 4
+    head, *found = rows(text, "Accuracy after the last round, mean over peers: method by topology")
+    assert head == ["method", "edge_activation p=0.1", "edge_activation p=0.5"] and len(found) == 4
     for name, *cells in found:
         for p, cell in zip(PROBABILITIES, cells, strict=True):
             values = [table[name, p, s].mean() for s in SEEDS]
@@ -215,7 +215,7 @@ def test_a_sweep_says_what_is_missing(folders, tmp_path):
     names = {}
     for (rule, p, seed), folder in folders.items():
         if p == 0.5 and seed < 2:
-            names[folder.name] = {"rule": rule, "seed": seed}
+            names[folder.name] = {"method": rule, "seed": seed}
             (tmp_path / "s").mkdir(exist_ok=True)
             (tmp_path / "s" / folder.name).symlink_to(folder)
     write_run(tmp_path / "s" / "half", [record(1, [0.1, 0.1])], rounds=9, seed=7, topology={"name": "edge_activation", "p": 0.5})
@@ -226,7 +226,7 @@ def test_a_sweep_says_what_is_missing(folders, tmp_path):
     text = tables.read_text()
     assert page == sweep / "report.html" and "half: unfinished, 1 of 9 rounds" in text
     assert "- never: has not begun" in text and "- bad: failed: peer 0 diverged" in text
-    found = rows(text, "Accuracy after the last round, mean over peers: rule by topology")
+    found = rows(text, "Accuracy after the last round, mean over peers: method by topology")
     assert len(found) == 5 and all(row[1].endswith("(n = 2: no interval)") and "±" not in row[1] for row in found[1:])
     _, *pairs = rows(text, "Accuracy minus that of lora, on the same topology, setting and seed")
     assert len(pairs) == 3 and all(row[3:] == ["n = 2: no interval", "2"] for row in pairs)

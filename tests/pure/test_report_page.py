@@ -73,9 +73,9 @@ FINISHED = [record(0, [0.1, 0.1], consensus=0.1), record(1), record(2, [0.4, 0.6
 
 def test_a_finished_run_is_all_there(tmp_path):
     facts = {"primary": "accuracy", "better": {"accuracy": "higher"}, "label_names": ["no", "yes"], "base": "tiny",
-             "shards": {"examples": [30, 10], "classes": [[25, 5], [0, 10]]}, "rule": {"T": 5, "reason": "chosen"}}
+             "shards": {"examples": [30, 10], "classes": [[25, 5], [0, 10]]}, "method": {"T": 5, "reason": "chosen"}}
     run = write_run(tmp_path / "run", FINISHED, facts=facts)
-    write_run(run / "baseline-local", [record(0, [0.1, 0.1]), record(4, [0.3, 0.2])], rule="local")
+    write_run(run / "baseline-local", [record(0, [0.1, 0.1]), record(4, [0.3, 0.2])], method="local")
     text, found, markdown = report(run, targets=[0.5])
     lines = {line["name"]: line for line in chart(found, "Accuracy by round")["variants"][0]["series"]}
     mean = lines["mean of peers, least to most"]
@@ -91,13 +91,13 @@ def test_a_finished_run_is_all_there(tmp_path):
     assert "| run | 0.5 | 2 | 2.0 kB | 4.0 |" in markdown and "| run, local | 0.5 | not reached | – | – |" in markdown
     assert "| 1 | 10 | 0.1000 | 0.9000 | 0.2000 |" in markdown and "| mean |  | 0.1000 | 0.8000 | 0.2500 |" in markdown
     for said in ("the mean over 2 peers went from 0.1000 to 0.8000 (peers 0.7000 to 0.9000)", "alone, to 0.2500", "c0ffee",
-                 "rule: reason chosen", "Higher is better"):
+                 "method: reason chosen", "Higher is better"):
         assert said in text, said
 
 
 def test_local_training_that_was_stopped_is_marked_where_it_stands_beside_the_run(tmp_path):
     run = write_run(tmp_path / "run", FINISHED)
-    write_run(run / "baseline-local", FINISHED[:3], rule="local", rounds=4)
+    write_run(run / "baseline-local", FINISHED[:3], method="local", rounds=4)
     text, _, markdown = report(run)
     assert "| peer | before | after round 4 | training alone, round 2 of 4 |" in markdown
     assert "training alone, round 2 of 4 0.5000" in text and "; training alone, round 2 of 4, to 0.5000" in text
@@ -195,7 +195,7 @@ def test_runs_none_of_which_has_ended(tmp_path):
 def test_differences_are_drawn_with_their_intervals_where_they_have_one(tmp_path):
     """Three seeds of two rules, against a third; of local there is one pair, which has no interval."""
     found = {"lora": [0.5, 0.4, 0.6], "tad": [0.6, 0.52, 0.68], "local": [0.3]}
-    runs = [write_run(tmp_path / f"{rule}-{k}", [record(1, [value, value])], rule=rule, seed=k)
+    runs = [write_run(tmp_path / f"{rule}-{k}", [record(1, [value, value])], method=rule, seed=k)
             for rule, values in found.items() for k, value in enumerate(values)]
     _, drawn, _ = report(*runs, output=tmp_path / "page.html")
     (variant,) = chart(drawn, "Accuracy minus that of lora")["variants"]
@@ -275,7 +275,7 @@ REFUSED = {
     "nothing": (["{empty}/not"], "not' holds no run"),
     "bad sweep": (["{bad}"], "sweep.json' is not the manifest of a sweep"),
     "metric": (["{run}", "--metric", "f1"], "metric = 'f1' was not evaluated; allowed: accuracy"),
-    "baseline": (["{run}", "{other}", "--baseline", "tad"], "baseline = 'tad' is no rule of these runs; allowed: lora"),
+    "baseline": (["{run}", "{other}", "--baseline", "tad"], "baseline = 'tad' is no method of these runs; allowed: lora"),
     "baseline of one": (["{run}", "--baseline", "lora"], "needs several runs to compare; got one"),
     "target": (["{run}", "--target", "nan"], "target = nan is no number to reach"),
     "folder as page": (["{run}", "--output", "{empty}"], "must be two files"),
@@ -306,7 +306,7 @@ def test_a_real_run_through_the_command_line(tmp_path, capsys):
     """What a run records is what the page needs: who holds which classes, the primary metric, the rule's own scalars."""
     model, data = tiny_models.save(tmp_path / "model", "bert", layers=1), tiny_runs.write_data(tmp_path)
     run = tmp_path / "run"
-    assert main(["train", *tiny_runs.arguments(model, data, run, rule="decaf", baseline="local")]) == 0
+    assert main(["train", *tiny_runs.arguments(model, data, run, method="decaf", baseline="local")]) == 0
     assert main(["report", str(run), "--output", str(tmp_path / "out" / "page.html")]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [str(tmp_path / "out" / "page.html"), str(tmp_path / "out" / "page.md")]
     facts = json.loads((run / "run.json").read_text())["facts"]

@@ -211,7 +211,7 @@ def test_phases_are_a_function_of_the_global_round():
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"T": 0}, "rule.T = 0"), ({"T": 2.5}, "rule.T = 2.5"), ({"T": True}, "rule.T = True")])
+    ({"T": 0}, "method.T = 0"), ({"T": 2.5}, "method.T = 2.5"), ({"T": True}, "method.T = True")])
 def test_bad_intervals_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         build("tad", LAYOUT, **params)
@@ -325,7 +325,7 @@ class TestDecaf:
             torch.testing.assert_close(b.mT @ b, a @ a.mT, rtol=0, atol=1e-10)
             a = a_view(left, pair)
             torch.testing.assert_close(a @ a.mT, torch.eye(2, dtype=a.dtype).expand(NUM, 2, 2), rtol=0, atol=1e-10)
-        with pytest.raises(ValueError, match="rule.split = 'right'"):
+        with pytest.raises(ValueError, match="method.split = 'right'"):
             build("decaf", LAYOUT, split="right")
 
     @pytest.mark.parametrize("split", ["balanced", "left"])
@@ -397,7 +397,7 @@ class TestSimulate:
             simulate("lora", topologies.build("ring", 5), toy.factors(), toy.local_step, 1)
         with pytest.raises(ValueError, match="did you mean 'lora'"):
             simulate("lore", activation(), toy.factors(), toy.local_step, 1)
-        with pytest.raises(ValueError, match="rule.Tee = 3"):
+        with pytest.raises(ValueError, match="method.Tee = 3"):
             simulate("tad", activation(), toy.factors(), toy.local_step, 1, Tee=3)
         with pytest.raises(ValueError, match="shapes A"):
             simulate("lora", activation(), {"q": (torch.zeros(10, 2, 3), torch.zeros(10, 3, 4))}, toy.local_step, 1)

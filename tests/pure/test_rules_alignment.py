@@ -107,10 +107,11 @@ def test_all_sides_learn_and_turning_matters():
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"side": "server"}, "rule.side = 'server' is not allowed; allowed: receiver, sender"),
-    ({"criterion": "C"}, "rule.criterion = 'C'"),
-    ({"strength": 1.5}, "rule.strength = 1.5 is not allowed; allowed: a number from 0 to 1"), ({"strength": True}, "rule.strength"),
-    ({"reference": "mean"}, "rule.reference = 'mean'"), ({"side": "sender", "reference": "trained"}, "does not fit")])
+    ({"side": "server"}, "method.side = 'server' is not allowed; allowed: receiver, sender"),
+    ({"criterion": "C"}, "method.criterion = 'C'"),
+    ({"strength": 1.5}, "method.strength = 1.5 is not allowed; allowed: a number from 0 to 1"),
+    ({"strength": True}, "method.strength"),
+    ({"reference": "mean"}, "method.reference = 'mean'"), ({"side": "sender", "reference": "trained"}, "does not fit")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         build("fedrot", LAYOUT, **params)

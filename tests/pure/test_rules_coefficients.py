@@ -191,9 +191,9 @@ def test_the_start_of_the_delta_form_is_the_last_mix():
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"form": "x"}, "rule.form = 'x' is not allowed; allowed: factor, delta"), ({"scope": "x"}, "rule.scope"),
-    ({"gauge": "own"}, "rule.gauge"), ({"solver": "sgd"}, "rule.solver"), ({"align": "A"}, "rule.align"),
-    ({"steps": 0}, "rule.steps = 0"), ({"steps": 1.5}, "rule.steps")])
+    ({"form": "x"}, "method.form = 'x' is not allowed; allowed: factor, delta"), ({"scope": "x"}, "method.scope"),
+    ({"gauge": "own"}, "method.gauge"), ({"solver": "sgd"}, "method.solver"), ({"align": "A"}, "method.align"),
+    ({"steps": 0}, "method.steps = 0"), ({"steps": 1.5}, "method.steps")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         build("flora_na", LAYOUT, **params)

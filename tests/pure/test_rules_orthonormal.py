@@ -80,7 +80,7 @@ def test_the_published_step_is_refused_where_a_would_differ():
     states = [rule.init(row) for row in x]
     gossip(rule, x, states, pairing(), 0)
     assert (x[0, A] - x[2, A]).abs().max() > 0.1
-    with pytest.raises(ValueError, match="rule.form = 'svd'"):
+    with pytest.raises(ValueError, match="method.form = 'svd'"):
         build("fed_svd", LAYOUT, form="svd")
 
 

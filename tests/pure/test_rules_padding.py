@@ -112,8 +112,8 @@ class TestHetlora:
         assert left.min() >= 2 and left.min() < 4 and a.isfinite().all()
 
     @pytest.mark.parametrize("params, message", [
-        ({"gamma": 1}, "rule.gamma = 1 is not allowed"), ({"gamma": True}, "rule.gamma"), ({"penalty": -1}, "rule.penalty = -1"),
-        ({"min_rank": 0}, "rule.min_rank = 0"), ({"order": 1}, "rule.order = 1 is not allowed; allowed: true, false")])
+        ({"gamma": 1}, "method.gamma = 1 is not allowed"), ({"gamma": True}, "method.gamma"), ({"penalty": -1}, "method.penalty = -1"),
+        ({"min_rank": 0}, "method.min_rank = 0"), ({"order": 1}, "method.order = 1 is not allowed; allowed: true, false")])
     def test_bad_values_are_refused(self, params, message):
         with pytest.raises(ValueError, match=message):
             build("hetlora", LAYOUT, **params)

@@ -170,7 +170,7 @@ REFUSED = {"none": 0, "too many": 6, "a flag": True, "no whole number": 2.0, "a 
 @pytest.mark.parametrize("slots", REFUSED.values(), ids=REFUSED.keys())
 def test_bad_slots_are_refused(slots):
     for layout, rank in ((WIDE, None), (make_layout(()), 5)):
-        with pytest.raises(ValueError, match=r"rule.slots = .* is not allowed; allowed: null .* from 1 to 5, or a list of 6, one a"):
+        with pytest.raises(ValueError, match=r"method.slots = .* is not allowed; allowed: null .* from 1 to 5, or a list of 6, one a"):
             build("plora", layout, slots=slots, peers=6, rank=rank)
 
 
@@ -188,15 +188,15 @@ def pieces(tmp_path_factory):
 
 
 def configured(pieces, slots="[1, 3, 2, 1]", **fields):
-    return make_config(*pieces, **{"rule": f"{{name: plora, slots: {slots}}}", "lora__rank": 4, "train__lr": 0.05, "train__clip": 0.5,
-                                   "train__weight_decay": 0.1, "model__dropout": 0.0, "eval__every": 0} | fields)
+    return make_config(*pieces, **{"method": f"{{name: plora, slots: {slots}}}", "lora__rank": 4, "train__lr": 0.05,
+                                   "train__clip": 0.5, "train__weight_decay": 0.1, "model__dropout": 0.0, "eval__every": 0} | fields)
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"slots": "5"}, r"rule.slots = 5 .*from 1 to 4, or a list of 4"), ({"slots": "0"}, "rule.slots = 0"),
-    ({"slots": "true"}, "rule.slots = True"), ({"slots": "[1, 2]"}, r"rule.slots = \[1, 2\] .*a list of 4"),
-    ({"rule": "{name: plora, rank: 4}"}, "rule.rank is set by lora.rank"),
-    ({"rule": "{name: plora, peers: 4}"}, "rule.peers is set by peers"),
+    ({"slots": "5"}, r"method.slots = 5 .*from 1 to 4, or a list of 4"), ({"slots": "0"}, "method.slots = 0"),
+    ({"slots": "true"}, "method.slots = True"), ({"slots": "[1, 2]"}, r"method.slots = \[1, 2\] .*a list of 4"),
+    ({"method": "{name: plora, rank: 4}"}, "method.rank is set by lora.rank"),
+    ({"method": "{name: plora, peers: 4}"}, "method.peers is set by peers"),
     ({"lora__rank": "[1, 4, 4, 4]"}, "cannot mix peers of unequal ranks"),
     ({"lora__rank": "{budget_mb: 9, largest: 4}"}, "cannot mix peers of unequal ranks")])
 def test_slots_are_refused_before_anything_is_loaded(pieces, fields, message):
@@ -288,7 +288,7 @@ def test_no_mask_is_a_mask_of_everything(pieces):
     """The same bits with and without: other rules pay nothing and see nothing."""
     rows = []
     for masked in (False, True):
-        run, _ = make_run(configured(pieces, rule="lora", train__state="carried"))
+        run, _ = make_run(configured(pieces, method="lora", train__state="carried"))
         everything = torch.ones(run.peers.layout.size, dtype=torch.bool)
         if masked:
             schedule = run.gossip.method.schedule
@@ -305,7 +305,7 @@ def test_a_run_learns_tells_its_slots_and_sends_their_bytes(pieces, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     assert records[-1]["train_loss"]["mean"] < records[0]["train_loss"]["mean"]
     described = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert described["facts"]["rule"] == {"slots": [1, 3, 2, 1]}
+    assert described["facts"]["method"] == {"slots": [1, 3, 2, 1]}
     length = described["facts"]["state_length"]
     # a ring: each message goes to two neighbours; float32
     assert {record["message_bytes"] for record in records} == {4 * 2 * (1 + 3 + 2 + 1) * length // 4}

@@ -38,7 +38,7 @@ class TestGauge:
 
     def test_moments_go_on_to_fit(self):
         assert build("decaf", LAYOUT).changes_basis and not build("decaf", LAYOUT, gauge="own").changes_basis
-        with pytest.raises(ValueError, match="rule.gauge = 'mine' is not allowed; allowed: none, own"):
+        with pytest.raises(ValueError, match="method.gauge = 'mine' is not allowed; allowed: none, own"):
             build("decaf", LAYOUT, gauge="mine")
 
 
@@ -99,9 +99,9 @@ class TestFlorist:
         assert ((b @ a).norm(dim=(1, 2)) > 0.5).all()
 
     @pytest.mark.parametrize("params, message", [
-        ({"tau": 0}, "rule.tau = 0 is not allowed; allowed: a number above 0, up to 1"), ({"tau": 1.1}, "rule.tau = 1.1"),
-        ({"tau": True}, "rule.tau = True"), ({"cap": 0}, "rule.cap = 0"), ({"cap": 1.5}, "rule.cap = 1.5"),
-        ({"split": "x"}, "rule.split")])
+        ({"tau": 0}, "method.tau = 0 is not allowed; allowed: a number above 0, up to 1"), ({"tau": 1.1}, "method.tau = 1.1"),
+        ({"tau": True}, "method.tau = True"), ({"cap": 0}, "method.cap = 0"), ({"cap": 1.5}, "method.cap = 1.5"),
+        ({"split": "x"}, "method.split")])
     def test_bad_values_are_refused(self, params, message):
         with pytest.raises(ValueError, match=message):
             build("florist", LAYOUT, **params)

@@ -54,5 +54,5 @@ def test_an_a_of_deficient_rank(ridge):
 
 @pytest.mark.parametrize("ridge", [-1, True, "much", float("inf")])
 def test_bad_values_are_refused(ridge):
-    with pytest.raises(ValueError, match="rule.ridge = .* is not allowed; allowed: a number from 0"):
+    with pytest.raises(ValueError, match="method.ridge = .* is not allowed; allowed: a number from 0"):
         build("lora_fair", LAYOUT, ridge=ridge)

@@ -288,7 +288,7 @@ class TestFlora:
         rule = build("flora", LAYOUT)
         methods.check_topology(rule.method, topologies.build("complete", NUM))
         for graph in (topologies.build("ring", NUM), topologies.build("edge_activation", NUM, base="complete", p=0.5)):
-            with pytest.raises(ValueError, match="rule.name = 'flora' needs"):
+            with pytest.raises(ValueError, match="method.name = 'flora' needs"):
                 methods.check_topology(rule.method, graph)
 
 

@@ -25,7 +25,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("name", RULES)
 def test_a_resumed_run_ends_in_the_same_bits(root, tmp_path, name):
     def config(folder, rounds):
-        return tiny_runs.make_config(*root, tmp_path / folder, rule=RULES[name], train__lr=0.05, train__rounds=rounds, eval__every=0,
+        return tiny_runs.make_config(*root, tmp_path / folder, method=RULES[name], train__lr=0.05, train__rounds=rounds, eval__every=0,
                                      train__state="carried", codec=CODECS.get(name, "none"),
                                      topology="{name: edge_activation, p: 0.5}")
     assert running.train(config("whole", 5)) == 0

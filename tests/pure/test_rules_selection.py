@@ -131,8 +131,8 @@ def test_it_learns_with_half_of_the_slots():
     assert a.isfinite().all() and ((b @ a).norm(dim=(1, 2)) > 0.5).all()
 
 
-@pytest.mark.parametrize("params, message", [({"keep": 0}, "rule.keep = 0 is not allowed"), ({"keep": 1.2}, "rule.keep = 1.2"),
-                                             ({"T": 0}, "rule.T = 0")])
+@pytest.mark.parametrize("params, message", [({"keep": 0}, "method.keep = 0 is not allowed"), ({"keep": 1.2}, "method.keep = 1.2"),
+                                             ({"T": 0}, "method.T = 0")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         build("lora_a2", LAYOUT, **params)

@@ -138,10 +138,10 @@ def test_it_learns_and_a_frame_of_its_own_changes_no_product():
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"s": 0}, "rule.s = 0 is not allowed; allowed: a whole number from 1"), ({"l": 1.5}, "rule.l = 1.5"),
-    ({"steps": None}, "rule.steps"), ({"memory": 1}, "rule.memory = 1"),
-    ({"steps": 2}, "rule.memory = False is not allowed; allowed: true, or false where rule.steps = 1"),
-    ({"gauge": "x"}, "rule.gauge"), ({"split": "x"}, "rule.split")])
+    ({"s": 0}, "method.s = 0 is not allowed; allowed: a whole number from 1"), ({"l": 1.5}, "method.l = 1.5"),
+    ({"steps": None}, "method.steps"), ({"memory": 1}, "method.memory = 1"),
+    ({"steps": 2}, "method.memory = False is not allowed; allowed: true, or false where method.steps = 1"),
+    ({"gauge": "x"}, "method.gauge"), ({"split": "x"}, "method.split")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         build("fedask", LAYOUT, **params)

@@ -42,9 +42,10 @@ def test_equal_intervals_and_their_pattern_are_one_schedule():
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"T": [5]}, r"rule.T = \[5\] is not allowed"), ({"T": [5, 0]}, r"rule.T = \[5, 0\]"), ({"T": [1, 2, 3]}, r"rule.T = \[1, 2, 3\]"),
-    ({"pattern": "BBC"}, "rule.pattern = 'BBC'"), ({"pattern": "BBB"}, "both in it"), ({"pattern": ""}, "rule.pattern = ''"),
-    ({"pattern": 5}, "rule.pattern = 5"), ({"pattern": "BBA", "T": 3}, "exclude each other")])
+    ({"T": [5]}, r"method.T = \[5\] is not allowed"), ({"T": [5, 0]}, r"method.T = \[5, 0\]"),
+    ({"T": [1, 2, 3]}, r"method.T = \[1, 2, 3\]"),
+    ({"pattern": "BBC"}, "method.pattern = 'BBC'"), ({"pattern": "BBB"}, "both in it"), ({"pattern": ""}, "method.pattern = ''"),
+    ({"pattern": 5}, "method.pattern = 5"), ({"pattern": "BBA", "T": 3}, "exclude each other")])
 @pytest.mark.parametrize("name", ["adf", "tad", "rolora"])
 def test_what_is_no_schedule_is_refused(name, params, message):
     with pytest.raises(ValueError, match=message):

@@ -126,10 +126,10 @@ def test_it_ends_nearer_than_the_interval_that_ignored_parity():
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"theta": 0}, "rule.theta = 0 is not allowed; allowed: a number above 0 and below 1"), ({"theta": 1.0}, "rule.theta = 1.0"),
-    ({"theta": "small"}, "rule.theta = 'small'"), ({"cap": 0}, "rule.cap = 0 is not allowed; allowed: a whole number from 1"),
-    ({"ends": [5, 5]}, "rule.ends"), ({"ends": [20]}, "rule.ends = .20. is not allowed"), ({"ends": 3}, "rule.ends = 3"),
-    ({"topology": None}, "rule.T = 'auto' needs the topology and the number of rounds")])
+    ({"theta": 0}, "method.theta = 0 is not allowed; allowed: a number above 0 and below 1"), ({"theta": 1.0}, "method.theta = 1.0"),
+    ({"theta": "small"}, "method.theta = 'small'"), ({"cap": 0}, "method.cap = 0 is not allowed; allowed: a whole number from 1"),
+    ({"ends": [5, 5]}, "method.ends"), ({"ends": [20]}, "method.ends = .20. is not allowed"), ({"ends": 3}, "method.ends = 3"),
+    ({"topology": None}, "method.T = 'auto' needs the topology and the number of rounds")])
 def test_bad_values_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         build("tad", LAYOUT, **{"topology": graph(), "rounds": 20} | params)
@@ -145,7 +145,7 @@ def test_a_run_that_is_made_longer_knows_where_it_had_ended(tmp_path):
     root = tiny_runs.make_folder(tmp_path)
 
     def config(rounds):
-        return tiny_runs.make_config(root / "bert", root / "data.csv", tmp_path / "run", rule="tad", train__rounds=rounds,
+        return tiny_runs.make_config(root / "bert", root / "data.csv", tmp_path / "run", method="tad", train__rounds=rounds,
                                      eval__every=0, topology="{name: edge_activation, p: 0.3}")
 
     def trained():
@@ -155,6 +155,6 @@ def test_a_run_that_is_made_longer_knows_where_it_had_ended(tmp_path):
     short = trained()
     for _ in range(2):  # the second time it is whole already, and remembers
         assert train.train(config(9), resume=True) == 0
-        assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["rule"]["ends"] == [5]
+        assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["method"]["ends"] == [5]
         assert trained().startswith(short) and short[-1] == "A" and trained()[5] == "B" and trained()[-1] == "A"
     assert len(trained()) == 9

@@ -20,9 +20,9 @@ from dfl.training.hosted import DataStream
 from dfl.training.starts import gradient_products, leading_directions
 
 QUIET = Hooks(lambda record: None, lambda: None, lambda: False)
-SB = {"rule": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "train__lr": 0.05, "model__dropout": 0.0,
+SB = {"method": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "train__lr": 0.05, "model__dropout": 0.0,
       "model__head_std": 0.5}
-RAVAN = SB | {"rule": "ravan", "lora__adapter": "ravan", "lora__rank": 4, "lora__heads": 2}
+RAVAN = SB | {"method": "ravan", "lora__adapter": "ravan", "lora__rank": 4, "lora__heads": 2}
 # nn.Linear, and Conv1D with weights (I, O), not all of them square
 MODELS = {"bert": "[query, value, intermediate.dense]", "gpt2": "[c_attn, c_fc]"}
 models = pytest.mark.parametrize("model", MODELS)
@@ -227,9 +227,9 @@ def test_other_bases_are_refused_before_the_first_round(folder, tmp_path):
 
 
 @pytest.mark.parametrize("fields, said", [
-    ({"lora__adapter": "lora", "rule": "lora"}, "lora.start = 'gradient' is for lora.adapter = 'sb' or 'ravan', got 'lora'; "
+    ({"lora__adapter": "lora", "method": "lora"}, "lora.start = 'gradient' is for lora.adapter = 'sb' or 'ravan', got 'lora'; "
                                                 "allowed with it: kaiming, pissa, olora"),
-    ({"lora__adapter": "dora", "rule": "lora"}, "is for lora.adapter = 'sb' or 'ravan', got 'dora'; allowed with it: kaiming"),
+    ({"lora__adapter": "dora", "method": "lora"}, "is for lora.adapter = 'sb' or 'ravan', got 'dora'; allowed with it: kaiming"),
     ({"lora__start": "pissa"}, "lora.start = 'pissa' is for lora.adapter = 'lora', got 'sb'; allowed with it: kaiming, gradient"),
     ({"lora__start": "svd"}, "lora.start = 'svd' is not allowed; allowed: kaiming, pissa, olora, gradient"),
     ({"lora__start_samples": 0}, "lora.start_samples = 0 is not allowed; allowed: a positive number"),

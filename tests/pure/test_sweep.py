@@ -53,7 +53,7 @@ def digests(tmp_path, name) -> dict[str, str]:
     return tiny_runs.adapter_digests(tmp_path / "out" / name)
 
 
-GRID = {"grid": {"rule": ["lora", {"name": "tad", "T": 5}], "topology": ["ring", {"name": "erdos_renyi", "p": 0.5}], "seed": [0, 1]}}
+GRID = {"grid": {"method": ["lora", {"name": "tad", "T": 5}], "topology": ["ring", {"name": "erdos_renyi", "p": 0.5}], "seed": [0, 1]}}
 
 
 def expand(tmp_path, tree, *overrides):
@@ -64,8 +64,8 @@ def test_every_combination_the_last_field_fastest(tmp_path):
     cells = expand(tmp_path, GRID).cells
     assert len(cells) == 8
     assert [cell.fields["seed"] for cell in cells] == [0, 1] * 4
-    assert [cell.config.rule.name for cell in cells] == ["lora"] * 4 + ["tad"] * 4
-    assert cells[3].config.topology.params == {"p": 0.5} and cells[4].config.rule.params == {"T": 5}
+    assert [cell.config.method.name for cell in cells] == ["lora"] * 4 + ["tad"] * 4
+    assert cells[3].config.topology.params == {"p": 0.5} and cells[4].config.method.params == {"T": 5}
 
 
 def test_fields_that_move_together_and_those_with_one_value(tmp_path):
@@ -79,31 +79,31 @@ def test_fields_that_move_together_and_those_with_one_value(tmp_path):
 
 
 def test_exclude_and_include(tmp_path):
-    found = expand(tmp_path, GRID | {"exclude": [{"rule": "tad", "topology": "ring"}, {"topology": {"p": 0.5}, "seed": 1}],
-                                     "include": [{"rule": "local"}, {"rule": "lora", "seed": 7}]})
-    shown = [(c.config.rule.name, c.config.topology.name, c.config.seed) for c in found.cells]
+    found = expand(tmp_path, GRID | {"exclude": [{"method": "tad", "topology": "ring"}, {"topology": {"p": 0.5}, "seed": 1}],
+                                     "include": [{"method": "local"}, {"method": "lora", "seed": 7}]})
+    shown = [(c.config.method.name, c.config.topology.name, c.config.seed) for c in found.cells]
     assert shown == [("lora", "ring", 0), ("lora", "ring", 1), ("lora", "erdos_renyi", 0), ("tad", "erdos_renyi", 0),
                      ("local", "ring", 0), ("lora", "ring", 7)]
     # an included run stands in the table with every field
-    assert found.cells[4].fields == {"rule": "local", "topology": "ring", "seed": 0} and found.cells[4].given == {"rule": "local"}
+    assert found.cells[4].fields == {"method": "local", "topology": "ring", "seed": 0} and found.cells[4].given == {"method": "local"}
 
 
 def test_a_parameter_of_a_plugin_may_be_an_axis_in_either_order(tmp_path):
-    for grid in ({"rule": ["tad", "adf"], "rule.T": [2, 3]}, {"rule.T": [2, 3], "rule": ["tad", "adf"]}):
-        found = {(c.config.rule.name, c.config.rule.params["T"]) for c in expand(tmp_path, {"grid": grid}).cells}
+    for grid in ({"method": ["tad", "adf"], "method.T": [2, 3]}, {"method.T": [2, 3], "method": ["tad", "adf"]}):
+        found = {(c.config.method.name, c.config.method.params["T"]) for c in expand(tmp_path, {"grid": grid}).cells}
         assert found == {("tad", 2), ("tad", 3), ("adf", 2), ("adf", 3)}
 
 
 def test_an_override_holds_in_all_runs(tmp_path):
     found = expand(tmp_path, GRID, "--learning_rate", "0.5", "--seed", "9", "--output", str(tmp_path / "other"))
-    assert len(found.cells) == 4 and found.axes == ["rule", "topology"] and found.output == tmp_path / "other"
+    assert len(found.cells) == 4 and found.axes == ["method", "topology"] and found.output == tmp_path / "other"
     assert {(c.config.train.lr, c.config.seed) for c in found.cells} == {(0.5, 9)}
 
 
 def test_what_is_excluded_stays_so_under_an_override(tmp_path):
-    tree = GRID | {"exclude": [{"seed": 1, "rule": "lora"}, {"seed": 0, "rule": "tad"}]}
-    assert [c.config.rule.name for c in expand(tmp_path, tree, "--seed", "0").cells] == ["lora", "lora"]
-    assert [c.config.rule.name for c in expand(tmp_path, tree, "--seed", "1").cells] == ["tad", "tad"]
+    tree = GRID | {"exclude": [{"seed": 1, "method": "lora"}, {"seed": 0, "method": "tad"}]}
+    assert [c.config.method.name for c in expand(tmp_path, tree, "--seed", "0").cells] == ["lora", "lora"]
+    assert [c.config.method.name for c in expand(tmp_path, tree, "--seed", "1").cells] == ["tad", "tad"]
 
 
 def test_steps_as_transformers_counts_them_hold_against_the_recipe(tmp_path):
@@ -118,8 +118,8 @@ def test_a_recipe_beside_the_sweep_or_inline(tmp_path):
     assert config == expand(tmp_path, {"recipe": {"peers": 3, "train": {"lr": 0.5}}, "grid": {"seed": [0]}}).cells[0].config
 
 
-NAMES = [({"rule": "lora", "topology": "ring", "seed": 0}, "lora__ring__seed=0"),
-         ({"rule": {"name": "tad", "T": 5}, "topology": {"name": "edge_activation", "p": 0.1}}, "tad-T=5__edge_activation-p=0.1"),
+NAMES = [({"method": "lora", "topology": "ring", "seed": 0}, "lora__ring__seed=0"),
+         ({"method": {"name": "tad", "T": 5}, "topology": {"name": "edge_activation", "p": 0.1}}, "tad-T=5__edge_activation-p=0.1"),
          ({"train.lr": 1e-3, "codec": {"name": "int8"}}, "lr=0.001__codec=int8"),
          ({"lora.targets": ["query", "value"], "lora.rslora": True}, "targets=query+value__rslora=true"),
          ({"train.clip": None}, "clip=null"),
@@ -132,9 +132,9 @@ def test_names_are_readable(fields, name):
 
 
 def test_names_do_not_depend_on_what_else_there_is_and_never_collide():
-    axes = ["rule", "train.batch_size", "eval.batch_size"]
-    few = [{"rule": "lora", "train.batch_size": 4, "eval.batch_size": 8}]
-    more = [*few, *({"rule": rule, "train.batch_size": 4, "eval.batch_size": 8} for rule in ("tad", "local"))]
+    axes = ["method", "train.batch_size", "eval.batch_size"]
+    few = [{"method": "lora", "train.batch_size": 4, "eval.batch_size": 8}]
+    more = [*few, *({"method": rule, "train.batch_size": 4, "eval.batch_size": 8} for rule in ("tad", "local"))]
     assert names(more, axes)[0] == names(few, axes)[0] == "lora__train.batch_size=4__eval.batch_size=8"
     alike = names([{"model.name": "/a/bert"}, {"model.name": "/b/Bert"}, {"model.name": "/c/other"}], ["model.name"])
     assert len({name.casefold() for name in alike}) == 3 and alike[0].startswith("name=bert__") and alike[2] == "name=other"
@@ -158,12 +158,13 @@ BAD = {
     "no such field to exclude": ({"grid": {"seed": [0]}, "exclude": [{"sed": 0}]}, ["exclude: 'sed'", "did you mean 'seed'?"]),
     "nothing to exclude": ({"grid": {"seed": [0]}, "exclude": [{"seed": 4}]}, ["exclude: {'seed': 4} matches no run"]),
     "nothing left": ({"grid": {"seed": [0]}, "exclude": [{"seed": 0}]}, ["no run: exclude leaves none"]),
-    "the same run twice": ({"grid": {"rule": ["lora", {"name": "lora"}]}}, ["runs 0 (rule = 'lora') and 1 (rule = {'name': 'lora'})"]),
+    "the same run twice": ({"grid": {"method": ["lora", {"name": "lora"}]}},
+                           ["runs 0 (method = 'lora') and 1 (method = {'name': 'lora'})"]),
     "an unknown field": ({"grid": {"seed": [0], "train.learning_rate": [1, 2]}},
                          ["run 0 (seed = 0, train.learning_rate = 1): unknown key", "did you mean 'train.lr'?"]),
     "both names": ({"grid": {"train.lr": [1], "learning_rate": [1, 2]}}, ["run 0", "are the same field"]),
-    "a parameter of another rule": ({"grid": {"rule": ["tad", "lora"], "rule.T": [2]}},
-                                    ["run 1 (rule = 'lora', rule.T = 2): rule.T = 2: 'lora' has no such parameter"]),
+    "a parameter of another rule": ({"grid": {"method": ["tad", "lora"], "method.T": [2]}},
+                                    ["run 1 (method = 'lora', method.T = 2): method.T = 2: 'lora' has no such parameter"]),
     "a bad value": ({"grid": {"seed": [0], "topology": ["ring", "rign"]}}, ["run 1 (seed = 0, topology = 'rign')", "not known"]),
     "no data file": ({"grid": {"data.train": ["{root}/data.csv", "{root}/nowhere.csv"]}},
                      ["run 1 (data.train = ", "nowhere.csv' is not a file"]),
@@ -188,12 +189,12 @@ def test_refused_before_anything_is_started_or_written(root, tmp_path, capsys, c
 @pytest.mark.parametrize("words, part", [
     (["--jobs", "0"], "--jobs 0"), (["--processes", "0"], "--processes 0"), (["--retries", "-1"], "--retries -1"),
     (["--index", "3"], "runs 0 to 2"),
-    (["--processes", "5"], "run 0 (rule = 'lora'): peers = 4 is fewer than the 5 processes"),
+    (["--processes", "5"], "run 0 (method = 'lora'): peers = 4 is fewer than the 5 processes"),
     (["--index", "0", "--slurm"], "--index 0"), (["--peers", "3"], "--peers = 3: the sweep sets peers by itself"),
     (["--sbatch", "time=3"], "with --slurm"),
-    (["--rule.T", "3"], "override --rule.T = 3: the sweep sets rule by itself")])
+    (["--method.T", "3"], "override --method.T = 3: the sweep sets method by itself")])
 def test_refused_arguments(root, tmp_path, capsys, words, part):
-    path = write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", "ffa"]}, "include": [{"peers": 5}]})
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"method": ["lora", "ffa"]}, "include": [{"peers": 5}]})
     assert sweep(path, *words) == 2
     assert part in capsys.readouterr().err and os.listdir(tmp_path) == ["sweep.yaml"]
 
@@ -206,19 +207,19 @@ def test_fields_that_are_no_text(tmp_path, capsys, text, part):
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(root, tmp_path, capsys):
-    path = write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", {"name": "tad", "T": 2}], "seed": [0, 1]}})
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"method": ["lora", {"name": "tad", "T": 2}], "seed": [0, 1]}})
     assert sweep(path, "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3] == "3  waiting  tad-T=2__seed=1  rule: {name: tad, T: 2}, seed: 1" and len(lines) == 4
+    assert lines[3] == "3  waiting  tad-T=2__seed=1  method: {name: tad, T: 2}, seed: 1" and len(lines) == 4
     assert os.listdir(tmp_path) == ["sweep.yaml"]
 
 
 def test_one_run_by_its_number_and_what_a_reader_finds(root, tmp_path, capsys):
-    path = write(tmp_path, {"recipe": recipe(root, lora__head="mixed"), "grid": {"rule": ["lora", "ffa"], "train.lr": [0.01, 1e30]}})
+    path = write(tmp_path, {"recipe": recipe(root, lora__head="mixed"), "grid": {"method": ["lora", "ffa"], "train.lr": [0.01, 1e30]}})
     assert sweep(path, "--index", 2) == 0
     manifest = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert manifest["axes"] == ["rule", "train.lr"]
-    assert manifest["runs"][2] == {"index": 2, "name": "ffa__lr=0.01", "fields": {"rule": "ffa", "train.lr": 0.01},
+    assert manifest["axes"] == ["method", "train.lr"]
+    assert manifest["runs"][2] == {"index": 2, "name": "ffa__lr=0.01", "fields": {"method": "ffa", "train.lr": 0.01},
                                    "output": str(tmp_path / "out" / "ffa__lr=0.01")}
     assert set(states(tmp_path / "out").values()) == {"finished", "waiting"}
     before = os.stat(tmp_path / "out" / "ffa__lr=0.01" / "metrics.jsonl").st_mtime_ns
@@ -243,11 +244,11 @@ def test_a_folder_that_is_moved_is_read_where_it_is(root, tmp_path):
 
 
 def test_a_changed_grid_keeps_the_runs_that_still_belong(root, tmp_path, capsys):
-    path = write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", "ffa"]}})
+    path = write(tmp_path, {"recipe": recipe(root), "grid": {"method": ["lora", "ffa"]}})
     assert sweep(path, "--index", 0) == 0
     kept = digests(tmp_path, "lora")
     # another value, and another field, with which the finished run is that of seed 0
-    write(tmp_path, {"recipe": recipe(root), "grid": {"rule": ["lora", "rolora"], "seed": [0, 1]}})
+    write(tmp_path, {"recipe": recipe(root), "grid": {"method": ["lora", "rolora"], "seed": [0, 1]}})
     capsys.readouterr()
     assert sweep(path, "--index", 0) == 0 and "is finished" in capsys.readouterr().out
     assert states(tmp_path / "out") == {"lora": "finished", "lora__seed=1": "waiting", "rolora__seed=0": "waiting",
@@ -262,7 +263,7 @@ def test_a_changed_grid_keeps_the_runs_that_still_belong(root, tmp_path, capsys)
 def test_a_changed_recipe_is_refused_with_the_field_unless_all_begins_again(root, tmp_path, capsys):
     path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
     assert sweep(path, "--index", 0) == 0
-    for grid in ({"seed": [0, 1]}, {"seed": [2, 3]}, {"seed": [0, 1], "rule": ["lora", "ffa"]}):
+    for grid in ({"seed": [0, 1]}, {"seed": [2, 3]}, {"seed": [0, 1], "method": ["lora", "ffa"]}):
         write(tmp_path, {"recipe": recipe(root, train__lr=0.5), "grid": grid})
         assert sweep(path, "--index", 0) == 2
         assert "train.lr = 0.5 differs from 0.001" in capsys.readouterr().err

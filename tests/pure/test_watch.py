@@ -94,9 +94,9 @@ def test_more_peers_than_lines(tmp_path):
 def test_a_run_that_has_ended_waits_for_its_baseline(tmp_path):
     run = write_run(tmp_path / "run", RECORDS, baseline="local")
     assert not live.ended(read_run(run))
-    write_run(run / "baseline-local", RECORDS[:2], rule="local", rounds=2)
+    write_run(run / "baseline-local", RECORDS[:2], method="local", rounds=2)
     assert not live.ended(read_run(run))
-    write_run(run / "baseline-local", RECORDS, rule="local")
+    write_run(run / "baseline-local", RECORDS, method="local")
     assert live.ended(read_run(run))
 
 

@@ -27,7 +27,7 @@ def config_of(root, output, **given):
 @pytest.mark.parametrize("rule", ["lora", "rolora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_what_peers_keep_cancels_whatever_the_optimiser(root, tmp_path, wrapper, rule, optimizer):
-    run, _ = make_run(config_of(root, tmp_path, **GIVEN, wrapper=wrapper, rule=rule, train__optimizer=optimizer))
+    run, _ = make_run(config_of(root, tmp_path, **GIVEN, wrapper=wrapper, method=rule, train__optimizer=optimizer))
     assert run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
     kept = torch.stack([state[CANCEL[wrapper]] for state in run.gossip.state["rule"].values()]).double()
     assert kept.abs().max() > 1e-6

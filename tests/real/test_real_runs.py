@@ -32,7 +32,7 @@ def test_perplexity_falls_at_every_peer(tmp_path):
 
 @pytest.mark.core
 def test_trec_is_learned_by_everybody(tmp_path):
-    before, after = train("trec6.yaml", tmp_path / "run", "--partition", "iid", "--topology", "complete", "--rule", "lora",
+    before, after = train("trec6.yaml", tmp_path / "run", "--partition", "iid", "--topology", "complete", "--method", "lora",
                           "--model.layers", "1", "--train.rounds", "5", "--train.batch_size", "16", "--train.lr", "1e-2",
                           "--peers", "4", "--data.max_valid", "200", "--eval.every", "0")
     assert min(after["eval"]["peers"]["accuracy"]) > max(before["eval"]["peers"]["accuracy"]) + 0.15
