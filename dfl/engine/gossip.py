@@ -252,7 +252,8 @@ class Gossip(Sending):
         known = {j: found for j in inbox if self.held and not self.method.channel.perfect
                  and (found := self._copy("delivered", edge(peer, j))) is not None and not copies.equal(found, public)}
         averages = self.method.rule.averages
-        inbox[peer] = own if same or not (averages or self.method.trigger.always) else public
+        alone = not inbox  # then it keeps what it has, whatever others know of it
+        inbox[peer] = own if same or alone or not (averages or self.method.trigger.always) else public
         if averages and (known or not same) and len(inbox) > 1:
             inbox[EXACT] = own
             weights = {EXACT: 1.0} | {j: weight - (j == peer) for j, weight in weights.items()}

@@ -1,6 +1,6 @@
 """What each peer sent: the numbers that papers compare, by peer and round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dfl.transport.packet import Packet
@@ -76,3 +76,12 @@ def total(ledger: Mapping[int, Ledger]) -> Ledger:
 def of_one_round(ledger: Mapping[int, Ledger]) -> dict[int, Ledger]:
     """With a round counted once, however often all exchanged in it."""
     return {peer: one._replace(rounds=min(1, one.rounds)) for peer, one in ledger.items()}
+
+
+def transmission_time(ledger: Mapping[int, Ledger], bandwidth: Sequence[float], degrees: Sequence[int]) -> float:
+    """mean_i (numbers sent / b_i / d_i) of one round: EF-HC's cost (Zehtabi, Hosseinalipour, Brinton 2022, arXiv 2204.03726).
+
+    bandwidth: numbers a unit of time, degrees: neighbours, of each peer; ledger: of all peers.
+    """
+    return sum(one.messages * one.channel_uses / bandwidth[peer] / degrees[peer] for peer, one in ledger.items() if one.messages) \
+        / len(bandwidth)

@@ -5,49 +5,69 @@ import math
 import torch
 from torch import Tensor
 
+from dfl.adapters.layout import Layout
 from dfl.plugins import check_choice, check_count
 from dfl.slots import Message, Round, State, Trigger
+from dfl.triggers.distance import check_number, distance, product_distance
 
 DECAYS = ("sqrt", "inverse", "constant")
+NORMS = ("factors", "product")
+STARTS = ("sent", "common")
 
 
-def event(*, threshold: float = 1.0, decay: str = "sqrt", max_silence: int | None = None) -> Trigger:
+def event(*, threshold: float = 1.0, decay: str = "sqrt", norm: str = "factors", start: str = "sent", max_silence: int | None = None,
+          layout: Layout | None = None) -> Trigger:
     """Speak when the message has moved far enough from the one last sent (event-triggered gossip).
 
     Peer i sends its whole message m_i where ||m_i - m^_i|| >= tau_t, and then m^_i <- m_i; else its neighbours go on
-    with m^_i. The norm is the Euclidean one over all parts, divided by the root of their number of elements, so that
-    one threshold serves layers and ranks of any size. tau_t = threshold / sqrt(t + 1); with decay inverse, threshold /
-    (t + 1); constant, which leaves a consensus error for ever. max_silence: a peer that was silent for so many rounds
-    speaks whatever it has to say. What the peer itself holds is mixed with differences of what was last sent, m_i +
-    sum_j w_ij (m^_j - m^_i), so that a doubly stochastic W keeps the network mean. Zhai, Yuan, Ni, Wang, Zhang, Li
-    2026, arXiv 2602.19116; the largest silence and the norm are ours.
+    with m^_i, of which each holds a copy; who becomes a neighbour is sent all of m^_i. tau_t = threshold / sqrt(t + 1);
+    with decay inverse, threshold / (t + 1); constant, which leaves a consensus error for ever. norm factors: the
+    Euclidean one over all parts by the root of their number of elements, so that one threshold serves layers and ranks
+    of any size; product: ||scaling (B A - B^ A^)||_F over all layers together, which does not see what leaves B A as it
+    is. start common: all know the values that the run starts from, and nobody sends them. max_silence: a peer that was
+    silent for so many rounds speaks whatever it has to say.
+
+    What the peer itself holds is mixed with differences of what its neighbours hold, m_i + sum_j w_ij (m^_ji - m^_ij),
+    m^_ij what j holds of i: it moves only where a message has arrived, and what was lost is sent again. A symmetric W
+    keeps the network mean under every loss, a doubly stochastic one without. Zhai, Yuan, Ni, Wang, Zhang, Li 2026,
+    arXiv 2602.19116; the copies by link, the largest silence and the norms are ours.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
-        raise ValueError(f"trigger.threshold = {threshold!r} is not allowed; allowed: a number from 0")
+    check_number("trigger.threshold", threshold)
     check_choice("trigger.decay", decay, DECAYS)
+    check_choice("trigger.norm", norm, NORMS)
+    check_choice("trigger.start", start, STARTS)
     if max_silence is not None:
         check_count("trigger.max_silence", max_silence)
 
     def limit(t: int) -> float:
         return threshold / {"sqrt": math.sqrt(t + 1), "inverse": t + 1, "constant": 1}[decay]
 
+    def moved(parts, before) -> float:
+        return product_distance(parts, before, layout) if norm == "product" else float(distance(parts, before))
+
+    return held_until(moved, lambda round: limit(round.t), max_silence, common_start=start == "common", pairs=norm == "product",
+                      facts={"threshold": threshold, "decay": decay, "norm": norm, "max_silence": max_silence})
+
+
+def held_until(moved, limit, max_silence: int | None, **traits) -> Trigger:
+    """A trigger that speaks where moved(parts, parts last sent) >= limit(round), and at the latest after `max_silence` rounds."""
+    common = traits.get("common_start", False)
+
     def init(message: Message) -> State:
-        return {"silence": torch.zeros((), dtype=torch.int64)}
+        return _after(message, torch.zeros((), dtype=torch.int64)) if common else {"silence": torch.zeros((), dtype=torch.int64)}
 
     def decide(message: Message, state: State, round: Round) -> tuple[bool, State]:
         before = {name[5:]: value for name, value in state.items() if name.startswith("sent.")}
         speaks = before.keys() != message.parts.keys() or any(before[name].shape != part.shape for name, part in message.parts.items())
-        speaks = speaks or bool(distance(message.parts, before) >= limit(round.t))
+        speaks = speaks or moved(message.parts, before) >= limit(round)
         speaks = speaks or (max_silence is not None and int(state["silence"]) >= max_silence)
         if not speaks:
             return False, state | {"silence": state["silence"] + 1}
-        sent = {f"sent.{name}": part.clone() for name, part in message.parts.items()}
-        return True, {"silence": torch.zeros_like(state["silence"]), **sent}
+        return True, _after(message, torch.zeros_like(state["silence"]))
 
-    return Trigger(init, decide, facts={"threshold": threshold, "decay": decay, "max_silence": max_silence})
+    return Trigger(init, decide, **traits)
 
 
-def distance(parts, before) -> Tensor:
-    """||m - m^|| over all parts by the root of their number of elements, float64."""
-    squares = sum((part.double() - before[name].double()).square().sum() for name, part in parts.items())
-    return (squares / max(1, sum(part.numel() for part in parts.values()))).sqrt()
+def _after(message: Message, silence: Tensor) -> State:
+    """What is remembered of a message that was sent."""
+    return {"silence": silence, **{f"sent.{name}": part.clone() for name, part in message.parts.items()}}

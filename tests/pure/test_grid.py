@@ -14,12 +14,29 @@ from dfl.wrappers import WRAPPERS
 
 ROUNDS = 5
 # what equals the run without it: a threshold of zero, a loss rate of zero
-LIMITS = {"trigger": Choice("event", {"threshold": 0.0}), "channel": Choice("lossy", {"rate": 0.0})}
+LIMITS = {"event": {"trigger": Choice("event", {"threshold": 0.0})}, "lossy": {"channel": Choice("lossy", {"rate": 0.0})},
+          "sparq": {"trigger": Choice("sparq", {"c": 0.0})}, "eventgrad": {"trigger": Choice("eventgrad", {"horizon": 0.0})},
+          "efhc": {"trigger": Choice("efhc", {"r": 0.0})}, "zero_threshold": {"trigger": Choice("zero_threshold")},
+          "global_threshold": {"trigger": Choice("global_threshold", {"r": 0.0})},
+          "random_gossip": {"trigger": Choice("random_gossip", {"probability": 1.0})},
+          "periodic": {"trigger": Choice("periodic", {"every": 1})},
+          "late": {"trigger": Choice("late", {"share": 1.0, "merge": False})}}
 REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 3})},
+        "products": {"trigger": Choice("event", {"threshold": 4.0, "norm": "product"})},
+        "sparq": {"trigger": Choice("sparq", {"c": 3e4, "growth": 0.5})},
+        "eventgrad": {"trigger": Choice("eventgrad", {"horizon": 0.9, "initial": 1})},
+        "efhc": {"trigger": Choice("efhc", {"r": 500.0, "bandwidth": [1e3, 2e3, 1e3, 4e3]})},
+        "global_threshold": {"trigger": Choice("global_threshold", {"r": 0.5, "bandwidth": 1.0})},
+        "random_gossip": {"trigger": Choice("random_gossip", {"probability": 0.2})},
+        "periodic": {"trigger": Choice("periodic", {"every": 2})},
+        "late": {"trigger": Choice("late", {"share": 0.95})},  # of 60 rounds: from the fourth on
+        "efhc, int8, lossy": {"trigger": Choice("efhc", {"r": 0.3, "bandwidth": 1.0}), "codec": Choice("int8"),
+                              "channel": Choice("lossy", {"rate": 0.3})},
         "bfloat16": {"codec": Choice("bfloat16")}, "int8": {"codec": Choice("int8", {"block": 8})},
         "lossy": {"channel": Choice("lossy", {"rate": 0.4})},
         "silent, int8, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "codec": Choice("int8"),
                                 "channel": Choice("lossy", {"rate": 0.3})},
+        "silent, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("lossy", {"rate": 0.3})},
         "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": Choice("int8")}}
 WRAPPED = {name: Choice(name, {"gamma": 0.5} if name == "adaptive_consensus" else {}) for name in WRAPPERS if name != "none"}
 for _name, _choice in WRAPPED.items():
@@ -37,13 +54,24 @@ BALANCED = {"gradient_tracking", "momentum_tracking", "exact_diffusion", "d2"}
 MEAN_KEPT = sorted(BALANCED | {"quasi_global", "adaptive_consensus"})
 
 
+HELD = {"event", "sparq", "eventgrad"}  # triggers that hold messages back
+PAIRS = {"lora", "replicate", "adf", "tad"}  # those of them that send A and B in every round
+STATIC = {"fedex_choco"}
+
+
 def refusal(name: str, slots: dict) -> str | None:
     """The words with which a method must refuse these slots; None where it must not."""
-    wrapper = slots["wrapper"].name if "wrapper" in slots else "none"
+    trigger, wrapper = slots.get("trigger"), slots["wrapper"].name if "wrapper" in slots else "none"
     if wrapper != "none" and name not in AVERAGED:
         return "needs a rule that averages"
-    if "trigger" in slots and name in NO_SILENCE:
+    if trigger and name in NO_SILENCE and (trigger.name in HELD or name == "fedex_choco"):
         return NO_SILENCE[name]
+    if trigger and trigger.params.get("norm") == "product" and name not in PAIRS:
+        return "needs messages of A and B as they are"
+    if trigger and trigger.name == "eventgrad" and name not in AVERAGED:
+        return "sends the tensors of a row one by one"
+    if trigger and trigger.name == "late" and trigger.params.get("merge", True) and name in STATIC:
+        return "needs the same W in every round"
     if "channel" in slots and name == "fedex_choco":
         return COPIES
     if "channel" in slots and wrapper in BALANCED:
@@ -84,17 +112,17 @@ def whole(name: str, slots: dict):
     return x, heart, run(case, x, heart, 0, ROUNDS)
 
 
-@pytest.mark.parametrize("slot", LIMITS)
+@pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", EVERY)
-def test_a_limit_case_is_the_run_without_it(name, slot):
-    slots = {slot: LIMITS[slot]}
+def test_a_limit_case_is_the_run_without_it(name, limit):
+    slots = LIMITS[limit]
     if refusal(name, slots):
         with pytest.raises(ValueError, match=refusal(name, slots)):
             Case(name, slots=slots)
         return
     plain, _, _ = whole(name, {})
-    limit, heart, reports = whole(name, slots)
-    assert torch.equal(plain, limit)
+    found, heart, reports = whole(name, slots)
+    assert torch.equal(plain, found)
     assert name == "local" or sum(report.messages for report in reports) > 0
 
 
@@ -121,7 +149,8 @@ def test_a_real_setting_is_finite_and_resumes_to_the_same_bits(name, setting):
     assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("setting", ["silent", "int8", "bfloat16", "tracking, int8",
+@pytest.mark.parametrize("setting", ["silent", "sparq", "eventgrad", "efhc", "random_gossip", "late", "int8", "bfloat16",
+                                     "tracking, int8", "silent, lossy",
                                      *(f"{how}{name}" for how in ("", "silent, ") for name in MEAN_KEPT)])
 @pytest.mark.parametrize("name", ["lora", "adf", "ffa", "fed_sb"])
 def test_the_network_mean_moves_by_the_mean_step_alone(name, setting):

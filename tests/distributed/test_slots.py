@@ -1,0 +1,54 @@
+"""What travels, when and through what: the same bits and the same ledger however peers are hosted."""
+
+import numpy as np
+import pytest
+import torch
+from one_round import build
+from processes import run_processes
+
+import topologies
+from dfl.adapters.layout import empty_rows, make_layout
+from dfl.engine.gossip import Gossip
+from dfl.methods import Choice
+from dfl.transport import InProcess
+from dfl.transport.distributed import Distributed
+
+pytestmark = pytest.mark.distributed
+NUM, ROUNDS = 5, 8
+LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])
+SLOTS = {
+    "event over a lossy way": {"trigger": Choice("event", {"threshold": 0.8, "decay": "constant"}),
+                               "channel": Choice("lossy", {"rate": 0.3})},
+    "known start": {"trigger": Choice("event", {"threshold": 9.0, "start": "common", "norm": "product"})},
+    "tensors": {"trigger": Choice("eventgrad", {"initial": 2, "horizon": 0.9})},
+    "answers": {"trigger": Choice("efhc", {"r": 0.3, "bandwidth": [1.0, 2.0, 1.0, 4.0, 1.0]}), "codec": Choice("int8")},
+    "random": {"trigger": Choice("random_gossip", {"probability": 0.3})},
+    "late": {"trigger": Choice("late", {"share": 0.5})},
+}
+
+
+def rounds(transport, hosted, slots: dict) -> torch.Tensor:
+    """The rows of the hosted peers, and beside them what their ledgers hold: (P, D + 9)."""
+    built = build("lora", LAYOUT, slots=slots, peers=NUM, rounds=ROUNDS)
+    x = empty_rows(len(hosted), LAYOUT.size)
+    heart, counted = Gossip(built.method, LAYOUT, topologies.build("ring", NUM), transport, hosted, x), []
+    for t in range(ROUNDS):
+        for row, peer in enumerate(hosted):
+            x[row] += 0.3 * torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(31 * t + peer))
+        report = heart.round(t, x, lr=0.1, local_steps=2)
+        counted.append(torch.tensor([list(report.ledger[peer]) if peer in report.ledger else [0] * 9 for peer in hosted]))
+    return torch.cat([x.double(), sum(counted).double()], 1)
+
+
+def worker(rank: int, slots: dict):
+    transport = Distributed(NUM, device=torch.device("cpu"), wire=torch.device("cpu"))
+    gathered = transport.gather(rounds(transport, list(transport.hosted), slots))
+    return None if gathered is None else gathered.numpy()
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_hosting_does_not_matter(name):
+    alone = rounds(InProcess(), list(range(NUM)), SLOTS[name]).numpy()
+    together, *_ = run_processes(worker, 2, SLOTS[name])
+    np.testing.assert_array_equal(together, alone)
+    assert 0 < alone[:, LAYOUT.size].sum() < 2 * NUM * ROUNDS or name == "tensors"  # some are silent
