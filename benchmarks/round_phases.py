@@ -75,12 +75,14 @@ def _exchange_worker(rank: int, size: int, store: str, megabytes: float, queue) 
     from dfl.adapters.layout import empty_rows, make_layout
     from dfl.engine.gossip import Gossip
     from dfl.transport import Distributed
+    from dfl.transport.group import Group
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
     width = int(megabytes * 1e6 / 4 / 16)
     layout = make_layout([("layer", 8, width, width, 1.0)])
     cpu = torch.device("cpu")
-    transport, x = Distributed(size, device=cpu, wire=cpu), empty_rows(1, layout.size)
+    group = Group(dist.PrefixStore("dfl", dist.FileStore(store, size)), rank, size, timeout=60)
+    transport, x = Distributed(size, group, device=cpu), empty_rows(1, layout.size)
     method = methods.build("lora", methods.Context(layout), slots={"guard": methods.Choice("finite")})
     gossip = Gossip(method, layout, topologies.build("ring", size), transport, [rank], x)
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})

@@ -1,5 +1,6 @@
 """Processes for a test, forked from a server that has torch loaded already: several in one gloo group, or one on its own."""
 
+import itertools
 import multiprocessing as mp
 import os
 import tempfile
@@ -53,7 +54,7 @@ def run_processes(function, num_processes: int, *args, timeout: float = 60.0, lo
     context = _server()
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
-        given = [(queue, function, rank, num_processes, f"{folder}/store", args) for rank in range(num_processes)]
+        given = [(queue, function, rank, num_processes, f"{folder}/store", not lost, args) for rank in range(num_processes)]
         workers = [context.Process(target=_work, args=one, daemon=True) for one in given]
         for worker in workers:
             worker.start()
@@ -75,19 +76,31 @@ def _receive(queue, workers, timeout: float):
     return queue.get()
 
 
-def _work(queue, function, rank: int, size: int, store: str, args) -> None:
+def _work(queue, function, rank: int, size: int, store: str, all_stay: bool, args) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
                                 timeout=timedelta(seconds=30))
         result = function(rank, *args)
-        if dist.is_initialized():
+        if all_stay:
             dist.barrier()
             dist.destroy_process_group()
         queue.put((rank, (True, result)))
     except BaseException:
         queue.put((rank, (False, f"process {rank}:\n{traceback.format_exc()}")))
+
+
+_made = itertools.count()
+
+
+def distributed(num_peers: int, **options):
+    """A transport in a group of its own, beside the default group of the test."""
+    from dfl.transport import Distributed
+    from dfl.transport.group import Group
+    store = dist.PrefixStore(f"test/{next(_made)}", dist.distributed_c10d._get_default_store())
+    group = Group(store, dist.get_rank(), dist.get_world_size(), timeout=30)
+    return Distributed(num_peers, group, device=torch.device("cpu"), **options)
 
 
 def ring_exchange(transport, t: int, rank: int) -> dict:

@@ -119,7 +119,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    every: int = 1  # rounds; 0: never
+    every: int | None = None  # rounds; null: with every evaluation; 0: never
     layers: int = 10  # rounds between diagnostics layer by layer; 0: never
 
 

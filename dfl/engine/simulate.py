@@ -14,7 +14,7 @@ from dfl.adapters.layout import Layout, pack, unpack
 from dfl.engine.gossip import AfterStep, Gossip
 from dfl.engine.ledger import Ledger, together, total
 from dfl.methods import Choice, Context, Method
-from dfl.metrics.measures import measure
+from dfl.metrics.measures import measure, seen
 from dfl.slots import Plan
 from dfl.training.masks import Held
 from dfl.transport import InProcess
@@ -76,7 +76,8 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     methods.check_topology(built, topology, slots)
     _check_local_step(built, local_step, slots)
     graph = topology if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
-    gossip = Gossip(built, layout, graph, InProcess(), range(len(x)), x, seed=seed)
+    transport = InProcess()
+    gossip = Gossip(built, layout, graph, transport, range(len(x)), x, seed=seed)
     history, ledger = [], {}
     for t in range(rounds):
         _train(x, layout, local_step, t, gossip.plans(t), gossip.after_step(t, lr=lr, local_steps=local_steps))
@@ -88,7 +89,8 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
             history.append({"round": t, "edges": report.messages, "message_bytes": report.message_bytes,
                             "broadcasts": report.broadcasts, "lost": report.lost, "rejected": len(report.rejected),
                             "sent_bytes": total(ledger).total_bytes, "seconds": total(ledger).seconds,
-                            "aggregations": report.aggregations, **measure(before, x, graph.matrix(t), layout)})
+                            "aggregations": report.aggregations,
+                            **measure(transport, seen(before, x, graph.matrix(t), range(len(x)), layout), len(x))})
     return Simulation(unpack(x, layout), history, ledger)
 
 

@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.attach import Adapted, Rows
-from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
-from dfl.adapters.lowrank import refactor, truncate, weighted_sum
-from dfl.adapters.residuals import residual_rows
 from dfl.metrics.base import Metric
 from dfl.metrics.own import Own
 from dfl.metrics.tally import Tally
-from dfl.rules.residual import largest_rank, split_model
 from dfl.training.executors import Executor
+from dfl.transport.base import Transport
 
 
 def in_batches(split, batch_size: int) -> list[list[int]]:
@@ -103,8 +100,9 @@ class Evaluator:
         of_examples = self.tally.of_examples(outcome, len(index)) if self.tally.kept else None
         return self.tally.of_batch(outcome, len(index), self.groups[k]), of_examples
 
-    def record(self, sums: Tensor, consensus: Tensor | None) -> dict:
-        """What a round's record says, from the rows of all peers' models (N, ...) and that of the consensus (1, ...).
+    def record(self, sums: Tensor, consensus: Tensor | None, peers: Sequence[int]) -> dict:
+        """What a round's record says, from the rows of the models of `peers` (P, ...) and that of the consensus (1, ...): values of
+        these peers as `Each`, until `summarised` adds those of other processes.
 
         `own`: the metrics on each peer's own distribution, `gap` how much they are above those on all examples, and the
         consensus model's on each of them.
@@ -114,11 +112,11 @@ class Evaluator:
         found = over_peers(on_all) | ({} if consensus is None else {"consensus": tally.values(consensus)[0]})
         if tally.own is None:
             return found
-        on_own = tally.on_own(sums)
+        on_own = tally.on_own(sums, peers)
         gaps = [{name: own[name] - both[name] for name in own} for own, both in zip(on_own, on_all, strict=True)]
         found["own"] = over_peers(on_own) | {"gap": over_peers(gaps)}
         if consensus is not None:
-            found["own"]["consensus"] = over_peers(tally.on_own(consensus))
+            found["own"]["consensus"] = over_peers(tally.on_own(consensus, peers))
         return found
 
 
@@ -133,51 +131,30 @@ def _length(features: dict) -> int:
     return len(value) if value is not None else 0
 
 
+class Each(list):
+    """A value of each hosted peer, to be summarised over all peers."""
+
+
 def over_peers(peers: Sequence[dict[str, float]]) -> dict:
-    """Metrics of all peers as a record has them: {mean, min, max} of each, and under `peers` the values."""
+    """Metrics of the hosted peers as a record has them: `Each` of its values, and under `peers` the values."""
     values = {name: [peer[name] for peer in peers] for name in peers[0]}
-    return {name: summary(of_peers) for name, of_peers in values.items()} | {"peers": values}
+    return {name: Each(of_peers) for name, of_peers in values.items()} | {"peers": values}
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+def summarised(tree: dict, transport: Transport, num_peers: int) -> dict:
+    """A record with {mean, min, max} over the peers of all processes in place of each `Each`; the same bits on all of them."""
+    found: list[Each] = []
+    _replaced(tree, lambda each: found.append(each))
+    if not found:
+        return tree
+    table = torch.tensor(found, dtype=torch.float64)  # (values, P)
+    means = (transport.total(table.T) / num_peers).tolist()
+    _, least, most = transport.summary(torch.stack([table.sum(1), table.amin(1), table.amax(1)])).tolist()
+    summaries = iter([{"mean": mean, "min": low, "max": high} for mean, low, high in zip(means, least, most, strict=True)])
+    return _replaced(tree, lambda each: next(summaries))
 
 
-def consensus_rows(adapted: Adapted, x: Tensor, kept: Tensor | None, product: bool, residual: Layout | None) -> Rows:
-    """The consensus model of trained rows x (N, D), scaled alike (`HostedPeers.alike`), and of the rules' residuals `kept` (N, D_E)
-    in the layout `residual`."""
-    if adapted.cores:
-        return Rows(adapted.factors(x.mean(0)[None]))
-    if kept is None:
-        return Rows(consensus(x, adapted.layout, product)[None], residual_rows(adapted, None, 1))
-    row, rest = consensus_with_residual(x, adapted.layout, kept, residual)
-    return Rows(row[None], residual_rows(adapted, rest[None], 1))
-
-
-def consensus(x: Tensor, layout: Layout, product: bool) -> Tensor:
-    """The consensus model of rows x (N, D): the mean of the factors, or the best rank-R part of the mean product.
-
-    The head, and what else there is, is the mean in both cases.
-    """
-    mean = x.mean(0)
-    if product:
-        weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64, device=x.device)
-        for pairs in layout.shapes():
-            own = stack_a(mean, pairs)
-            svd = truncate(*weighted_sum(weights, stack_a(x, pairs), stack_b(x, pairs)), pairs[0].rank)
-            write_pairs(mean, pairs, *refactor(svd, own, "balanced"))
-    return mean
-
-
-def consensus_with_residual(x: Tensor, layout: Layout, kept: Tensor, residual: Layout) -> tuple[Tensor, Tensor]:
-    """The mean of E_i + B_i A_i of rows x (N, D) and kept (N, D_E), as a row and its residual: what both ranks together can hold."""
-    mean = x.mean(0)
-    weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64, device=x.device)
-
-    def products(pairs):
-        others = residual.like(pairs)
-        return [weighted_sum(weights, stack_a(x, pairs), stack_b(x, pairs)),
-                weighted_sum(weights, stack_a(kept, others), stack_b(kept, others))]
-
-    state = split_model(mean, layout, residual, largest_rank(layout), products, "balanced")
-    return mean, state["residual"]
+def _replaced(tree, replace: Callable[[Each], object]):
+    if isinstance(tree, Each):
+        return replace(tree)
+    return {key: _replaced(value, replace) for key, value in tree.items()} if isinstance(tree, dict) else tree

@@ -4,83 +4,94 @@ R_weak and R_strong are the mismatches of products and of factors that the aggre
 2025, arXiv 2508.01348), here between what a peer holds after the round and what its neighbours sent.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dfl.adapters.layout import Layout, scalings, stack_a, stack_b
+from dfl.adapters.layout import scalings, stack_a, stack_b
 from dfl.adapters.lowrank import gram_tables, procrustes, products, truncate, weighted_sum
+from dfl.metrics.measures import Seen
+from dfl.transport.base import Transport
 
 _TINY = torch.finfo(torch.float64).tiny
+_OF_RECEIVERS, _LARGEST = ("aggregation_error", "tail_energy"), ("norm_A", "norm_B")
+_OF_LINKS = ("r_weak", "r_strong", "alignment_angle")
 
 
-def diagnose(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout,
-             models: tuple[Tensor, Tensor, Layout] | None = None) -> dict[str, dict[str, float]]:
-    """{diagnostic: {layer: value}} of a round from the rows before and after the mix (N, D), W (N, N).
+def diagnose(transport: Transport, look: Seen, num_peers: int) -> dict[str, dict[str, float]]:
+    """{diagnostic: {layer: value}} of a round, the same on all processes.
 
     aggregation_error: ||sum_j w_ij ΔW_j - ΔW_i'|| over ||sum_j w_ij ΔW_j||, mean over receivers; tail_energy: the part of that
     sum's energy beyond the adapter's rank, mean; r_weak: ||ΔW_i' - ΔW_j||, mean over links; r_strong: ||B_i' - B_j||² +
     ||A_i' - A_j||², mean over links; norm_A, norm_B: the largest over peers; alignment_angle: degrees by which a neighbour's frame
-    is turned against the receiver's, mean over links. models: the same rows with what lies beside the factors.
+    is turned against the receiver's, mean over links.
     """
-    whole_before, whole_after, whole_layout = models or (before, after, layout)
-    weights = torch.as_tensor(w, dtype=torch.float64, device=before.device)
+    links = _links(look)
     found: dict[str, dict[str, float]] = {}
-    for pairs in layout.shapes():
-        values = _of_products(whole_before, whole_after, whole_layout.like(pairs), weights, pairs[0].rank)
-        values |= _of_factors(before, after, pairs, weights)
-        for name, by_layer in values.items():
-            found.setdefault(name, {}).update(zip((pair.name for pair in pairs), by_layer.tolist(), strict=True))
+    for pairs in look.layout.shapes():
+        values = _of_products(look, pairs, links) | _of_factors(look, pairs, links)  # (P, L) each
+        numbers = torch.bincount(links[0], minlength=len(look.after)).double()[:, None]
+        table = torch.cat([values[name] for name in (*_OF_RECEIVERS, *_OF_LINKS)] + [numbers], 1)
+        sums = transport.total(table)
+        means = sums[:-1].view(-1, len(pairs)) / num_peers
+        means[len(_OF_RECEIVERS):] *= num_peers / sums[-1].clamp_min(1)
+        largest = torch.cat([values[name].amax(0) for name in _LARGEST])
+        largest = transport.summary(largest.expand(3, -1).contiguous().cpu())[2].view(-1, len(pairs))
+        for name, by_layer in zip((*_OF_RECEIVERS, *_OF_LINKS, *_LARGEST), [*means.tolist(), *largest.tolist()], strict=True):
+            found.setdefault(name, {}).update(zip((pair.name for pair in pairs), by_layer, strict=True))
     return found
 
 
-def _of_products(before: Tensor, after: Tensor, pairs, weights: Tensor, rank: int) -> dict[str, Tensor]:
-    """(L,) each."""
-    num = len(before)
-    a = torch.cat([stack_a(before, pairs), stack_a(after, pairs)]).double()
-    b = torch.cat([stack_b(before, pairs), stack_b(after, pairs)]).double() * scalings(pairs, before)[:, None, None]
-    table = products(gram_tables(a, b))  # (L, 2N, 2N)
+def _of_products(look: Seen, pairs, links: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """(P, L) each; what is of links is summed up for each receiver."""
+    num, others = len(look.before), look.whole.like(pairs)
+    a = torch.cat([stack_a(look.whole_before, others), stack_a(look.whole_after, others)]).double()
+    b = torch.cat([stack_b(look.whole_before, others), stack_b(look.whole_after, others)]).double()
+    b = b * scalings(others, look.before)[:, None, None]
+    table = products(gram_tables(a, b))  # (L, J + P, J + P)
 
-    def norms(coefficients: Tensor) -> Tensor:  # (K, 2N) -> (L, K)
-        return torch.einsum("kj,ljm,km->lk", coefficients, table, coefficients).clamp_min(0).sqrt()
+    def norms(coefficients: Tensor) -> Tensor:  # (K, J + P) -> (K, L)
+        return torch.einsum("kj,ljm,km->kl", coefficients, table, coefficients).clamp_min(0).sqrt()
 
-    eye, none = torch.eye(num, dtype=torch.float64, device=a.device), torch.zeros_like(weights)
-    target = norms(torch.cat([weights, none], 1))
-    error = norms(torch.cat([weights, -eye], 1)) / target.clamp_min(_TINY)
-    receivers, senders = _links(weights)
-    weak = norms(torch.cat([-eye[senders], eye[receivers]], 1))
-    return {"aggregation_error": error.mean(1), "tail_energy": _tail(a[:num], b[:num], weights, rank), "r_weak": _mean(weak)}
+    weights, (receivers, senders) = look.weights, links
+    after = torch.eye(len(look.after), dtype=torch.float64, device=a.device)
+    before = torch.eye(num, dtype=torch.float64, device=a.device)
+    target = norms(torch.cat([weights, torch.zeros_like(after)], 1))
+    error = norms(torch.cat([weights, -after], 1)) / target.clamp_min(_TINY)
+    weak = norms(torch.cat([-before[senders], after[receivers]], 1))
+    return {"aggregation_error": error, "tail_energy": _tail(a[:num], b[:num], weights, pairs[0].rank),
+            "r_weak": _summed(weak, receivers, len(after))}
 
 
 def _tail(a: Tensor, b: Tensor, weights: Tensor, rank: int) -> Tensor:
-    """Mean over receivers of the energy of sum_j w_ij ΔW_j beyond `rank`, as a part of all of it (L,)."""
+    """The energy of sum_j w_ij ΔW_j of each receiver beyond `rank`, as a part of all of it (P, L)."""
     parts = []
     for row in weights:
-        heard = row.nonzero().flatten()
-        squared = truncate(*weighted_sum(row[heard], a[heard], b[heard]), 1).spectrum.square()
+        received = row.nonzero().flatten()
+        squared = truncate(*weighted_sum(row[received], a[received], b[received]), 1).spectrum.square()
         parts.append(squared[:, rank:].sum(1) / squared.sum(1).clamp_min(_TINY))
-    return torch.stack(parts).mean(0)
+    return torch.stack(parts)
 
 
-def _of_factors(before: Tensor, after: Tensor, pairs, weights: Tensor) -> dict[str, Tensor]:
-    """(L,) each."""
-    a, b = stack_a(before, pairs).double(), stack_b(before, pairs).double()
-    new_a, new_b = stack_a(after, pairs).double(), stack_b(after, pairs).double()
-    receivers, senders = _links(weights)
+def _of_factors(look: Seen, pairs, links: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """(P, L) each; what is of links is summed up for each receiver."""
+    receivers, senders = links
+    a, b = stack_a(look.before, pairs).double(), stack_b(look.before, pairs).double()
+    new_a, new_b = stack_a(look.after, pairs).double(), stack_b(look.after, pairs).double()
     strong = sum((new[receivers] - old[senders]).square().sum((-1, -2)) for new, old in ((new_a, a), (new_b, b)))
-    rotation = procrustes(a[senders] @ a[receivers].mT)
+    rotation = procrustes(a[senders] @ a[torch.as_tensor(look.own)[receivers]].mT)
     cosine = rotation.diagonal(dim1=-1, dim2=-2).mean(-1).clamp(-1, 1)
-    return {"r_strong": _mean(strong.mT), "norm_A": new_a.square().sum((-1, -2)).sqrt().amax(0),
-            "norm_B": new_b.square().sum((-1, -2)).sqrt().amax(0), "alignment_angle": _mean(cosine.arccos().rad2deg().mT)}
+    return {"r_strong": _summed(strong, receivers, len(new_a)), "norm_A": new_a.square().sum((-1, -2)).sqrt(),
+            "norm_B": new_b.square().sum((-1, -2)).sqrt(),
+            "alignment_angle": _summed(cosine.arccos().rad2deg(), receivers, len(new_a))}
 
 
-def _links(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Receivers and senders of all links but the loops."""
-    away = weights.clone()
-    away.fill_diagonal_(0)
+def _links(look: Seen) -> tuple[Tensor, Tensor]:
+    """Receivers (of the P) and senders (of the J) of all links but the loops."""
+    away = look.weights.clone()
+    away[torch.arange(len(away)), torch.as_tensor(look.own)] = 0
     return away.nonzero(as_tuple=True)
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Over links, the last dimension; 0 without any."""
-    return values.mean(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+def _summed(values: Tensor, receivers: Tensor, num: int) -> Tensor:
+    """Values (links, L) summed up for each of `num` receivers (num, L)."""
+    return values.new_zeros(num, values.shape[1]).index_add_(0, receivers, values)

@@ -1,22 +1,84 @@
-"""How far peers are apart, and what mixing factors costs the product. Tensors in, floats out.
+"""How far peers are apart, and what mixing factors costs the product, as each receiver sees it: tensors in, floats out.
 
-All of it comes from Gram tables of low-rank pairs: nothing of size O x I is formed. Products are scaled as ΔW is.
+A process looks at its own peers and at those that they receive from; what is of all peers is added up (`Transport.total`). Products
+come from Gram tables of low-rank pairs: nothing of size O x I is formed. They are scaled as ΔW is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dfl.adapters.layout import GROUPS, Layout, join, join_rows, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import gram_tables, products
+from dfl.metrics.products import mean_products, mean_row
+from dfl.transport.base import Transport
 
 
-def consensus_distance(x: Tensor) -> float:
-    """sqrt(mean_i ||x_i - mean x||²) of rows x (N, D)."""
-    centred = x - x.mean(0, dtype=torch.float64).to(x.dtype)
-    return float(centred.square().sum(1, dtype=torch.float64).mean().sqrt())
+class Seen(NamedTuple):
+    """The rows before and after a mix of P hosted peers, and before it of the J peers that they received from, themselves included.
+
+    before (J, D), after (P, D); weights (P, J) float64: the rows of W; own: where the hosted peers stand among the J. products
+    before and after: the same with what lies beside the factors (`with_residual`), in the layout `whole`.
+    """
+
+    before: Tensor
+    after: Tensor
+    weights: Tensor
+    own: Sequence[int]
+    layout: Layout
+    whole_before: Tensor
+    whole_after: Tensor
+    whole: Layout
+
+
+def seen(before: Tensor, after: Tensor, weights, own: Sequence[int], layout: Layout, kept_before: Tensor | None = None,
+         kept_after: Tensor | None = None, residual: Layout | None = None) -> Seen:
+    """kept (., D_E): the residuals beside the rows, in the layout `residual`."""
+    weights = torch.as_tensor(weights, dtype=torch.float64, device=before.device)
+    (whole_before, whole), (whole_after, _) = (with_residual(before, layout, kept_before, residual),
+                                               with_residual(after, layout, kept_after, residual))
+    return Seen(before, after, weights, own, layout, whole_before, whole_after, whole)
+
+
+def with_residual(x: Tensor, layout: Layout, kept: Tensor | None, residual: Layout | None) -> tuple[Tensor, Layout]:
+    """Rows x (P, D) of A and B together with the residuals `kept` (P, D_E) beside them, as factors of larger rank."""
+    if kept is None:
+        return x, layout
+    joined = join((layout, residual))
+    return join_rows(joined, (layout, residual), (x, kept), len(x)), joined
+
+
+def measure(transport: Transport, look: Seen, num_peers: int, seed: int = 0) -> dict[str, float]:
+    """All measures of a round, the same on all processes: consensus distance sqrt(mean_i ||x_i - mean x||²), also by group of factors
+    and of products, and means over receivers of the cross term and the aggregation error."""
+    columns = {"consensus_distance": slice(None)}
+    columns |= {f"consensus_distance_{group}": look.layout.groups[group] for group in GROUPS if look.layout.has(group)}
+    centred = look.after - mean_row(transport, look.after, num_peers)
+    squares = [centred[:, cut].square().sum(1, dtype=torch.float64) for cut in columns.values()]
+    squares.append(squared_product_distances(transport, look.whole_after, look.whole, num_peers, seed))
+    cross, relative = cross_terms(look)
+    table = torch.stack([*squares, cross, relative, aggregation_errors(look)], 1)
+    means = (transport.total(table) / num_peers).tolist()
+    distances = dict(zip([*columns, "product_distance"], (mean ** 0.5 for mean in means), strict=False))
+    return distances | dict(zip(("cross_term", "cross_term_relative", "aggregation_error"), means[len(distances):], strict=True))
+
+
+def squared_product_distances(transport: Transport, x: Tensor, layout: Layout, num_peers: int, seed: int = 0) -> Tensor:
+    """||ΔW_i - mean ΔW||_F² (P,) of hosted rows x (P, D): disagreement that no change of basis hides.
+
+    The mean is that of `mean_products`: exact where peers times rank fit into its rank, else too far by its error at most.
+    """
+    found = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for pairs, mean in mean_products(transport, x, layout, num_peers, seed):
+        scaling = scalings(pairs, x)[:, None, None]
+        a, b = stack_a(x, pairs).double() * scaling, stack_b(x, pairs).double()
+        left, right = mean.left * scaling, mean.right
+        both = ((b.mT @ left) * (a @ right.mT)).sum((1, 2, 3))
+        own = ((b.mT @ b) * (a @ a.mT)).sum((1, 2, 3))
+        found += own - 2 * both + ((left.mT @ left) * (right @ right.mT)).sum()
+    return found.clamp_min(0)
 
 
 def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor], Tensor] = lambda factors: factors) -> Tensor:
@@ -40,69 +102,30 @@ def _norms(gram: Tensor, coefficients: Tensor) -> Tensor:
     return torch.einsum("ij,jl,il->i", coefficients, gram, coefficients).clamp_min(0).sqrt()
 
 
-def cross_term(x: Tensor, w: np.ndarray, layout: Layout) -> tuple[float, float]:
-    """Mean over receivers of ||C_i||_F, and of it over ||sum_j w_ij ΔW_j||_F, for the rows x (N, D) before mixing.
+def cross_terms(look: Seen) -> tuple[Tensor, Tensor]:
+    """||C_i||_F of each receiver (P,), and the same over ||sum_j w_ij ΔW_j||_F.
 
-    C_i = sum_j w_ij B_j A_j - (sum_j w_ij B_j)(sum_j w_ij A_j). It does not change when one matrix is taken from every B_j
-    and one from every A_j, so the network means are taken off first: no cancellation when peers agree.
+    C_i = sum_j w_ij B_j A_j - (sum_j w_ij B_j)(sum_j w_ij A_j) from the rows before mixing. It does not change when one matrix is
+    taken from every B_j and one from every A_j, so means are taken off first: no cancellation when peers agree.
     """
-    weights = torch.as_tensor(w, dtype=torch.float64, device=x.device)
+    x, weights = look.before, look.weights
 
     def centred_and_mixed(factors: Tensor) -> Tensor:
         centred = factors - factors.mean(0)
         return torch.cat([centred, torch.tensordot(weights, centred, 1)])
 
-    plain = scaled_product_gram(x, layout=layout)
-    gram = scaled_product_gram(x, layout=layout, spread=centred_and_mixed)
-    cross = _norms(gram, torch.cat([weights, -torch.eye(len(x), dtype=torch.float64, device=x.device)], 1))
+    plain = scaled_product_gram(x, layout=look.layout)
+    gram = scaled_product_gram(x, layout=look.layout, spread=centred_and_mixed)
+    cross = _norms(gram, torch.cat([weights, -_eye(len(weights), x)], 1))
     size = _norms(plain, weights)
-    relative = torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
-    return float(cross.mean()), float(relative.mean())
+    return cross, torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
 
 
-def aggregation_error(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout) -> float:
-    """Mean over receivers of ||sum_j w_ij ΔW_j - ΔW_i'||_F: what each holds after the round against product consensus.
-
-    before, after: rows (N, D) around the mix.
-    """
-    weights = torch.as_tensor(w, dtype=torch.float64, device=before.device)
-    gram = scaled_product_gram(before, after, layout=layout)
-    eye = torch.eye(len(before), dtype=torch.float64, device=before.device)
-    return float(_norms(gram, torch.cat([weights, -eye], 1)).mean())
+def aggregation_errors(look: Seen) -> Tensor:
+    """||sum_j w_ij ΔW_j - ΔW_i'||_F of each receiver (P,): what it holds after the round against product consensus."""
+    gram = scaled_product_gram(look.whole_before, look.whole_after, layout=look.whole)
+    return _norms(gram, torch.cat([look.weights, -_eye(len(look.after), look.after)], 1))
 
 
-def product_distance(x: Tensor, layout: Layout) -> float:
-    """sqrt(mean_i ||ΔW_i - mean ΔW||_F²) of rows x (N, D): disagreement that no change of basis hides."""
-    num = len(x)
-    centred = torch.eye(num, dtype=torch.float64, device=x.device) - 1 / num
-    return float(_norms(scaled_product_gram(x, layout=layout), centred).square().mean().sqrt())
-
-
-def whole(x: Tensor, layout: Layout, kept: Tensor | None, residual: Layout | None) -> tuple[Tensor, Layout]:
-    """Rows x (N, D) of A and B together with the residuals `kept` (N, D_E) beside them, as factors of larger rank."""
-    if kept is None:
-        return x, layout
-    joined = join((layout, residual))
-    return join_rows(joined, (layout, residual), (x, kept), len(x)), joined
-
-
-Models = tuple[Tensor, Tensor, Layout]
-
-
-def measure(before: Tensor, after: Tensor, w: np.ndarray, layout: Layout, models: Models | None = None) -> dict[str, float]:
-    """All measures of a round from the rows before and after the mix (N, D).
-
-    models: the same with what lies beside the factors (`whole`), for what is said of products.
-    """
-    whole_before, whole_after, whole_layout = models or (before, after, layout)
-    cross, relative = cross_term(before, w, layout)
-    result = {"consensus_distance": consensus_distance(after)}
-    for group in GROUPS:
-        if layout.has(group):
-            result[f"consensus_distance_{group}"] = consensus_distance(after[:, layout.groups[group]])
-    return result | {
-        "product_distance": product_distance(whole_after, whole_layout),
-        "cross_term": cross,
-        "cross_term_relative": relative,
-        "aggregation_error": aggregation_error(whole_before, whole_after, w, whole_layout),
-    }
+def _eye(num: int, like: Tensor) -> Tensor:
+    return torch.eye(num, dtype=torch.float64, device=like.device)

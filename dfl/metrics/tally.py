@@ -62,9 +62,12 @@ class Tally:
         found |= {name: [metric.value(kept, ones) for kept in part] for name, metric, part in _parts(self.kept, self._kept(rows))}
         return self._by_model(found, len(rows))
 
-    def on_own(self, rows: Tensor) -> list[dict[str, float]]:
-        """The metrics of each peer's model (N, ...) on its own distribution; of a single row, of one model on all of them."""
-        weights, start = self.own.weights, _size(self.added)
+    def on_own(self, rows: Tensor, peers: Sequence[int] | None = None) -> list[dict[str, float]]:
+        """The metrics of the model of each of `peers` (P, ...), or of all peers, on its own distribution.
+
+        Of a single row: of one model on all of their distributions.
+        """
+        weights, start = self.own.weights if peers is None else self.own.weights[list(peers)], _size(self.added)
         by_group = rows[:, start:self.width].view(len(rows), self.num_groups, -1)
         found = {name: [metric.value(sums) for sums in (part * weights[:, :, None]).sum(1)]
                  for name, metric, part in _parts(self.grouped, by_group)}

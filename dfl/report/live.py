@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dfl.report.lines import clock
 from dfl.report.runs import choose_metric, evaluated, number, spent
+from dfl.store.directory import all_records
 from dfl.store.runs import RunData, is_run, is_sweep, read_run
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -31,8 +32,8 @@ class Reader:
 
     def look(self) -> RunData | None:
         """None while there is no run in the folder."""
-        names = ("recipe.yaml", "run.json", "metrics.jsonl")
-        stamps = [_stamp(self.folder / part / name) for part in ("", "baseline-local") for name in names]
+        parts = [self.folder, self.folder / "baseline-local"]
+        stamps = [_stamp(file) for part in parts for file in (part / "recipe.yaml", part / "run.json", *all_records(part))]
         if stamps != self.seen:
             self.seen, self.run = stamps, read_run(self.folder) if is_run(self.folder) else None
         return self.run

@@ -60,7 +60,7 @@ def tiles(run: RunData, metric: str, higher: bool) -> list[tuple[str, str]]:
     if cost:
         sent, seconds = cost[run.done]
         found += [("messages", megabytes(sent)), ("seconds of work", f"{seconds:,.1f}")]
-        between = sum(number(r, name) or 0 for r in run.records for name in ("wire_bytes", "control_bytes", "gathered_bytes"))
+        between = sum(number(r, name) or 0 for r in run.records for name in ("wire_bytes", "control_bytes", "measured_bytes"))
         found += [("between processes", megabytes(between))] if between else []
     return found
 

@@ -33,6 +33,7 @@ from dfl.store.manifest import UnreadableError
 from dfl.training import executors
 from dfl.training.hosted import DataStream, HostedPeers
 from dfl.training.starts import at_first_gradient
+from dfl.transport import Transport
 from dfl.transport.agreement import together
 
 # what a factory gets from the run, and no recipe gives it a second time
@@ -227,7 +228,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     adapted = with_residual(adapted, method.rule.residual)
     streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
-    check_same_start(peers, bundle, runtime.transport)
+    check_same_start(peers, bundle, runtime.transport, config.peers)
     autocast = executors.autocasts(config.train.autocast, runtime.device)
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
                           None if isinstance(own, str) else own,
@@ -238,7 +239,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
                bundle.task, bundle.train, evaluator)
 
 
-def check_same_start(peers: HostedPeers, bundle, transport) -> None:
+def check_same_start(peers: HostedPeers, bundle, transport: Transport, num_peers: int) -> None:
     """Every peer must start from the same A (or bases and core) and head. ValueError names the first that differs from peer 0."""
     adapted = peers.adapted
     # a trained head is part of the row
@@ -249,10 +250,9 @@ def check_same_start(peers: HostedPeers, bundle, transport) -> None:
     shared = hashlib.sha256(b"".join(common)).digest()
     digests = [hashlib.sha256(row.cpu().numpy().tobytes() + shared).digest()
                for row in (peers.x if adapted.ranks.unequal is None else adapted.start[None].expand(len(peers.ids), -1))]
-    rows = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])[:, None]
-    rows = transport.gather(rows)
-    differing = [] if rows is None else (rows[:, 0] != rows[0, 0]).nonzero().flatten().tolist()
-    peer = transport.agree(differing[0] if differing else -1)
-    if peer >= 0:
+    first = transport.spread(digests[0])  # peer 0 is hosted by process 0
+    differing = next((peer for peer, digest in zip(peers.ids, digests, strict=True) if digest != first), None)
+    peer = num_peers - transport.agree(0 if differing is None else num_peers - differing)
+    if peer < num_peers:
         what = "another A" if adapted.cores is None else "other bases, another core"
         raise ValueError(f"peer {peer} starts from {what} or head than peer 0; all must share seed, model and lora settings")

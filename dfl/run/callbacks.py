@@ -80,7 +80,10 @@ class RunView:
 
 
 class Callback:
-    """Override what you need. Every event comes on every process; a record or an evaluation is None but on process 0.
+    """Override what you need. Every event comes on every process, with the record of the round or its evaluation.
+
+    Means, least and largest values in it are those of all peers; lists by peer are of the peers `hosted` by the process, or
+    of all where no `hosted` is in the record.
 
     A record is a line of metrics.jsonl. Asking for a stop on one process is enough: `control.should_training_stop = True`.
     Peers' factors are not to be changed here: a run would not repeat.
@@ -89,10 +92,10 @@ class Callback:
     def on_train_begin(self, run: RunView, control: Control) -> None:
         """Before the first round, or the first after a resumption."""
 
-    def on_round_end(self, run: RunView, control: Control, record: dict | None) -> None:
+    def on_round_end(self, run: RunView, control: Control, record: dict) -> None:
         """A round has been trained, mixed and recorded."""
 
-    def on_evaluate(self, run: RunView, control: Control, evaluation: dict | None) -> None:
+    def on_evaluate(self, run: RunView, control: Control, evaluation: dict) -> None:
         """The models were evaluated: after `on_round_end` of that round, and once before the first round."""
 
     def on_save(self, run: RunView, control: Control, folder: Path) -> None:
@@ -135,9 +138,9 @@ class Callbacks:
         self.view._round = rounds
         self.call("on_save", folder)
 
-    def record(self, record: dict | None) -> None:
-        """A round is done, or the evaluation before the first; called on all processes, with None but on process 0."""
-        evaluation = record and record.get("eval")
+    def record(self, record: dict) -> None:
+        """A round is done, or the evaluation before the first."""
+        evaluation = record.get("eval")
         if self._new:
             self._new = False
             self.call("on_evaluate", evaluation)

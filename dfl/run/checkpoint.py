@@ -25,7 +25,7 @@ from dfl.adapters.attach import ADAPTER, Adapted, Rows, bind
 from dfl.adapters.layout import a_view, b_view, join, join_rows
 from dfl.engine.state import owner
 from dfl.store.checkpoints import aside, complete, folder_of, latest, remove_aside, rounds_of, tidy
-from dfl.store.directory import remove_checkpoint
+from dfl.store.directory import records_of, remove_checkpoint
 from dfl.store.lease import Lease
 from dfl.store.manifest import NAME, Manifest, UnreadableError, digest_of_file, missing_adapter, read, verify
 from dfl.transport.agreement import together
@@ -88,7 +88,7 @@ class Checkpointer:
         """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint. lease: is checked before
         every write and removal, on every process; without one the caller knows that nobody else writes there."""
         self.run, self.transport, self.process, self.base_name, self.keep = run, transport, process, base_name, keep
-        self.contents = dict(contents or {})
+        self.contents, self._written = dict(contents or {}), []
         self.guard, self._fence = (lease.check, f".{lease.token[:8]}") if lease else (lambda: None, "")
 
     def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, rows: Rows, tensors: dict[str, Tensor],
@@ -104,7 +104,8 @@ class Checkpointer:
         self._together(draft, target, lambda: self._discard(draft) if self.process == 0 else None)
         num_peers = self.transport.agree(max(peers)) + 1
         self._together(draft, target, lambda: self._write(draft, adapted, peers, x, rows, tensors, consensus))
-        self._together(draft, target, lambda: self._publish(draft, target, rounds, num_peers) if self.process == 0 else None)
+        digests = self._digests(draft)
+        self._together(draft, target, lambda: self._publish(draft, target, rounds, num_peers, digests) if self.process == 0 else None)
         return target
 
     def _together(self, draft: Path, target: Path, step: Callable[[], None]) -> None:
@@ -143,11 +144,23 @@ class Checkpointer:
         self.guard()
         save_file(state, str(path))
         # all of it is on the disk before the manifest is, which says that it is there
-        for written in (path, *(file for folder in folders for file in folder.iterdir()), *folders, draft):
+        files = [path, *(file for folder in folders for file in folder.iterdir())]
+        self._written = [str(file.relative_to(draft)) for file in files]
+        for written in (*files, *folders, draft):
             _sync(written)
+        if (self.run / records_of(self.process)).exists():  # the records of its rounds are there when it is
+            _sync(self.run / records_of(self.process))
 
-    def _publish(self, draft: Path, target: Path, rounds: int, num_peers: int) -> None:
-        digests = {str(p.relative_to(draft)): digest_of_file(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    def _digests(self, draft: Path) -> dict[str, str]:
+        """Of all files, by process 0 those that it sees: each process reads what it has written itself."""
+        mine = json.dumps({name: digest_of_file(draft / name) for name in self._written}).encode()
+        found = {}
+        for told in self.transport.share(mine):
+            of_process = json.loads(told)
+            found |= {name: digest for name, digest in of_process.items() if self.process or (draft / name).is_file()}
+        return dict(sorted(found.items()))
+
+    def _publish(self, draft: Path, target: Path, rounds: int, num_peers: int, digests: dict[str, str]) -> None:
         for process in range(self.transport.size):
             if f"state-{process}.safetensors" not in digests:
                 raise OSError(f"process 0 does not see what {self.transport.describe(process)} wrote; the output must lie on a file "
@@ -155,8 +168,6 @@ class Checkpointer:
         missing = missing_adapter(digests, num_peers)
         if missing is not None:
             raise OSError(f"process 0 does not see {missing}; the output must lie on a file system that all processes share")
-        if (self.run / "metrics.jsonl").exists():  # the records of its rounds are there when it is
-            _sync(self.run / "metrics.jsonl")
         (draft / NAME).write_text(Manifest(rounds, num_peers, self.contents, digests).text(), encoding="utf-8")
         _sync(draft / NAME)
         _sync(draft)

@@ -22,10 +22,11 @@ from dfl.run.runtime import Worker, choose_device, num_threads, place_from_envir
 from dfl.run.train import restore
 from dfl.seeds import derive
 from dfl.store import targets
-from dfl.store.records import finite
+from dfl.store.records import finite, joined
 from dfl.store.runs import read_config
 from dfl.store.targets import ADAPTER_CONFIG, Target
 from dfl.training.executors import autocasts
+from dfl.transport import Transport
 
 
 def evaluate_target(path: Path, overrides: Sequence[str] = (), *, data: str | None = None, run: Path | None = None,
@@ -79,12 +80,19 @@ def _evaluate_run(config: Config, topology, folder: Path, data: str | None, name
         loaded = load(config, runtime.device) if data is None else _load_file(config, runtime.device, names, data)
         run = assemble(config, runtime, loaded, topology, folder)
         restore(run, folder)
-        result = evaluate(run)
+        result = _of_all(runtime.transport, evaluate(run), run.peers.ids)
     except BaseException as error:
         runtime.transport.leave(error)
         raise
     runtime.transport.close()
     return result and {"checkpoint": str(folder), "round": run.completed, "examples": len(loaded.bundle.valid), **finite(result)}
+
+
+def _of_all(transport: Transport, result: dict, hosted: Sequence[int]) -> dict | None:
+    """On process 0 the result with the values of all peers, None elsewhere."""
+    told = transport.share(json.dumps({"round": 0, "hosted": list(hosted), **result}).encode())
+    found = joined([[json.loads(text)] for text in told])[0]
+    return {key: value for key, value in found.items() if key != "round"} if transport.rank == 0 else None
 
 
 def _load_file(config: Config, device: torch.device, names: list[str], file: str) -> Loaded:

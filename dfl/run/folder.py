@@ -26,9 +26,10 @@ from dfl.run.loop import Run
 from dfl.run.runtime import Runtime
 from dfl.run.trackers import Trackers
 from dfl.store.checkpoints import complete
-from dfl.store.directory import FILES, TRACKERS, clear, in_the_way, mark, marked, written
+from dfl.store.directory import TRACKERS, all_records, clear, files, in_the_way, mark, marked, records_of, written
+from dfl.store.jsonlines import rewind
 from dfl.store.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
-from dfl.store.records import JsonLines
+from dfl.store.records import JsonLines, of_peers
 from dfl.store.runs import mapping, read_description
 from dfl.transport.agreement import together
 
@@ -85,7 +86,7 @@ def _refuse(config: Config, output: Path, resume: bool, overwrite: bool) -> None
     if overwrite and output.is_symlink():
         raise ValueError(f"output = {config.output!r} is a symbolic link, and nothing is removed through one; give the folder itself, "
                          f"{os.path.realpath(output)!r}")
-    if ours and not overwrite and in_the_way(output, FILES, ()):
+    if ours and not overwrite and in_the_way(output, files(output), ()):
         raise ValueError(f"output = {config.output!r} already holds a run; pass --resume to go on, --overwrite to replace it, "
                          "or another --output")
     if ours and overwrite:
@@ -101,7 +102,7 @@ def _refuse_baseline(config: Config, output: Path, going: Iterable[Path] = ()) -
 
 
 def _refuse_others(config: Config, folder: Path, going: Iterable[Path]) -> None:
-    found = in_the_way(folder, FILES, ("checkpoints", *(set(TRACKERS) & set(config.report_to))), going)
+    found = in_the_way(folder, files(folder), ("checkpoints", *(set(TRACKERS) & set(config.report_to))), going)
     if found is None and folder.is_symlink() and folder != Path(config.output):
         found = folder
     if found is not None:
@@ -231,6 +232,19 @@ def describe_data(config: Config, loaded: Loaded, say: bool) -> None:
         print("\n".join(tasks.summary_lines(found)), file=sys.stderr, flush=True)
 
 
+class OwnRecords:
+    """What any other process writes: of each round what is of its own peers."""
+
+    def __init__(self, output: Path, process: int, lease: Lease):
+        self.lines = JsonLines(output / records_of(process), guard=lease.check)
+
+    def round(self, record: dict) -> None:
+        self.lines.write(of_peers(record))
+
+    def close(self) -> None:
+        self.lines.close()
+
+
 class Recording:
     """What process 0 writes and prints."""
 
@@ -249,7 +263,11 @@ class Recording:
         about = describe_run(config.to_dict(), facts, before)
         write_whole(output / "run.json", json.dumps(about, indent=1, default=str), lease)
         recorded = run.completed - (run.pending is not None)  # rounds
-        self.lines = JsonLines(output / "metrics.jsonl", keep_before=recorded + 1 if run.resumed else 0, guard=lease.check)
+        for other in all_records(output):
+            if run.resumed and other.name != records_of(0):  # before its process writes again, if there still is one
+                lease.check()
+                rewind(other, recorded + 1)
+        self.lines = JsonLines(output / records_of(0), keep_before=recorded + 1 if run.resumed else 0, guard=lease.check)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
         self.console = Console(config.train.rounds, recorded)
         if run.completed == 0:

@@ -13,13 +13,15 @@ from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip, Report
-from dfl.metrics.evaluator import Evaluator, GivenUp, consensus_rows, summary
+from dfl.metrics.consensus import consensus_rows
+from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
-from dfl.metrics.measures import measure, whole
+from dfl.metrics.measures import Seen, measure, seen
 from dfl.slots import Rule
 from dfl.training.executors import Executor
 from dfl.training.hosted import DivergenceError, HostedPeers
-from dfl.transport.base import SENT, Transport
+from dfl.transport.base import LOOK, SENT, Transport
+from dfl.transport.packet import Packet
 
 logger = logging.getLogger(__name__)
 # what processes agree on after every local phase, the largest of what each says; _SAVE is process 0's alone to say, by its clock;
@@ -47,7 +49,7 @@ class Run:
     pending: "Pending | None" = None  # of the last completed round, until it is evaluated and recorded
     resumed: bool = False  # from a checkpoint
     began: bool = False  # there is more to save than the start
-    gathered: tuple | None = None  # what `gather_models` found, until the models change
+    merged: Rows | None = None  # the consensus model, until the models change
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
 
     def __post_init__(self):
@@ -62,13 +64,16 @@ class Run:
         """What the model reads of the hosted peers now."""
         return self.peers.rows(self.gossip.residuals())
 
-    def consensus(self, x: Tensor, kept: Tensor | None) -> Rows:
-        """The consensus model of the rows x (N, D) of all peers, scaled alike, and their residuals."""
-        return consensus_rows(self.peers.adapted, x, kept, self.rule.product, self.rule.residual)
+    def consensus(self) -> Rows:
+        """The consensus model, on all processes, which make it together: once for evaluation and checkpoint of the same models."""
+        if self.merged is None:
+            self.merged = consensus_rows(self.transport, self.peers.adapted, self.peers.common_scale(), self.gossip.residuals(),
+                                         num_peers=self.config.peers, product=self.rule.product, residual=self.rule.residual)
+        return self.merged
 
 
 class Pending(NamedTuple):
-    """A round before its evaluation. table: `_table` of the hosted peers; found: measures, on process 0."""
+    """A round before its evaluation. table: `_table` of the hosted peers; found: measures."""
 
     table: Tensor
     found: dict
@@ -76,9 +81,9 @@ class Pending(NamedTuple):
 
 
 class Hooks(NamedTuple):
-    """What happens beside the mathematics: `record` is called on every process, with None where it is not process 0."""
+    """What happens beside the mathematics: `record` is called on every process, with what is of all peers and of its own."""
 
-    record: Callable[[dict | None], None]
+    record: Callable[[dict], None]
     save: Callable[[], None]
     stop_requested: Callable[[], bool]  # with the end of a round; asked at its begin
     save_due: Callable[[], bool] = lambda: False  # a checkpoint by time; asked in every round, on process 0 alone
@@ -95,7 +100,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
     config, begun = run.config, []
     if not run.resumed:
         try:
-            hooks.record(_agreed(run, lambda: _start_record(run, hooks.halted)))
+            hooks.record(_start_record(run, hooks.halted))
         except GivenUp:
             return False
     run.began = True
@@ -146,11 +151,9 @@ def _conclude(run: Run, hooks: Hooks, stop: bool) -> bool:
         return False
     evaluated_at = time.perf_counter()
     if last or stop:
-        gather_models(run)  # for the checkpoint that follows: its bytes belong to this record, the last one
-    record = _round_record(run, t, pending)
-    if record is not None:
-        record |= pending.found | ({"eval": evaluation} if evaluated else {})
-        record["seconds"] |= {"measure": pending.measure_seconds, "evaluate": evaluated_at - started}
+        run.consensus()  # for the checkpoint that follows: its bytes belong to this record, the last one
+    record = _round_record(run, t, pending) | pending.found | ({"eval": evaluation} if evaluated else {})
+    record["seconds"] |= {"measure": pending.measure_seconds, "evaluate": evaluated_at - started}
     run.pending = None
     hooks.record(record)
     return True
@@ -171,7 +174,7 @@ def _agreed(run: Run, work: Callable[[], object]):
 def _go_back(run: Run, begun: tuple) -> None:
     run.completed, snapshot, run.gossip.state = begun
     run.peers.restore(snapshot)
-    run.gathered = None
+    run.merged = None
 
 
 def due(every: int, t: int) -> bool:
@@ -181,7 +184,7 @@ def due(every: int, t: int) -> bool:
 def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     """The local phase; the mean losses (P,) and what all processes agreed to do."""
     stop, losses = hooks.stop_requested(), None
-    run.gathered = None
+    run.merged = None
     try:
         halt = {}
         if hooks.halt:
@@ -198,13 +201,16 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
 
 def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending":
     """Exchange, mix and measure round t: all of its record but the evaluation."""
-    w, config = run.topology.matrix(t), run.config
-    look = Look(due(config.measure.every, t), due(config.measure.layers, t))
-    before = look.before(run)
+    config, started = run.config, time.perf_counter()
+    last = t + 1 == config.train.rounds
+    every = config.eval.every if config.measure.every is None else config.measure.every
+    look = Look(due(every, t) or (config.measure.every is None and last), due(config.measure.layers, t))
+    before = look.before(run, t)
+    seconds = time.perf_counter() - started
     traffic = _exchange(run, t)
     started = time.perf_counter()
-    found = look.after(run, before, w)
-    return Pending(_table(run, losses, local_seconds, traffic), found, time.perf_counter() - started)
+    found = look.after(run, before)
+    return Pending(_table(run, losses, local_seconds, traffic), found, seconds + time.perf_counter() - started)
 
 
 def _exchange(run: Run, t: int) -> Report:
@@ -212,7 +218,7 @@ def _exchange(run: Run, t: int) -> Report:
     peers = run.peers
     frames = peers.x.clone() if run.rule.changes_basis and peers.turns_moments else None
     traffic = run.gossip.round(t, peers.x, **_told(run, t))
-    run.gathered = None
+    run.merged = None
     if run.rule.changes_basis:
         peers.after_refactor(frames, traffic.mixed)
     return traffic
@@ -226,53 +232,81 @@ def _told(run: Run, t: int) -> dict[str, object]:
 
 
 class Look(NamedTuple):
-    """What is measured of a round: the whole, and layer by layer."""
+    """What is measured of a round: the whole, and layer by layer. Every process looks at what its own peers receive."""
 
     whole: bool
     layers: bool
 
-    def before(self, run: Run) -> tuple[Tensor, Tensor | None] | None:
-        return (run.peers.common_scale(), run.gossip.residuals()) if self.whole or self.layers else None
+    def before(self, run: Run, t: int) -> "Before | None":
+        if not (self.whole or self.layers):
+            return None
+        mine = {"x": run.peers.common_scale()} | ({} if run.rule.residual is None else {"kept": run.gossip.residuals()})
+        rows = [run.topology.neighbors(t, peer) for peer in run.peers.ids]
+        due = {peer: run.topology.receivers(t, peer) for peer in run.peers.ids}
+        expected = {peer: sorted(j for j in row if j != peer) for peer, row in zip(run.peers.ids, rows, strict=True)}
+        packets = {peer: _packet({name: values[k] for name, values in mine.items()}) for k, peer in enumerate(run.peers.ids)}
+        arrived = run.transport.exchange(t, packets, due, due, expected, LOOK)
+        known = packets | {j: packet for inbox in arrived.values() for j, packet in inbox.items()}
+        ids = sorted(known)
+        weights = torch.tensor([[row.get(j, 0.0) for j in ids] for row in rows], dtype=torch.float64)
+        found = {name: torch.stack([known[j].payload[name].view(values.dtype) for j in ids]).to(values.device)
+                 for name, values in mine.items()}
+        return Before(found["x"], found.get("kept"), weights, [ids.index(peer) for peer in run.peers.ids])
 
-    def after(self, run: Run, before: tuple[Tensor, Tensor | None] | None, w) -> dict:
-        """Measures of all peers on process 0; nothing elsewhere."""
+    def after(self, run: Run, before: "Before | None") -> dict:
         if before is None:
             return {}
-        x_before, kept_before = (None if rows is None else run.transport.gather(rows) for rows in before)
-        after = gather_models(run)
-        if after is None:
-            return {}
-        adapted, residual, (x_after, kept_after) = run.peers.adapted, run.rule.residual, after
+        adapted = run.peers.adapted
         # cores are read as the factors that they make
-        x_before, x_after = adapted.factors(x_before), adapted.factors(x_after)
-        factors = (x_before, x_after, w, adapted.lora)
-        models = (whole(x_before, adapted.lora, kept_before, residual)[0], *whole(x_after, adapted.lora, kept_after, residual))
+        look = seen(adapted.factors(before.x), adapted.factors(run.peers.common_scale()), before.weights, before.own, adapted.lora,
+                    before.kept, run.gossip.residuals(), run.rule.residual)
+        return self.measured(run, look)
+
+    def measured(self, run: Run, look: Seen) -> dict:
         found = {}
         if self.whole:
-            found["measures"] = measure(*factors, models)
+            found["measures"] = measure(run.transport, look, run.config.peers)
         if self.layers:
-            found["layers"] = diagnose(*factors, models)
+            found["layers"] = diagnose(run.transport, look, run.config.peers)
         return found
 
 
-def _round_record(run: Run, t: int, pending: Pending) -> dict | None:
-    """Numbers of all processes on process 0; None elsewhere. Seconds are those of the slowest process, bytes those sent by all since
+class Before(NamedTuple):
+    """The rows x (J, D) before a mix of the hosted peers and of those that they receive from, with residuals; weights (P, J)."""
+
+    x: Tensor
+    kept: Tensor | None
+    weights: Tensor
+    own: list[int]
+
+
+def _packet(parts: dict[str, Tensor]) -> Packet:
+    return Packet({name: part.contiguous().view(torch.uint8) for name, part in parts.items()},
+                  {name: part.numel() for name, part in parts.items()}, {})
+
+
+def _round_record(run: Run, t: int, pending: Pending) -> dict:
+    """Numbers of all processes; lists are of the hosted peers. Seconds are those of the slowest process, bytes those sent by all since
     the record before."""
-    state_names = _state_names(run)
-    pending.table[0, 5:5 + len(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
-    table = run.transport.gather(pending.table)
-    if table is None:
-        return None
-    column = dict(zip(_COLUMNS, table.T, strict=False))
-    now = t / run.config.train.rounds
+    names, table = (*_COLUMNS, *_state_names(run)), pending.table
+    table[0, 5:5 + len(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
+    stacked = torch.stack([table.sum(0), table.amin(0), table.amax(0)])
+    total, least, most = (dict(zip(names, row, strict=True)) for row in run.transport.summary(stacked).tolist())
+    now, num_peers = t / run.config.train.rounds, run.config.peers
     lr, rates = run.peers.learning_rate(now), run.peers.rates(now)
     return {"round": t + 1, "trains": "+".join(sorted(run.gossip.plans(t)[0].trains)), "lr": lr,
             **({"rates": rates} if set(rates.values()) != {lr} else {}),
-            "train_loss": summary(column["train_loss"].tolist()), "train_loss_peers": column["train_loss"].tolist(),
-            **{name: int(column[name].sum()) for name in ("edges", "message_bytes", *SENT)},
-            **_rejections(run, t, column), "seconds": {name: float(column[name].max()) for name in _SECONDS},
+            "train_loss": {"mean": total["train_loss"] / num_peers, "min": least["train_loss"], "max": most["train_loss"]},
+            **_hosted(run), "train_loss_peers": table[:, 0].tolist(),
+            **{name: int(total[name]) for name in ("edges", "message_bytes", *SENT, "rejected")},
+            **_rejections(run, t, table), "seconds": {name: most[name] for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
-            **dict(zip(state_names, table[:, len(_COLUMNS):].mean(0).tolist(), strict=True))}
+            **{name: total[name] / num_peers for name in names[len(_COLUMNS):]}}
+
+
+def _hosted(run: Run) -> dict[str, list[int]]:
+    """Whose values the lists of a record are, where they are not all peers'."""
+    return {"hosted": list(run.peers.ids)} if run.transport.size > 1 else {}
 
 
 def _state_names(run: Run) -> list[str]:
@@ -297,47 +331,37 @@ def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Report) -> T
     return table
 
 
-def _rejections(run: Run, t: int, column: dict[str, Tensor]) -> dict[str, object]:
-    """How many messages were rejected, and whose: the first sender at each receiver. A warning names a sender once."""
-    senders = sorted({int(sender) - 1 for sender in column["rejected_sender"].tolist() if sender})
-    for sender in senders:
-        if sender not in run.distrusted:
-            receiver = column["rejected_sender"].tolist().index(sender + 1)
+def _rejections(run: Run, t: int, table: Tensor) -> dict[str, object]:
+    """Whose messages the hosted peers have rejected: the first sender at each receiver. A warning names a sender once."""
+    senders = table[:, 11].long()
+    for receiver, sender in zip(run.peers.ids, (senders - 1).tolist(), strict=True):
+        if sender >= 0 and sender not in run.distrusted:
             logger.warning("dfl: WARNING: peer %d rejected the message of peer %d in round %d: it is not finite, or far larger than "
                            "its own (guard.bound); later ones are counted in the record", receiver, sender, t + 1)
-    run.distrusted |= set(senders)
-    return {"rejected": int(column["rejected"].sum()), **({"rejected_senders": senders} if senders else {})}
+            run.distrusted.add(sender)
+    found = sorted({sender - 1 for sender in senders.tolist() if sender})
+    return {"rejected_senders": found} if found else {}
 
 
-def evaluate(run: Run, halted: Callable[[], bool] = lambda: False) -> dict | None:
-    """Every peer's own model where it is hosted, the consensus model on process 0; the results there, None elsewhere.
+def evaluate(run: Run, halted: Callable[[], bool] = lambda: False) -> dict:
+    """Every peer's own model where it is hosted, the consensus model by all processes together; lists are of the hosted peers.
 
     GivenUp, on all processes, once `halted()` on one.
     """
-    sums = run.transport.gather(_agreed(run, lambda: run.evaluator.sums(run.rows(), run.executor, halted)))
-    gathered = gather_models(run) if run.config.eval.consensus else None
-    merged = _agreed(run, lambda: gathered and run.evaluator.sums(run.consensus(*gathered), run.executor, halted))
-    if sums is None:
-        return None
-    return run.evaluator.record(sums, merged)
+    sums = _agreed(run, lambda: run.evaluator.sums(run.rows(), run.executor, halted))
+    merged = _evaluated_by_all(run, run.consensus(), halted) if run.config.eval.consensus else None
+    return summarised(run.evaluator.record(sums, merged, run.peers.ids), run.transport, run.config.peers)
 
 
-def gather_models(run: Run) -> tuple[Tensor, Tensor | None] | None:
-    """The rows of all peers, scaled alike, and the residuals beside them on process 0; None elsewhere.
-
-    They travel once, for measures, evaluation and checkpoint of the same models.
-    """
-    if run.gathered is None:
-        kept = run.gossip.residuals()
-        x = run.transport.gather(run.peers.common_scale())
-        kept = None if kept is None else run.transport.gather(kept)
-        run.gathered = (None if x is None else (x, kept),)
-    return run.gathered[0]
+def _evaluated_by_all(run: Run, model: Rows, halted: Callable[[], bool]) -> Tensor:
+    """The sums (1, ...) of one model that all processes hold: each takes its share of the batches."""
+    mine = range(run.transport.rank, len(run.evaluator.batches), run.transport.size)
+    table = _agreed(run, lambda: run.evaluator.by_batch(model, run.executor, mine, halted))
+    return run.evaluator.total(run.transport.total(table)[None])
 
 
-def _start_record(run: Run, halted: Callable[[], bool]) -> dict | None:
+def _start_record(run: Run, halted: Callable[[], bool]) -> dict:
     """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
-    if 0 not in run.peers.ids:
-        return None
-    sums = run.evaluator.sums(run.rows().row(0), run.executor, halted)
-    return {"round": 0, "eval": run.evaluator.record(sums.expand(run.config.peers, -1), sums)}
+    sums = _evaluated_by_all(run, run.rows().row(0), halted)
+    found = run.evaluator.record(sums.expand(len(run.peers.ids), -1), sums, run.peers.ids)
+    return {"round": 0, **_hosted(run), "eval": summarised(found, run.transport, run.config.peers)}

@@ -1,9 +1,11 @@
-"""The process and its company: rank and size from torchrun or Slurm, device, threads, process group."""
+"""The process and the others of its run: rank and size from torchrun or Slurm, device, threads, process group."""
 
+import contextlib
 import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -12,10 +14,12 @@ import torch.distributed as dist
 
 from dfl.config import Config
 from dfl.transport import Distributed, InProcess, Transport, hosting
+from dfl.transport.group import Group
 from dfl.transport.meeting import meet, reach
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
 START_SECONDS = 300.0
+
 
 class Place(NamedTuple):
     """Which of how many processes this is, and which on its node."""
@@ -129,50 +133,52 @@ def start(config: Config, worker: Worker | None = None) -> Runtime:
         torch.cuda.set_device(device)
     if place.size == 1:
         return Runtime(place, device, InProcess(), hosted)
-    backend = choose_backend(config, device, place)
-    if worker:
-        _meet_in_file(worker, config.timeout)
-    elif "RANK" not in os.environ:
-        _rendezvous_from_slurm(os.environ)
-    if not dist.is_initialized():  # a caller may bring a group of its own
-        _meet(backend, place, device, config.timeout)
-    wire = device if backend == "nccl" else torch.device("cpu")
-    transport = Distributed(config.peers, device=device, wire=wire, timeout=config.timeout)
-    if backend == "nccl":  # it makes its communicator in the first collective, and all ranks must be there
-        dist.all_reduce(torch.zeros(1, device=device))
+    patience = max(1.2 * config.timeout, START_SECONDS)
+    wire = device if choose_backend(config, device, place) == "nccl" else None
+    with _within_the_machine() if worker else contextlib.nullcontext():
+        group = _meet(place, worker, patience, wire)
+    transport = Distributed(config.peers, group, device=device, timeout=config.timeout)
     transport.introduce(socket.gethostname())
     return Runtime(place, device, transport, hosted)
 
 
-def _meet_in_file(worker: Worker, timeout: float) -> None:
-    """Join the group of the processes that the command has started. Their connections stay within the machine."""
+@contextlib.contextmanager
+def _within_the_machine() -> Iterator[None]:
+    """The connections of processes that the command has started go over the loopback interface."""
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     if before is None and sys.platform.startswith("linux"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(worker.file, worker.size), rank=worker.rank, world_size=worker.size,
-                                timeout=timedelta(seconds=max(1.2 * timeout, START_SECONDS)))
+        yield
     finally:
         if before is None:
             os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
-def _meet(backend: str, place: Place, device: torch.device, timeout: float) -> None:
-    """Join the group. ConnectionError says in one line who waited where, when the others do not come.
+def _meet(place: Place, worker: Worker | None, patience: float, wire: torch.device | None) -> Group:
+    """Join the others in a group of our own. ConnectionError says in one line who waited where, when they do not come.
 
     Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
-    that of the transport, so that its watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
+    that of the transport, so that NCCL's watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
     """
-    patience = max(1.2 * timeout, START_SECONDS)
-    limit = timedelta(seconds=patience)
     try:
-        if place.rank and "MASTER_PORT" in os.environ:
-            reach((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), patience)
-        store, rank, size = next(dist.rendezvous("env://", place.rank, place.size, timeout=limit))
-        store = dist.PrefixStore(f"dfl/{meet(store, rank, size, patience)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, rank=rank, world_size=size, store=store,
-                                timeout=limit, device_id=device if backend == "nccl" else None)
+        store = _store(place, worker, patience)
+        store = dist.PrefixStore(f"dfl/{meet(store, place.rank, place.size, patience)}", store)
+        return Group(store, place.rank, place.size, timeout=patience, device=wire)
     except (RuntimeError, ConnectionError) as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
                               f"{str(error).splitlines()[0][:200]}") from error
+
+
+def _store(place: Place, worker: Worker | None, patience: float):
+    """Where the processes find each other: a file, the store of a group that the caller has, or the launcher's address."""
+    if worker:
+        return dist.FileStore(worker.file, worker.size)
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if "RANK" not in os.environ:
+        _rendezvous_from_slurm(os.environ)
+    if place.rank and "MASTER_PORT" in os.environ:
+        reach((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), patience)
+    return next(dist.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=patience)))[0]

@@ -14,8 +14,8 @@ from dfl.run import workers
 from dfl.run.build import Loaded, assemble, bases_of, check, load
 from dfl.run.callbacks import Callback, Callbacks, RunView, load_callbacks, name_of
 from dfl.run.checkpoint import Checkpointer, choose, read_state
-from dfl.run.folder import Recording, begin, check_shared, continued, describe_data, enter, make_room
-from dfl.run.loop import Hooks, Pending, Run, gather_models, run_rounds
+from dfl.run.folder import OwnRecords, Recording, begin, check_shared, continued, describe_data, enter, make_room
+from dfl.run.loop import Hooks, Pending, Run, run_rounds
 from dfl.run.pace import SaveClock
 from dfl.run.parent import end_with_launcher
 from dfl.run.preflight import ready
@@ -138,6 +138,8 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
         together(runtime.transport, lambda: restore(run, resumed_from))
     record = together(runtime.transport, lambda: begin(config, run, loaded, output, runtime, new, lease) if first else None)
     check_shared(output, runtime.transport, new, lease)
+    if not first:  # process 0 has taken back what an earlier start has recorded
+        record = OwnRecords(output, runtime.place.rank, lease)
     saver = Checkpointer(output, runtime.transport, runtime.place.rank, loaded.bundle.base_name, config.checkpoint.keep,
                          loaded.contents, lease)
     if first:
@@ -153,8 +155,7 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
             together(runtime.transport, lambda: _note_end(record, output, run.completed, watching.asked_by, lease) if first else None)
         watching.call("on_train_end")
     finally:
-        if first:
-            record.close()
+        record.close()
     if first and not finished:
         record.console.say(_stopped(run))
     return finished
@@ -173,10 +174,10 @@ def _clock(run: Run) -> SaveClock:
     return SaveClock(None if chosen.every else chosen.minutes, 16 * run.config.peers * run.peers.layout.size)
 
 
-def _hooks(run: Run, saver: Checkpointer, record: Recording | None, stop: StopSignal, watching: Callbacks, clock: SaveClock) -> Hooks:
-    def record_round(line: dict | None) -> None:
-        if record is not None:
-            record.round(line)
+def _hooks(run: Run, saver: Checkpointer, record: Recording | OwnRecords, stop: StopSignal, watching: Callbacks,
+           clock: SaveClock) -> Hooks:
+    def record_round(line: dict) -> None:
+        record.round(line)
         watching.record(line)
 
     def save_now() -> None:
@@ -199,10 +200,8 @@ def _note_end(record: Recording, output: Path, rounds: int, callback: str, lease
 
 def save(run: Run, saver: Checkpointer) -> Path:
     """A checkpoint of the state after `run.completed` rounds, together with the other processes; its folder."""
-    gathered, merged = gather_models(run), None
-    if gathered is not None:
-        what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
-        merged = (run.consensus(*gathered), what)
+    what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
+    merged = run.consensus()
     tensors = trees.flatten(run.gossip.state) | run.peers.state_tensors()
     if run.pending is not None:
         about = _as_tensor({name: value for name, value in run.pending._asdict().items() if name != "table"})
@@ -210,7 +209,8 @@ def save(run: Run, saver: Checkpointer) -> Path:
             tensors |= {f"pending.{peer}.row": run.pending.table[row], f"pending.{peer}.about": about}
     if run.config.lora.start == "gradient" and 0 in run.peers.ids:
         tensors["bases.0"] = run.peers.adapted.cores.bases
-    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), tensors, merged)
+    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), tensors,
+                      (merged, what) if run.transport.rank == 0 else None)
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -223,7 +223,7 @@ def restore(run: Run, folder: Path) -> None:
         run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)
     slots = {name: value.to(run.peers.device) for name, value in found.items() if name.partition(".")[0] in run.gossip.state}
     run.gossip.restore(trees.unflatten(slots))
-    run.gathered = None
+    run.merged = None
     in_part = any(name.startswith("part.") for name in found)
     last = run.completed if in_part else run.completed - 1
     run.peers.load_state(found, run.gossip.plans(last)[0].trains if last >= 0 else frozenset())

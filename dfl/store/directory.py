@@ -17,7 +17,8 @@ ENDED = "ended.json"
 STATE = ".dfl"  # the folder in a run directory for what is no result: marker and lease
 FORMAT = 1
 # what a run leaves at the top of its directory, in the order of removal: who finds a recipe finds all that belongs to it
-FILES = (ENDED, "metrics.jsonl", "run.json", "recipe.yaml")
+_FILES = (ENDED, "metrics.jsonl", "run.json", "recipe.yaml")
+_OF_PROCESS = re.compile(r"metrics-\d+\.jsonl")
 # made by `dfl report` in the directory of a run; another report there may be somebody's own
 REPORTS = ("report.html", "report.md")
 REPORT_MARK = "made by dfl report"
@@ -27,6 +28,26 @@ TRACKERS = {"tensorboard": r"events\.out\.tfevents\.[^/]*",
 _LAYOUT = re.compile(r"state-\d+\.safetensors|consensus/consensus\.json|"
                      r"(peer-\d+|consensus)/(adapter_model\.safetensors|adapter_config\.json)")
 _CHECKPOINT = re.compile(r"round-\d+|\.round-\d+(\.[0-9a-f]{8})?\.(draft|aside)")
+
+
+def files(run: Path) -> list[str]:
+    """The names of what a run leaves, or may leave, at the top of its directory, with the records of each of its processes."""
+    return [*_names(run, _OF_PROCESS), *_FILES]
+
+
+def records_of(process: int) -> str:
+    """The file in which a process writes its records."""
+    return f"metrics-{process}.jsonl" if process else "metrics.jsonl"
+
+
+def all_records(run: Path) -> list[Path]:
+    """The files of records that are there, that of process 0 first."""
+    found = [run / name for name in sorted(_names(run, _OF_PROCESS), key=lambda name: int(name[8:-6]))]
+    return [run / records_of(0), *found] if (run / records_of(0)).exists() else found
+
+
+def _names(run: Path, pattern: re.Pattern) -> list[str]:
+    return sorted(path.name for path in run.iterdir() if pattern.fullmatch(path.name)) if run.is_dir() else []
 
 
 def mark(folder: Path, kind: str = "run") -> None:
@@ -146,7 +167,7 @@ def written(run: Path) -> list[Path]:
     for name, pattern in TRACKERS.items():
         found += [run / name / below for below in below(run / name) if re.fullmatch(pattern, below)]
     found += [run / name for name in REPORTS if made_by_report(run / name)]
-    found += [run / f".{name}.draft" for name in FILES] + [run / name for name in FILES]
+    found += [run / f".{name}.draft" for name in files(run)] + [run / name for name in files(run)]
     return [path for path in found if inside(run, path) and (not path.is_symlink() or path.relative_to(run).parts[0] == "wandb")]
 
 

@@ -1,4 +1,7 @@
-"""metrics.jsonl as it is found: its records, lines that are damaged, a last one that a kill has torn; and the way back to a round."""
+"""Files of records, metrics.jsonl and metrics-K.jsonl of process K, as they are found, and the way back to a round.
+
+Their records, lines that are damaged, a last one that a kill has torn.
+"""
 
 import json
 import logging
@@ -16,6 +19,7 @@ class Found(NamedTuple):
     records: list[dict]
     damaged: list[int]
     torn: bool
+    name: str = "metrics.jsonl"
 
     @property
     def problem(self) -> str | None:
@@ -23,7 +27,7 @@ class Found(NamedTuple):
         if not self.damaged:
             return None
         lines = f"line {self.damaged[0]}" if len(self.damaged) == 1 else f"lines {', '.join(map(str, self.damaged))}"
-        return f"{lines} of metrics.jsonl cannot be read (damaged) and {'is' if len(self.damaged) == 1 else 'are'} left out"
+        return f"{lines} of {self.name} cannot be read (damaged) and {'is' if len(self.damaged) == 1 else 'are'} left out"
 
 
 class _Line(NamedTuple):
@@ -33,12 +37,12 @@ class _Line(NamedTuple):
     record: dict | None
 
 
-def scan(raw: bytes) -> Found:
-    """Everything that can be read, whatever lies between."""
+def scan(raw: bytes, name: str = "metrics.jsonl") -> Found:
+    """Everything that can be read, whatever lies between. name: of the file, for `problem`."""
     lines = _lines(raw)
     return Found([line.record for line in lines if line.record is not None],
                  [line.number for line in lines if line.record is None and line.whole],
-                 any(line.record is None and not line.whole for line in lines))
+                 any(line.record is None and not line.whole for line in lines), name)
 
 
 def _lines(raw: bytes) -> list[_Line]:
@@ -77,7 +81,7 @@ def rewind(path: Path, before: int) -> None:
     file is kept beside it.
     """
     raw = path.read_bytes()
-    lines, problem = _lines(raw), scan(raw).problem
+    lines, problem = _lines(raw), scan(raw, path.name).problem
     end = max((line.end for line in lines if line.record is not None and line.record["round"] < before), default=0)
     if problem is not None:
         copied = ""

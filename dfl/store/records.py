@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from dfl.store.directory import all_records
 from dfl.store.jsonlines import rewind, scan
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,58 @@ def finite(value):
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a metrics file. A line torn by a kill is left out; so is a damaged one, with a warning that names it."""
-    found = scan(path.read_bytes())
-    if found.problem:
-        logger.warning("dfl: WARNING: %s: %s", path.parent, found.problem)
-    return found.records
+    """The records of a run with this metrics.jsonl, what each process wrote put together. A line torn by a kill is left out; so is a
+    damaged one, with a warning that names it."""
+    found = [scan(file.read_bytes(), file.name) for file in all_records(path.parent) or [path]]
+    for problem in (one.problem for one in found if one.problem):
+        logger.warning("dfl: WARNING: %s: %s", path.parent, problem)
+    return joined([one.records for one in found])
+
+
+def joined(of_processes: list[list[dict]]) -> list[dict]:
+    """The records of process 0 with what the others have written of their own peers."""
+    first, *rest = of_processes
+    parts: dict[int, list[dict]] = {}
+    for record in (record for records in rest for record in records):
+        parts.setdefault(record["round"], []).append(record)
+    return [_joined(record, parts.get(record["round"], [])) for record in first]
+
+
+def _joined(record: dict, parts: list[dict]) -> dict:
+    """Lists of values by peer are put in order; a peer of which nothing was written has None."""
+    if "hosted" not in record:
+        return record
+    parts = [part for part in (record, *parts) if isinstance(part.get("hosted"), list)]
+    num_peers = 1 + max((peer for part in parts for peer in part["hosted"]), default=-1)
+
+    def put(trees: list[tuple[list[int], dict]], below_peers: bool) -> dict:
+        found = dict(trees[0][1])
+        for key in dict.fromkeys(key for _, tree in trees for key in tree):
+            values = [(hosted, tree[key]) for hosted, tree in trees if key in tree]
+            if all(isinstance(value, dict) for _, value in values):
+                found[key] = put(values, below_peers or key == "peers")
+            elif below_peers or key.endswith("_peers"):
+                found[key] = _by_peer(values, num_peers)
+            elif key == "rejected_senders":
+                found[key] = sorted({sender for _, senders in values for sender in senders})
+        return found
+
+    return {key: value for key, value in put([(part["hosted"], part) for part in parts], False).items() if key != "hosted"}
+
+
+def _by_peer(values: list[tuple[list[int], list]], num_peers: int) -> list:
+    found = [None] * num_peers
+    for hosted, of_hosted in values:
+        for peer, value in zip(hosted, of_hosted if isinstance(of_hosted, list) else (), strict=False):
+            found[peer] = value
+    return found
+
+
+def of_peers(record: dict) -> dict:
+    """What of a record is of the peers of one process alone, and the round."""
+    kept = {key: of_peers(value) if isinstance(value, dict) and key != "peers" else value for key, value in record.items()
+            if isinstance(value, dict) or key in ("round", "hosted", "rejected_senders") or key.endswith("_peers")}
+    return {key: value for key, value in kept.items() if value != {}}
 
 
 def flatten(record: dict, prefix: str = "") -> dict[str, float]:

@@ -9,8 +9,9 @@ import yaml
 
 from dfl.config import Config, load
 from dfl.config.recipes import upgraded
-from dfl.store.directory import ENDED
+from dfl.store.directory import ENDED, all_records
 from dfl.store.jsonlines import scan
+from dfl.store.records import joined
 from dfl.store.sweeps import read
 
 
@@ -105,13 +106,13 @@ def read_records(path: Path, problems: list[str] | None = None) -> list[dict]:
     """The rounds of a metrics file; what is damaged is left out and named in `problems`, also a last line that a kill has torn."""
     problems = [] if problems is None else problems
     try:
-        found = scan(path.read_bytes())
+        found = [scan(path.read_bytes()), *(scan(file.read_bytes(), file.name) for file in all_records(path.parent)[1:])]
     except OSError:
         problems.append("metrics.jsonl is not there: no round was recorded")
         return []
-    problems += [found.problem] if found.problem else []
-    problems += ["the last line of metrics.jsonl is torn, as by a kill, and is left out"] if found.torn else []
-    return found.records
+    problems += [one.problem for one in found if one.problem]
+    problems += [f"the last line of {one.name} is torn, as by a kill, and is left out" for one in found if one.torn]
+    return joined([one.records for one in found])
 
 
 def read_all(folders: list[Path]) -> tuple[list[RunData], list[str]]:

@@ -15,11 +15,11 @@ def together(transport: Transport, step: Callable[[], Result]) -> Result:
         result = step()
     except (ValueError, OSError) as failure:
         error = failure
+    if not transport.agree(error is not None):
+        return result
     kind = "" if error is None else "ValueError " if isinstance(error, ValueError) else "OSError "
     said = [data.decode() for data in transport.share((kind + " ".join(str(error).split()) if kind else "").encode())]
-    first = next((process for process, text in enumerate(said) if text), None)
-    if first is None:
-        return result
+    first = next(process for process, text in enumerate(said) if text)
     if first == transport.rank == 0:
         raise error
     kind, _, text = said[first].partition(" ")

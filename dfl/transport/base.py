@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dfl.transport.packet import Packet
 
-SENT = ("wire_bytes", "control_bytes", "gathered_bytes")  # what a transport counts
+SENT = ("wire_bytes", "control_bytes", "measured_bytes")  # what a transport counts
+EXCHANGE, LOOK = "exchange", "look at neighbours"  # what moves: the messages of a round, or rows that are measured
 Arrived = dict[int, dict[int, Packet]]  # for each hosted peer, what its neighbours sent it, by peer id
 
 
@@ -19,18 +20,18 @@ class Transport(Protocol):
     size: int
     wire_bytes: int  # of the messages of peers
     control_bytes: int  # of what processes agree on and tell each other: flags, texts, digests
-    gathered_bytes: int  # of rows for measures, evaluation, records and checkpoints
+    measured_bytes: int  # of rows and sums for measures, evaluation and the consensus model
     most: int  # a longer message is refused where its size is announced
     run: int  # a number that all processes of a run share; a message of another run is refused
     round: int | None  # the round at work, for messages of errors
 
     def exchange(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
-                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]]) -> Arrived:
+                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Arrived:
         """Deliver what hosted peers say in round t, and bring what hosted peers are told.
 
         packets: of each hosted sender; addressed: the peers, anywhere, that it goes to, among those `due`, whose rows
         of W(t) give weight to it; expected: for each hosted receiver the others that its row gives weight to. Who says
-        nothing to a receiver is missing in what arrives there.
+        nothing to a receiver is missing in what arrives there. what: EXCHANGE, or LOOK for rows that are only measured.
         """
 
     def newly_sent(self) -> list[int]:
@@ -38,6 +39,16 @@ class Transport(Protocol):
 
     def agree(self, value: int) -> int:
         """The largest value that any process gave."""
+
+    def summary(self, values: Tensor) -> Tensor:
+        """values (3, K) float64 of every process: the sums of the first rows, the least of the second, the largest of the third.
+
+        The same bits on all processes; those of the sums depend on how many there are, unless the sums are exact.
+        """
+
+    def total(self, rows: Tensor) -> Tensor:
+        """The sum (M,) float64 of the rows (P, M) of all processes, on all of them: added one by one in peer order, so that the
+        bits do not depend on who hosts which peer."""
 
     def share(self, data: bytes) -> list[bytes]:
         """What each process gave, by process, on all of them."""
@@ -55,9 +66,6 @@ class Transport(Protocol):
 
     def leave(self, error: BaseException) -> None:
         """This process fails: tell the others why, so that none waits for it. Nothing can be exchanged afterwards."""
-
-    def gather(self, rows: Tensor) -> Tensor | None:
-        """The rows (P, D) of all processes in peer order (N, D), on process 0; None elsewhere."""
 
     def close(self) -> None:
         """Leave together."""

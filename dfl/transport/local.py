@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from dfl.transport.base import SENT, Arrived
+from dfl.transport.base import EXCHANGE, SENT, Arrived
 from dfl.transport.packet import Packet
 
 
@@ -14,14 +15,14 @@ class InProcess:
     rank, size = 0, 1
     wire_bytes = 0
     control_bytes = 0
-    gathered_bytes = 0
+    measured_bytes = 0
     most = 0
     run = 0
     round: int | None = None
     _asked = staticmethod(lambda: False)
 
     def exchange(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
-                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]]) -> Arrived:
+                 due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Arrived:
         arrived: Arrived = {peer: {} for peer in expected}
         for sender, receivers in addressed.items():
             for receiver in receivers:
@@ -41,6 +42,15 @@ class InProcess:
     def agree(self, value: int) -> int:
         return value
 
+    def summary(self, values: Tensor) -> Tensor:
+        return values
+
+    def total(self, rows: Tensor) -> Tensor:
+        found = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        for row in rows:  # in order, as between processes
+            found += row
+        return found
+
     def share(self, data: bytes) -> list[bytes]:
         return [data]
 
@@ -52,9 +62,6 @@ class InProcess:
 
     def leave(self, error: BaseException) -> None:
         pass
-
-    def gather(self, rows: Tensor) -> Tensor:
-        return rows
 
     def close(self) -> None:
         pass

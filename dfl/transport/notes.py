@@ -57,6 +57,10 @@ class Notes:
         raw = self._ask(lambda: self.store.get(_key(process)))
         return Note(**json.loads(raw)) if raw else None
 
+    def look_up(self, key: str) -> bytes | None:
+        """What lies under a key of the store; None where there is nothing, or no store any more."""
+        return self._ask(lambda: self.store.get(key)) if self._ask(lambda: self.store.check([key])) else None
+
     def _ask(self, request: Callable):
         """The store's answer; None when there is none in time, and then nobody asks again."""
         answers: list = []

@@ -45,11 +45,15 @@ class Watch:
                 self.look(beats=self.answers % 4 == 0)
                 if self.clock() >= next_beat:
                     beat, next_beat = beat + 1, self.clock() + BEAT_SECONDS
-                    self.store.set(f"{self.prefix}/beat/{self.rank}", str(beat))
+                    self.store.set(self.key(self.rank), " ".join(map(str, (beat, *self._awaited))))
                 self.answers += 1
                 self._ended.wait(POLL_SECONDS)
         except RuntimeError:  # the store has gone: so has who held it, which the others' connections say
             pass
+
+    def key(self, process: int) -> str:
+        """Where a process tells its heartbeats, and whom it waits for."""
+        return f"{self.prefix}/beat/{process}"
 
     def look(self, beats: bool = True) -> None:
         """Tell and ask once."""
@@ -60,9 +64,8 @@ class Watch:
             else:
                 self.told = self.store.check([f"{self.prefix}/stop"])
         for process in self._awaited if beats else ():
-            key = f"{self.prefix}/beat/{process}"
-            if self.store.check([key]):
-                self.beats[process] = self.store.get(key)
+            if self.store.check([self.key(process)]):
+                self.beats[process] = self.store.get(self.key(process))
 
     def begin(self, processes: Iterable[int]) -> None:
         """The main thread waits for these from now on."""
@@ -88,3 +91,8 @@ class Watch:
         self._quiet[process] = 0.0 if changed else self._quiet[process] + gap
         self._marks[process] = mark
         return changed or self._quiet[process] < 4 * POLL_SECONDS
+
+
+def waits_for(beat: bytes | None) -> list[int]:
+    """The processes that one waits for, by its last heartbeat."""
+    return [int(process) for process in (beat or b"").split()[1:]]

@@ -13,7 +13,7 @@ from tiny_runs import adapter_digests, train_worker
 import topologies
 from dfl import config as configuration
 from dfl.run.build import assemble, build_method, check, load
-from dfl.run.loop import Hooks, gather_models, run_rounds
+from dfl.run.loop import Hooks, run_rounds
 from dfl.run.runtime import start
 from dfl.run.train import train
 from dfl.store.records import read_lines
@@ -60,11 +60,14 @@ def test_measures_do_not_depend_on_hosting(recipe, tmp_path):
         runs.append(read_lines(Path(config.output) / "metrics.jsonl"))
     for one, other in zip(*runs, strict=True):
         for key in ("measures", "eval", "train_loss_peers", "edges", "message_bytes"):
-            assert one.get(key) == other.get(key)
+            if key == "measures":  # sums of products of matrices, whose shapes follow from who is hosted together
+                assert one.get(key, {}) == pytest.approx(other.get(key, {}), rel=1e-6, abs=1e-12)
+            else:
+                assert one.get(key) == other.get(key)
     assert sum(r.get("wire_bytes", 0) for r in runs[0]) == 0 < sum(r.get("wire_bytes", 0) for r in runs[1])
 
 
-def zero_rate_worker(rank: int, tree: dict) -> list | None:
+def zero_rate_worker(rank: int, tree: dict) -> list:
     config = configuration.from_dict(tree)
     topology = check(config)
     runtime = start(config)
@@ -72,8 +75,7 @@ def zero_rate_worker(rank: int, tree: dict) -> list | None:
     for row, peer in enumerate(run.peers.ids):
         run.peers.x[row] = start_row(peer, run.peers.layout.size)
     run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
-    rows = runtime.transport.gather(run.peers.x)
-    return None if rows is None else rows.tolist()
+    return run.peers.x.tolist()
 
 
 def start_row(peer: int, size: int) -> torch.Tensor:
@@ -83,7 +85,7 @@ def start_row(peer: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("rule", ["lora", "ffa", "rolora", {"name": "adf", "T": 2}, {"name": "tad", "T": 3}, "local"])
 def test_learning_rate_zero_leaves_the_product_of_the_matrices(recipe, rule):
     config = with_(recipe, method=rule, train={"lr": 0.0, "rounds": 5}, peers=6, topology={"p": 0.15})
-    rows, *_ = run_processes(zero_rate_worker, 3, config.to_dict())
+    rows = [row for rows in run_processes(zero_rate_worker, 3, config.to_dict()) for row in rows]
     adapted = load(config, torch.device("cpu")).adapted
     topology = check(config)
     schedule = build_method(config, adapted.layout, topology, adapted.ranks).schedule
@@ -134,6 +136,20 @@ def test_all_processes_stop_when_one_peer_diverges(recipe, tmp_path):
 BYTES_ROUNDS = 5
 
 
+class Counting:
+    """A process group that notes the bytes given to it."""
+
+    def __init__(self, group, given: list):
+        self.group, self.given = group, given
+
+    def __getattr__(self, name: str):
+        return getattr(self.group, name)
+
+    def send(self, tensors, *rest):
+        self.given.append(tensors[0].nbytes)
+        return self.group.send(tensors, *rest)
+
+
 def ring_worker(rank: int, tree: dict) -> tuple[int, int, int, int]:
     """Bytes in the records (on process 0), those that this process gave to torch, and the loopback counter before and after."""
     import torch.distributed as dist
@@ -141,17 +157,17 @@ def ring_worker(rank: int, tree: dict) -> tuple[int, int, int, int]:
     topology = check(config)
     runtime = start(config)
     run = assemble(config, runtime, load(config, runtime.device), topology)
-    records, given, send = [], [], dist.isend
+    records, given = [], []
     runtime.transport.newly_sent()
-    dist.isend = lambda tensor, *rest: (given.append(tensor.nbytes), send(tensor, *rest))[1]
+    runtime.transport.link.group._gloo = Counting(runtime.transport.link.group._gloo, given)
     dist.barrier()
     time.sleep(0.3)
     before = loopback_bytes()
     dist.barrier()
-    run_rounds(run, Hooks(records.append, lambda: gather_models(run), lambda: False))
+    run_rounds(run, Hooks(records.append, lambda: run.consensus(), lambda: False))
     dist.barrier()
     time.sleep(0.3)
-    recorded = sum(record[name] for record in records if record and record["round"] for name in SENT)
+    recorded = sum(record[name] for record in records if record["round"] for name in SENT) if rank == 0 else 0  # of all
     return recorded, sum(given), before, loopback_bytes()
 
 
@@ -183,7 +199,7 @@ def test_recorded_bytes_are_the_interfaces(recipe, peers, gathers):
     assert done.returncode == 0, done.stderr
     recorded, given, counted = json.loads(done.stdout.splitlines()[-1])
     assert recorded > 1e6
-    assert 0 <= given - recorded < 8 * 500, (recorded, given)  # the table that the last record was made of
+    assert 0 <= given - recorded < peers * 3 * 600, (recorded, given)  # the numbers that the last record was made of
     assert abs(counted - recorded) / recorded < 0.02, (recorded, counted)
 
 

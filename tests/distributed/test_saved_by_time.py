@@ -56,7 +56,7 @@ def killed_worker(rank: int, tree: dict, last: int) -> str:
 
     def write_and_die(self, line):
         write(self, line)
-        if line["round"] == last:
+        if rank == 0 and line["round"] == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
     records.JsonLines.write = write_and_die

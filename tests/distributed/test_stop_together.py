@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from processes import ring_exchange, run_alone, run_processes
+from processes import distributed, ring_exchange, run_alone, run_processes
 from tiny_runs import adapter_digests, make_config, make_folder
 
 from dfl import config as configuration
@@ -14,7 +14,7 @@ from dfl.metrics.evaluator import Evaluator
 from dfl.run import train as running
 from dfl.store.records import read_lines
 from dfl.training import hosted
-from dfl.transport import Distributed, watch
+from dfl.transport import watch
 
 pytestmark = pytest.mark.distributed
 SAME = ("round", "train_loss_peers", "edges", "message_bytes", "measures", "eval")
@@ -109,7 +109,7 @@ def test_in_an_evaluation_of_one_and_gone_on_with_by_another_number(root, tmp_pa
 def silent_worker(rank: int, victim: int, busy: float) -> tuple[str, float]:
     """One process is stopped, or computes for `busy` seconds, while two wait for it, who would wait for ten minutes."""
     watch.SILENT_SECONDS, watch.BEAT_SECONDS = 3.0, 0.5
-    transport = Distributed(3, device=torch.device("cpu"), wire=torch.device("cpu"), timeout=600)
+    transport = distributed(3, timeout=600)
     transport.introduce(f"host{rank}")
     transport.watch(lambda: False)
     transport.round = 4

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from one_round import build
-from processes import run_processes
+from processes import distributed, run_processes
 
 import topologies
 from dfl.adapters.layout import empty_rows, make_layout
@@ -13,6 +12,7 @@ from dfl.codecs import CODECS
 from dfl.engine.gossip import Gossip
 from dfl.methods import Choice
 from dfl.transport import Distributed, InProcess, edges_of, frames, hosting
+from dfl.transport.control import PIECE
 from dfl.transport.packet import Packet
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def start_rows() -> torch.Tensor:
 
 
 def cpu_transport(num_peers: int = NUM_PEERS, **options) -> Distributed:
-    return Distributed(num_peers, device=torch.device("cpu"), wire=torch.device("cpu"), **options)
+    return distributed(num_peers, **options)
 
 
 def mix_rounds(transport, hosted, name: str, codec: str, params: dict, trigger="always", rounds: int = ROUNDS) -> torch.Tensor:
@@ -49,8 +49,12 @@ def mix_rounds(transport, hosted, name: str, codec: str, params: dict, trigger="
 def gossip_worker(rank: int, *args) -> tuple:
     transport = cpu_transport()
     x = mix_rounds(transport, transport.hosted, *args)
-    gathered = transport.gather(x)
-    return transport.wire_bytes, None if gathered is None else gathered.numpy()
+    return transport.wire_bytes, x.numpy()
+
+
+def joined(results) -> np.ndarray:
+    """The rows of all peers, in peer order."""
+    return np.concatenate([rows for _, rows in results])
 
 
 RULES = {"lora": {}, "ffa": {}, "rolora": {}, "adf": {"T": 2}, "tad": {"T": 3}, "local": {}, "decaf": {}}
@@ -62,7 +66,7 @@ def test_hosting_does_not_matter(name, head):
     params = RULES[name] | {"head": head}
     alone = mix_rounds(InProcess(), range(NUM_PEERS), name, "none", params).numpy()
     for num_processes in (2, 3):
-        (_, together), *_ = run_processes(gossip_worker, num_processes, name, "none", params)
+        together = joined(run_processes(gossip_worker, num_processes, name, "none", params))
         np.testing.assert_array_equal(together, alone)
 
 
@@ -72,7 +76,7 @@ def test_hosting_does_not_matter_to_triggers_and_codecs(codec, trigger):
     """Some are silent, and who was no neighbour when a peer last spoke is told what it said then."""
     alone = mix_rounds(InProcess(), range(NUM_PEERS), "lora", codec, {}, trigger).numpy()
     for num_processes in (2, 3):
-        (_, together), *_ = run_processes(gossip_worker, num_processes, "lora", codec, {}, trigger)
+        together = joined(run_processes(gossip_worker, num_processes, "lora", codec, {}, trigger))
         np.testing.assert_array_equal(together, alone)
 
 
@@ -87,7 +91,7 @@ def test_learning_rate_zero_is_the_product_of_the_matrices(name):
         for cut in LAYOUT.columns(built.sends(t)):
             expected[:, cut] = w @ expected[:, cut]
     assert alone_somewhere
-    (_, got), *_ = run_processes(gossip_worker, 4, name, "none", RULES[name] | {"head": "mixed"})
+    got = joined(run_processes(gossip_worker, 4, name, "none", RULES[name] | {"head": "mixed"}))
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
@@ -187,17 +191,48 @@ def test_messages_of_any_length_arrive_and_silence_too():
             assert found[t, peer] == {j: times * (j * 5 + 1) for j, i in edges if i == peer and times}
 
 
-def agree_worker(rank: int) -> tuple:
+def control_worker(rank: int) -> tuple:
     transport = cpu_transport()
-    rows = torch.full((len(transport.hosted), 2), float(rank))
-    gathered = transport.gather(rows)
-    return transport.agree(5 if rank == 1 else 2), None if gathered is None else gathered[:, 0].tolist()
+    numbers = torch.tensor([[1.5, rank], [rank, -rank], [rank, -rank]], dtype=torch.float64)
+    texts = transport.share(b"x" * rank)
+    told = transport.spread(bytes([rank]) * (rank + 1) * 1000)
+    rows = ragged_rows()[list(transport.hosted)]
+    return transport.agree(5 if rank == 1 else 2), transport.summary(numbers).tolist(), texts, told, transport.total(rows).numpy()
 
 
-def test_processes_agree_and_gather_in_peer_order():
-    results = run_processes(agree_worker, 3)
-    assert [agreed for agreed, _ in results] == [5, 5, 5]
-    assert results[0][1] == [0, 0, 0, 1, 1, 2, 2] and results[1][1] is None
+def ragged_rows() -> torch.Tensor:
+    """More numbers than are under way at a time, of very different sizes: the order of adding shows."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = 10.0 ** torch.randint(-8, 9, (NUM_PEERS, 1), generator=generator)
+    return sizes * torch.randn(NUM_PEERS, 2 * PIECE + 5, generator=generator)
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_agreements_and_sums_of_any_number_of_processes(size):
+    alone = InProcess().total(ragged_rows()).numpy()
+    np.testing.assert_allclose(alone, ragged_rows().double().sum(0).numpy(), rtol=1e-12, atol=1e-7)
+    ranks = range(size)
+    for agreed, (sums, least, most), texts, told, total in run_processes(control_worker, size):
+        assert agreed == (5 if size > 1 else 2)
+        assert sums == [1.5 * size, sum(ranks)] and least == [0, -max(ranks)] and most == [max(ranks), 0]
+        assert texts == [b"x" * k for k in ranks] and told == bytes(1000)
+        np.testing.assert_array_equal(total, alone)
+
+
+def steps_worker(rank: int) -> tuple[int, int]:
+    """The bytes that an agreement takes of this process, and those of a sum of 100,000 numbers."""
+    transport = cpu_transport(16)
+    transport.agree(rank)
+    agreed = transport.control_bytes
+    transport.total(torch.zeros(len(transport.hosted), 100_000))
+    return agreed, transport.measured_bytes
+
+
+def test_no_process_does_more_than_others_however_many_there_are():
+    for size, steps in ((2, 1), (4, 2), (8, 3)):
+        found = run_processes(steps_worker, size)
+        assert {agreed for agreed, _ in found} == {steps * (frames.HEADER + 8)}
+        assert max(summed for _, summed in found) < 2.01 * 800_000
 
 
 def test_hosting_is_even_and_refuses_more_processes_than_peers():
@@ -224,8 +259,8 @@ def lying_worker(rank: int) -> dict[str, str]:
         move, said[lie] = transport._move_unknown, "accepted"
         for t in (0, 1):
             if rank == 1 and t == 1:
-                transport._move_unknown = lambda sent, incoming, move=move, change=change: move(
-                    {q: change(frame) for q, frame in sent.items()}, incoming)
+                transport._move_unknown = lambda what, sent, incoming, move=move, change=change: move(
+                    what, {q: change(frame) for q, frame in sent.items()}, incoming)
             message = torch.arange(88, dtype=torch.uint8) + 100 * t + rank
             try:
                 got = swap(transport, rank, t, message).payload["x"]
@@ -248,17 +283,17 @@ def lying_size_worker(rank: int, size: int) -> str:
     if rank == 1:
         move = transport._move_unknown
 
-        def lie(sent, incoming):
+        def lie(what, sent, incoming):
             for frame in sent.values():
                 frame[28:36] = torch.tensor([size]).view(torch.uint8)
-            return move(sent, incoming)
+            return move(what, sent, incoming)
         transport._move_unknown = lie
     try:
         swap(transport, rank, 0, torch.zeros(12, dtype=torch.uint8))
     except ConnectionError as error:
-        dist.destroy_process_group()
+        transport.leave(error)
         return str(error)
-    dist.destroy_process_group()
+    transport.leave(ValueError('the end'))
     return "accepted"
 
 

@@ -74,7 +74,8 @@ def test_a_run_learns_mixes_and_goes_on_bit_for_bit(folder, tmp_path, kind):
     start, records = run.rows().x.clone(), []
     run_rounds(run, Hooks(records.append, lambda: None, lambda: False))
     assert not torch.equal(run.rows().x, start)
-    assert all(np.isfinite(r["measures"]["aggregation_error"]) for r in records[1:])
+    measured = [r["measures"]["aggregation_error"] for r in records if "measures" in r]
+    assert measured and np.isfinite(measured).all()
     assert records[2]["layers"].keys() == {"aggregation_error", "tail_energy", "r_weak", "r_strong", "norm_A", "norm_B",
                                            "alignment_angle"}
     # stopped after two rounds, saved, resumed elsewhere
@@ -252,7 +253,7 @@ def test_the_consensus_model_is_the_mean_of_whole_models(folder, tmp_path, kind)
     run, _ = make_run(configure(folder, tmp_path / "run", kind, method=f"{{name: {run_name(kind)}, residual_rank: 16}}", **fields))
     run_rounds(run, QUIET)
     x, kept = run.peers.x, run.gossip.residuals()
-    rows = run.consensus(run.peers.common_scale(), kept)
+    rows = run.consensus()
     for pair, other in zip(run.peers.layout.pairs, run.rule.residual.pairs, strict=True):
         mean = (b_view(x, pair) @ a_view(x, pair) + b_view(kept, other) @ a_view(kept, other)).mean(0)
         found = b_view(rows.x, pair) @ a_view(rows.x, pair) + b_view(rows.residual, other) @ a_view(rows.residual, other)

@@ -8,7 +8,8 @@ from one_round import build, gossip
 import topologies
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.metrics.layers import diagnose
-from dfl.metrics.measures import aggregation_error, whole
+from dfl.metrics.measures import aggregation_errors, seen
+from dfl.transport import InProcess
 
 NUM = 6
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])
@@ -24,10 +25,14 @@ def round_of(name, **params):
     return x, out, w, rule, kept
 
 
+def diagnosed(before, after, w) -> dict:
+    return diagnose(InProcess(), seen(before, after, w, range(NUM), LAYOUT), NUM)
+
+
 @pytest.mark.parametrize("name", ["lora", "decaf"])
 def test_every_diagnostic_is_the_dense_one(name):
     x, out, w, _, _ = round_of(name)
-    found = diagnose(x, out, w, LAYOUT)
+    found = diagnosed(x, out, w)
     links = [(i, j) for i in range(NUM) for j in range(NUM) if i != j and w[i, j]]
     for pair in LAYOUT.pairs:
         a, b = a_view(x, pair).numpy(), b_view(x, pair).numpy()
@@ -55,19 +60,19 @@ def test_every_diagnostic_is_the_dense_one(name):
 
 def test_product_rules_err_by_the_tail_and_residuals_not_at_all():
     x, out, w, _, _ = round_of("decaf")
-    found = diagnose(x, out, w, LAYOUT)
+    found = diagnosed(x, out, w)
     for name, error in found["aggregation_error"].items():
         assert error > 0.1 and found["tail_energy"][name] > 0.01
     x, out, w, rule, kept = round_of("fedhl", residual_rank=9)
     none = torch.zeros_like(kept)
-    models = (whole(x, LAYOUT, none, rule.residual)[0], *whole(out, LAYOUT, kept, rule.residual))
-    for error in diagnose(x, out, w, LAYOUT, models)["aggregation_error"].values():
+    look = seen(x, out, w, range(NUM), LAYOUT, none, kept, rule.residual)
+    for error in diagnose(InProcess(), look, NUM)["aggregation_error"].values():
         assert error < 1e-6
-    assert aggregation_error(models[0], models[1], w, models[2]) < 1e-6
+    assert aggregation_errors(look).max() < 1e-6
 
 
-def test_peers_that_hear_nobody():
+def test_peers_that_receive_from_nobody():
     x = round_of("lora")[0]
-    found = diagnose(x, x, np.eye(NUM), LAYOUT)
+    found = diagnosed(x, x, np.eye(NUM))
     assert all(np.isfinite(value) for layers in found.values() for value in layers.values())
     assert max(found["aggregation_error"].values()) < 1e-7 and max(found["r_weak"].values()) == 0

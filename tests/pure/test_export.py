@@ -23,7 +23,6 @@ from dfl.export import merging, push
 from dfl.report import markdown
 from dfl.run import checkpoint
 from dfl.run import train as running
-from dfl.run.loop import gather_models
 from dfl.store.records import read_lines
 from dfl.training.executors import Sequential
 
@@ -86,7 +85,7 @@ def logits_of_the_run(words, folder):
     state, _ = tiny_runs.make_run(config)
     running.restore(state, folder)
     batches, found = [state.task.inputs(batch) for batch in state.evaluator.batches], {}
-    for name, rows in (("3", state.rows().row(3)), ("consensus", state.consensus(*gather_models(state)))):
+    for name, rows in (("3", state.rows().row(3)), ("consensus", state.consensus())):
         with Sequential().bound(state.peers.adapted, rows, None, [0]) as forward:
             found[name] = [forward(batch, [0]).logits.clone() for batch in batches]
     return batches, found

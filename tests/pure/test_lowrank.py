@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfl.adapters.layout import make_layout, pack
+from dfl.adapters.layout import a_view, b_view, make_layout, pack
 from dfl.adapters.lowrank import (
     align,
     combined,
@@ -21,7 +21,8 @@ from dfl.adapters.lowrank import (
     truncate,
     weighted_sum,
 )
-from dfl.metrics.measures import aggregation_error, consensus_distance, cross_term, product_distance
+from dfl.metrics.measures import aggregation_errors, cross_terms, measure, seen
+from dfl.transport import InProcess
 
 SHAPES = [(6, 5, 2, 3), (5, 9, 3, 1), (4, 4, 4, 5), (12, 3, 1, 4)]  # O, I, R, J; also J R > min(O, I)
 
@@ -104,28 +105,45 @@ def test_cross_term_has_its_three_forms():
             size[i] += (mean_product ** 2).sum()
             spread = [np.sqrt(np.einsum("j,jor->", w[i], (f - m) ** 2)) for f, m in ((b, mean_b), (a, mean_a))]
             assert np.linalg.norm(one) <= spread[0] * spread[1]
-    absolute, relative = cross_term(x, w, layout)
+    look = seen(x, torch.from_numpy(w) @ x, w, range(len(x)), layout)
+    absolute, relative = (float(values.mean()) for values in cross_terms(look))
     assert absolute == pytest.approx(np.sqrt(direct).mean(), abs=1e-10)
     assert relative == pytest.approx((np.sqrt(direct) / np.sqrt(size)).mean(), abs=1e-10)
-    assert aggregation_error(x, torch.from_numpy(w) @ x, w, layout) == pytest.approx(absolute, abs=1e-7)
+    assert float(aggregation_errors(look).mean()) == pytest.approx(absolute, abs=1e-7)
 
 
 @pytest.mark.parametrize("equal", ["A", "B"])
 def test_cross_term_vanishes_when_one_factor_is_shared(equal):
     layout, x, _ = rows()
     x[:, layout.groups[equal]] = x[0, layout.groups[equal]]
-    assert cross_term(x, mixing(), layout)[0] < 1e-12
+    assert cross_terms(seen(x, x, mixing(), range(len(x)), layout))[0].max() < 1e-12
 
 
 def test_distances_and_scaling():
     layout, x, factors = rows()
     dense = np.concatenate([(b @ a).reshape(5, -1) for a, b in factors.values()], 1)
     expected = np.sqrt(((dense - dense.mean(0)) ** 2).sum(1).mean())
-    assert product_distance(x, layout) == pytest.approx(expected, abs=1e-10)
-    assert consensus_distance(x) == pytest.approx(float((x - x.mean(0)).norm(dim=1).square().mean().sqrt()), abs=1e-12)
+    assert distances(x, layout)["product_distance"] == pytest.approx(expected, abs=1e-10)
+    of_rows = float((x - x.mean(0)).norm(dim=1).square().mean().sqrt())
+    assert distances(x, layout)["consensus_distance"] == pytest.approx(of_rows, abs=1e-12)
     twice = make_layout([(p.name, p.rank, p.d_in, p.d_out, 2.0) for p in layout.pairs])
-    assert product_distance(x, twice) == pytest.approx(2 * expected, abs=1e-10)
-    assert consensus_distance(x[:1].expand(5, -1)) < 1e-15
+    assert distances(x, twice)["product_distance"] == pytest.approx(2 * expected, abs=1e-10)
+    assert distances(x[:1].expand(len(x), -1), layout)["consensus_distance"] < 1e-15
+
+
+def distances(x, layout) -> dict:
+    return measure(InProcess(), seen(x, x, np.eye(len(x)), range(len(x)), layout), len(x))
+
+
+@pytest.mark.parametrize("num, rank, exact", [(3, 4, True), (10, 4, False)])
+def test_the_distance_from_the_mean_product(num, rank, exact):
+    """Exact where peers times rank fit into what is kept of the mean, else too far by what is left out of it."""
+    layout = make_layout([("q", rank, 90, 80, 1.0), ("v", rank, 90, 80, 2.0)])
+    x = torch.randn(num, layout.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = torch.cat([(pair.scaling * b_view(x, pair) @ a_view(x, pair)).flatten(1) for pair in layout.pairs], 1)
+    expected = float((dense - dense.mean(0)).square().sum(1).mean().sqrt())
+    found = distances(x, layout)["product_distance"]
+    assert found == pytest.approx(expected, rel=1e-9) if exact else expected < found < 1.01 * expected
 
 
 def orthogonal(size, seed=0, batch=(), proper=None):

@@ -17,7 +17,8 @@ from dfl.run import description
 from dfl.run.console import Console
 from dfl.run.description import describe_run
 from dfl.run.trackers import Trackers
-from dfl.store.records import JsonLines, finite, flatten, read_lines
+from dfl.store.directory import records_of
+from dfl.store.records import JsonLines, finite, flatten, of_peers, read_lines
 
 
 def line(t, **more):
@@ -241,3 +242,53 @@ def test_the_time_left_of_a_continued_run_counts_only_its_own_rounds(monkeypatch
     now[0] = 10.0
     shown.round(90, "", important=True)  # one of ten rounds took ten seconds
     assert log.getvalue().split()[-1] == "1:30"
+
+
+# -- records of several processes -----------------------------------------------------------------------------------------
+
+
+def whole_record(t: int, values: list) -> dict:
+    """What one process that hosts all peers writes."""
+    return {"round": t, "train_loss": {"mean": 1.0}, "train_loss_peers": values, "eval": {
+        "accuracy": {"mean": 0.5}, "peers": {"accuracy": values}, "consensus": {"accuracy": 0.7},
+        "own": {"peers": {"accuracy": values}, "gap": {"accuracy": {"mean": 0.1}, "peers": {"accuracy": values}}}}}
+
+
+def part(record: dict, peers: list[int]) -> dict:
+    """The same as a process that hosts `peers` has it."""
+    def cut(value):
+        if isinstance(value, dict):
+            return {key: cut(one) for key, one in value.items()}
+        return [value[peer] for peer in peers] if isinstance(value, list) else value
+    return {"round": record["round"], "hosted": peers} | cut(record)
+
+
+def write_parts(folder, hosts, rounds=(1, 2)):
+    for process, peers in enumerate(hosts):
+        lines = JsonLines(folder / records_of(process))
+        for t in rounds:
+            mine = part(whole_record(t, [float(t), 2.0, 3.0, 4.0, 5.0]), peers)
+            lines.write(of_peers(mine) if process else mine)
+        lines.close()
+
+
+def test_records_of_processes_are_read_as_one(tmp_path):
+    write_parts(tmp_path, [[0, 1], [2, 3], [4]])
+    assert read_lines(tmp_path / "metrics.jsonl") == [whole_record(t, [float(t), 2.0, 3.0, 4.0, 5.0]) for t in (1, 2)]
+    others = [json.loads(line) for line in (tmp_path / "metrics-1.jsonl").read_text().splitlines()]
+    assert others[0].keys() == {"round", "hosted", "train_loss_peers", "eval"} and "consensus" not in others[0]["eval"]
+
+
+def test_what_a_process_has_not_written_yet_is_missing_and_the_rest_is_there(tmp_path):
+    write_parts(tmp_path, [[0, 1], [2, 3], [4]])
+    path = tmp_path / "metrics-1.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote its second round
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert first["train_loss_peers"] == [1.0, 2.0, 3.0, 4.0, 5.0] and second["train_loss_peers"] == [2.0, 2.0, None, None, 5.0]
+
+
+def test_a_run_may_go_on_in_other_processes(tmp_path):
+    write_parts(tmp_path, [[0, 1], [2, 3], [4]], rounds=[1])
+    write_parts(tmp_path, [[0, 1, 2], [3, 4]], rounds=[2])
+    assert [line["train_loss_peers"] for line in read_lines(tmp_path / "metrics.jsonl")] == [
+        [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 2.0, 3.0, 4.0, 5.0]]

@@ -11,8 +11,9 @@ from toy import Toy
 import topologies
 from dfl import methods, simulate
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
-from dfl.metrics.evaluator import consensus
+from dfl.metrics.consensus import consensus
 from dfl.schedules.alternating import phase
+from dfl.transport import InProcess
 
 NUM = 6
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("v", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)], [("head", (3, 4))])
@@ -188,7 +189,8 @@ def test_what_does_not_travel_keeps_its_bits(name):
 def test_full_averaging_makes_peers_equal(name):
     mixed = mix_once(name, random_rows(), complete(), head="mixed")
     torch.testing.assert_close(mixed, mixed.mean(0).expand_as(mixed), rtol=0, atol=1e-14)
-    torch.testing.assert_close(mixed[0], consensus(random_rows(), LAYOUT, product=False), rtol=0, atol=1e-14)
+    merged = consensus(InProcess(), random_rows(), LAYOUT, len(mixed), product=False)
+    torch.testing.assert_close(mixed[0], merged, rtol=0, atol=1e-14)
 
 
 def test_disagreement_contracts_by_rho_on_average():
@@ -368,7 +370,7 @@ class TestDecaf:
 
 def test_consensus_of_products():
     x = random_rows()
-    row = consensus(x, LAYOUT, product=True)
+    row = consensus(InProcess(), x, LAYOUT, len(x), product=True)
     for pair in LAYOUT.pairs:
         dense = (b_view(x, pair) @ a_view(x, pair)).mean(0).numpy()
         u, s, vh = np.linalg.svd(dense, full_matrices=False)

@@ -37,8 +37,9 @@ PURE_MODULES = {
     "adapters/layout": set(),
     "adapters/lowrank": set(),
     "adapters/cores": {"adapters.layout"},
-    "metrics/measures": {"adapters.layout", "adapters.lowrank"},
-    "metrics/layers": {"adapters.layout", "adapters.lowrank"},
+    "metrics/products": {"adapters.layout", "seeds", "transport.base"},
+    "metrics/measures": {"adapters.layout", "adapters.lowrank", "metrics.products", "transport.base"},
+    "metrics/layers": {"adapters.layout", "adapters.lowrank", "metrics.measures", "transport.base"},
     "training/moments": {"adapters.layout", "adapters.lowrank"},
     "training/masks": {"adapters.layout"},
     "training/dropout": set(),
@@ -109,7 +110,7 @@ def test_imports_have_no_circle_neither_of_modules_nor_of_rooms():
 def test_only_transport_and_runtime_speak_to_other_processes():
     for path in files("dfl"):
         if "torch.distributed" in imports(path):
-            assert path.relative_to(ROOT).as_posix() in ("dfl/run/runtime.py", "dfl/transport/distributed.py")
+            assert path.relative_to(ROOT).as_posix() in ("dfl/run/runtime.py", "dfl/transport/group.py")
 
 
 def test_dfl_imports_neither_launch_nor_tests():

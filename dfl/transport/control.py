@@ -1,0 +1,136 @@
+"""The control plane: what the processes of a run agree on, tell each other and add up. No process is special.
+
+With P processes each step takes about log2 P messages of every process, however many peers there are; sums over peers go once
+around the ring of processes, in pieces, so that a process sends twice their length whatever P is.
+"""
+
+import torch
+from torch import Tensor
+
+from dfl.transport.link import Link
+
+# what a transfer is, for its frames and for errors
+_AGREED, _TABLE, _TOLD, _SUM = "agreement", "what all tell", "what process 0 tells", "sum over peers"
+PIECE = 2**16  # numbers (float64) of a sum that are under way at a time
+MOST = 2**31  # bytes that a process may want to tell
+
+
+class ControlPlane:
+    """Agreements between the processes of a link. `sent`: the bytes of agreements and texts, `summed` those of sums."""
+
+    def __init__(self, link: Link):
+        self.link, self.sent, self.summed = link, 0, 0
+
+    def agree(self, value: int) -> int:
+        """The largest value that any process gave."""
+        return int(self._all_reduce(torch.tensor([value]), torch.maximum)[0])
+
+    def summary(self, values: Tensor) -> Tensor:
+        """values (3, K) float64 of every process: the sums of the first rows, the least of the second, the largest of the third."""
+        return self._all_reduce(values, _summary)
+
+    def _all_reduce(self, mine: Tensor, both) -> Tensor:
+        """`both(a, b)` of all processes' tensors, the same bits on all of them: recursive doubling (Thakur et al. 2005).
+
+        Those beyond the largest power of two give theirs to another before, and get the result after.
+        """
+        rank, size = self.link.rank, self.link.size
+        core = 1 << (size.bit_length() - 1)
+        if rank >= core:
+            self._swap(rank - core, mine, None)
+            return self._swap(rank - core, None, torch.empty_like(mine))
+        outer = rank + core if rank + core < size else None
+        if outer is not None:
+            mine = both(mine, self._swap(outer, None, torch.empty_like(mine)))
+        step = 1
+        while step < core:
+            theirs = self._swap(rank ^ step, mine, torch.empty_like(mine))
+            mine = both(mine, theirs) if rank & step == 0 else both(theirs, mine)
+            step *= 2
+        if outer is not None:
+            self._swap(outer, mine, None)
+        return mine
+
+    def _swap(self, process: int, mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        self.sent += self.link.transfer(_AGREED, {} if mine is None else {process: mine}, {} if theirs is None else {process: theirs})
+        return theirs
+
+    def share(self, data: bytes) -> list[bytes]:
+        """What each process gave, by process, on all of them."""
+        sizes = self._table(torch.tensor([len(data)]))[:, 0].tolist()
+        for process, size in enumerate(sizes):
+            self._check_size(process, size)
+        mine = torch.zeros(max(sizes), dtype=torch.uint8)
+        mine[:len(data)] = _tensor(data)
+        return [bytes(row[:size].numpy()) for row, size in zip(self._table(mine), sizes, strict=True)]
+
+    def _table(self, mine: Tensor) -> Tensor:
+        """The rows (K,) of all processes, (processes, K) on all of them: the algorithm of Bruck et al. 1997."""
+        rank, size = self.link.rank, self.link.size
+        rows, step = mine[None], 1
+        while step < size:
+            count = min(step, size - step)
+            theirs = rows.new_empty(count, len(mine))
+            self.sent += self.link.transfer(_TABLE, {(rank - step) % size: rows[:count].contiguous()}, {(rank + step) % size: theirs})
+            rows, step = torch.cat([rows, theirs]), 2 * step
+        return rows.roll(rank, 0)
+
+    def spread(self, data: bytes) -> bytes:
+        """What process 0 gave, on all of them; what the others gave is not used. Along a binomial tree."""
+        rank, size = self.link.rank, self.link.size
+        length = self.agree(len(data) if rank == 0 else 0)
+        self._check_size(0, length)
+        told = _tensor(data) if rank == 0 else torch.empty(length, dtype=torch.uint8)
+        step = 1
+        while step < size:
+            if rank < step and rank + step < size:
+                self.sent += self.link.transfer(_TOLD, {rank + step: told}, {})
+            elif step <= rank < 2 * step:
+                self.link.transfer(_TOLD, {}, {rank - step: told})
+            step *= 2
+        return bytes(told.numpy())
+
+    def total(self, rows: Tensor) -> Tensor:
+        """The sum (M,) float64 of the rows (P, M) of all processes, on all of them, added one by one in the order of processes.
+
+        So its bits do not depend on which process holds which row. A piece goes from the first process to the last, each adding
+        its rows, and the sum from the last around to all others.
+        """
+        link, length = self.link, rows.shape[1]
+        result = torch.zeros(length, dtype=torch.float64, device=link.group.wire)
+        pieces = [slice(start, min(start + PIECE, length)) for start in range(0, length, PIECE)]
+        first, last = link.rank == 0, link.rank == link.size - 1
+        if link.size == 1:
+            for piece in pieces:
+                _add(result[piece], rows[:, piece])
+            return result.to(rows.device)
+        ahead, behind = (link.rank + 1) % link.size, (link.rank - 1) % link.size
+        for piece, before in zip([*pieces, None], [None, *pieces], strict=True):  # one is sent on while the next arrives
+            outgoing = {} if before is None or last else {ahead: result[before]}
+            self.summed += link.transfer(_SUM, outgoing, {} if piece is None or first else {behind: result[piece]})
+            if piece is not None:
+                _add(result[piece], rows[:, piece])
+        stays = link.rank == link.size - 2  # the last but one passes nothing on: the last process has it
+        for piece, before in zip([*pieces, None], [None, *pieces], strict=True):
+            source = piece if last else before
+            outgoing = {} if source is None or stays else {ahead: result[source]}
+            self.summed += link.transfer(_SUM, outgoing, {} if piece is None or last else {behind: result[piece]})
+        return result.to(rows.device)
+
+    def _check_size(self, process: int, size: int) -> None:
+        """Before memory is asked for."""
+        if not 0 <= size <= MOST:
+            raise ConnectionError(f"{self.link.describe(process)} announced {size} bytes {self.link.when()}; allowed: up to {MOST}")
+
+
+def _summary(one: Tensor, other: Tensor) -> Tensor:
+    return torch.stack([one[0] + other[0], torch.minimum(one[1], other[1]), torch.maximum(one[2], other[2])])
+
+
+def _add(total: Tensor, rows: Tensor) -> None:
+    for row in rows:  # in order, each rounded as if it came alone
+        total += row.to(total.device)
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,159 @@
+"""The processes of a run, in process groups of their own: torch's default group stays the user's.
+
+So a peer may itself be a sharded or data-parallel job, and a script that starts a run may have a group of its own. Buffers
+on CPUs go over gloo, those on GPUs over NCCL where a run asks for it; nothing else in dfl speaks to torch.distributed.
+"""
+
+import queue
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dfl.transport.watch import Watch
+
+# between two looks at who is silent, while something is waited for
+LOOK_SECONDS = 0.5
+
+
+class Group:
+    """`size` processes, of which this is `rank`, connected through `store`, which nobody else writes below the same prefix.
+
+    timeout: seconds until a step of the group itself gives up; longer than any wait of a run, whose errors say who is missing.
+    device: the GPU of this process, where messages go over NCCL; None: over gloo.
+    """
+
+    def __init__(self, store, rank: int, size: int, *, timeout: float, device: torch.device | None = None):
+        self.store, self.rank, self.size, self.device = store, rank, size, device
+        limit = timedelta(seconds=timeout)
+        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)
+        self._nccl = None if device is None else _nccl(dist.PrefixStore("nccl", store), rank, size, limit, device)
+
+    @property
+    def wire(self) -> torch.device:
+        """Where the buffers of messages lie."""
+        return self.device or torch.device("cpu")
+
+    @property
+    def open(self) -> bool:
+        return self._gloo is not None
+
+    def move(self, sent: dict[int, Tensor], received: dict[int, Tensor], deadline: float, watch: Watch | None,
+             waiter: "Waiter | None") -> tuple[list[int], bool]:
+        """Send and receive all of it together: the processes that did not do their part, and whether they are silent.
+
+        By process, in ascending order at both ends; all buffers on one device.
+        """
+        if not sent and not received:
+            return [], False
+        on_gpu = next(iter((*sent.values(), *received.values()))).device.type == "cuda"
+        return (self._move_on_gpu if on_gpu else self._move_on_cpu)(sent, received, deadline, watch, waiter)
+
+    def _move_on_cpu(self, sent, received, deadline, watch, waiter) -> tuple[list[int], bool]:
+        works = []
+        for q in sorted(sent.keys() | received.keys()):
+            try:
+                if q in received:
+                    works.append((q, self._gloo.recv([received[q]], q, 0)))
+                if q in sent:
+                    works.append((q, self._gloo.send([sent[q]], q, 0)))
+            except RuntimeError:  # its connection was closed before
+                return [q], False
+        return waiter.wait(works, deadline, watch) if waiter else (_wait(works, deadline), False)
+
+    def _move_on_gpu(self, sent, received, deadline, watch, waiter) -> tuple[list[int], bool]:
+        """NCCL does not say who is missing: all that take part. Asking instead of waiting leaves the time-out to us, and
+        the watchdog of NCCL, which would end the process, has a longer one."""
+        partners = sorted(sent.keys() | received.keys())
+        try:
+            self._nccl._start_coalescing(self.device)
+            for q in partners:
+                if q in received:
+                    self._nccl.recv([received[q]], q, 0)
+                if q in sent:
+                    self._nccl.send([sent[q]], q, 0)
+            work, look = self._nccl._end_coalescing(self.device), time.monotonic() + LOOK_SECONDS
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    return partners, False
+                if watch and time.monotonic() > look:
+                    look = time.monotonic() + LOOK_SECONDS
+                    if silent := watch.silent():
+                        return silent, True
+                time.sleep(0.0005)
+            work.wait()
+        except RuntimeError:
+            return partners, False
+        return [], False
+
+    def close(self) -> None:
+        """Leave together: without the barrier gloo aborts now and then when one process is gone before another."""
+        if self.open:
+            self._gloo.barrier().wait()
+            if self._nccl is not None:
+                self._nccl.shutdown()
+            self._gloo = self._nccl = None
+
+    def abort(self) -> None:
+        """Close all connections at once, so that the others notice; nobody is waited for."""
+        if self._nccl is not None:
+            self._nccl.abort()  # what waits on the device would make a mere destruction wait as well
+        self._gloo = self._nccl = None
+
+
+def _nccl(store, rank: int, size: int, limit: timedelta, device: torch.device):
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    group = dist.ProcessGroup(store, rank, size)
+    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, backend)
+    # NCCL makes its communicator in the first step of the group, and all processes must be there
+    group.allreduce([torch.zeros(1, device=device)]).wait()
+    return group
+
+
+class Waiter:
+    """Waits for gloo in a thread of its own. Its waits cannot be broken off: a timeout breaks all connections, so one cannot wait in
+    slices. The main thread can, and sees meanwhile who shows no life; it keeps all tensors until the wait is over."""
+
+    def __init__(self):
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="dfl-wait", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            works, deadline, done, missing = self.jobs.get()
+            missing += _wait(works, deadline)
+            del works
+            done.set()
+
+    def wait(self, works: list, deadline: float, watch: Watch) -> tuple[list[int], bool]:
+        done, missing = threading.Event(), []
+        self.jobs.put((works, deadline, done, missing))
+        while not done.wait(LOOK_SECONDS):
+            if silent := watch.silent():
+                return silent, True
+        return missing, False
+
+
+def _wait(works: list, deadline: float) -> list[int]:
+    missing = set()
+    for q, work in works:
+        try:
+            work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        except RuntimeError:
+            missing.add(q)
+            if time.monotonic() < deadline:  # it has gone, which explains enough
+                break
+    return sorted(missing)
+
+
+def address_of(store) -> tuple[str, int] | None:
+    """Where a store listens; None for a file, which nobody holds."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return (store.host, store.port) if isinstance(store, dist.TCPStore) else None
