@@ -46,6 +46,7 @@ class Given:
 class Found(NamedTuple):
     x: np.ndarray  # (8, d)
     measures: list
+    ledger: dict
 
     @property
     def largest(self) -> float:
@@ -73,7 +74,7 @@ def descend(wrapper: str | Choice, topology, *, rounds: int, lr: float, d: int =
     graph = topologies.build(topology, NUM) if isinstance(topology, str) else topology
     result = simulate(method, graph, {"x": (x, torch.zeros(NUM, 1, 1, dtype=torch.float64))}, local_step, rounds, wrapper=wrapper,
                       lr=lr, local_steps=local_steps, measure_every=rounds, **slots)
-    return Found(result.factors["x"][0][:, 0].numpy(), result.measures)
+    return Found(result.factors["x"][0][:, 0].numpy(), result.measures, result.ledger)
 
 
 RING = topologies.build("ring", NUM).matrix(0)

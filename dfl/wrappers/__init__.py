@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dfl.slots import Rule
 from dfl.wrappers.adaptive import adaptive_consensus
 from dfl.wrappers.diffusion import d2, exact_diffusion
+from dfl.wrappers.flexatc import flexatc, led, proxskip
 from dfl.wrappers.gradient_tracking import gradient_tracking, momentum_tracking
 from dfl.wrappers.momentum import quasi_global
 from dfl.wrappers.none import none
@@ -19,6 +20,9 @@ WRAPPERS: dict[str, Callable[..., Rule]] = {
     "momentum_tracking": momentum_tracking,
     "exact_diffusion": exact_diffusion,
     "d2": d2,
+    "led": led,
+    "proxskip": proxskip,
+    "flexatc": flexatc,
     "quasi_global": quasi_global,
     "outer": outer,
     "adaptive_consensus": adaptive_consensus,

@@ -38,7 +38,9 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
                                 "channel": Choice("lossy", {"rate": 0.3})},
         "silent, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("lossy", {"rate": 0.3})},
         "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": Choice("int8")}}
-WRAPPED = {name: Choice(name, {"gamma": 0.5} if name == "adaptive_consensus" else {}) for name in WRAPPERS if name != "none"}
+PARAMETERS = {"adaptive_consensus": {"gamma": 0.5}, "proxskip": {"p": 0.5}}
+WRAPPED = {name: Choice(name, PARAMETERS.get(name, {})) for name in WRAPPERS if name != "none"}
+WRAPPED["aug_dgm"] = Choice("flexatc", {"member": "aug_dgm"})  # exchanges twice in a round
 for _name, _choice in WRAPPED.items():
     REAL |= {_name: {"wrapper": _choice}, f"silent, {_name}": {"wrapper": _choice, "trigger": Choice("event", {"threshold": 0.4})},
              f"lossy, {_name}": {"wrapper": _choice, "channel": Choice("lossy", {"rate": 0.4})}}
@@ -49,7 +51,7 @@ NO_SILENCE = {"fed_svd": DATED, "flora": DATED, "plora": DATED, "lora_a2": DATED
 CANCELS = "has to cancel over all of them"
 AVERAGED = {"lora", "ffa", "share_a", "rolora", "adf", "tad", "fed_sb", "local", "replicate"}
 # what a wrapper keeps has to cancel, so that no message may be lost
-BALANCED = {"gradient_tracking", "momentum_tracking", "exact_diffusion", "d2"}
+BALANCED = {"gradient_tracking", "momentum_tracking", "exact_diffusion", "d2", "led", "proxskip", "flexatc"}
 # under the others the mean takes outer steps
 MEAN_KEPT = sorted(BALANCED | {"quasi_global", "adaptive_consensus"})
 
@@ -64,6 +66,8 @@ def refusal(name: str, slots: dict) -> str | None:
     trigger, wrapper = slots.get("trigger"), slots["wrapper"].name if "wrapper" in slots else "none"
     if wrapper != "none" and name not in AVERAGED:
         return "needs a rule that averages"
+    if trigger and "member" in slots.get("wrapper", Choice("none")).params and name not in NO_SILENCE:
+        return "exchanges twice in a round"
     if trigger and name in NO_SILENCE and (trigger.name in HELD or name == "fedex_choco"):
         return NO_SILENCE[name]
     if trigger and trigger.params.get("norm") == "product" and name not in PAIRS:

@@ -10,7 +10,7 @@ from dfl.run.train import train
 from dfl.wrappers import WRAPPERS
 
 # what sums to zero over the peers, by wrapper
-CANCEL = {"gradient_tracking": "tracking.offset", "exact_diffusion": "diffusion.memory"}
+CANCEL = {"gradient_tracking": "tracking.offset", "exact_diffusion": "diffusion.memory", "led": "flexatc.dual"}
 GIVEN = {"train__lr": 0.01, "train__lr_ratio__B": 4, "train__warmup": 0.5, "train__schedule": "linear", "train__state": "carried"}
 
 
@@ -27,11 +27,12 @@ def config_of(root, output, **given):
 @pytest.mark.parametrize("rule", ["lora", "rolora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_what_peers_keep_cancels_whatever_the_optimiser(root, tmp_path, wrapper, rule, optimizer):
-    run, _ = make_run(config_of(root, tmp_path, **GIVEN, wrapper=wrapper, method=rule, train__optimizer=optimizer))
+    given = GIVEN | {"train__optimizer": optimizer, "train__lr": 0.01 if optimizer == "adamw" else 0.5}
+    run, _ = make_run(config_of(root, tmp_path, **given, wrapper=wrapper, method=rule))
     assert run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
     kept = torch.stack([state[CANCEL[wrapper]] for state in run.gossip.state["rule"].values()]).double()
-    assert kept.abs().max() > 1e-6
-    assert kept.sum(0).abs().max() < 1e-5 * kept.abs().max()
+    # float32 rows of numbers of about one
+    assert kept.abs().max() > 2e-5 and kept.sum(0).abs().max() < 1e-5 * kept.abs().max() + 2e-7
 
 
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "none"])
