@@ -18,6 +18,9 @@ from evidence.grid import Cell
 
 ROOT = Path(__file__).parents[2]
 STOPPED = 75  # the exit status of a run that a signal has ended, its state saved
+# runs a module that ends with this process, however this one ends: two runners would meet in one run directory
+BOUND = ("import os, runpy, sys; from dfl.run.parent import end_with; end_with(os.getppid()); del sys.argv[0]; "
+         "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
 TEST = {"trec6": "$DFL_DATA/trec6/test.tsv", "sst2": "$DFL_DATA/sst2/test.tsv"}
 MEASURES = ("consensus_distance_A", "consensus_distance_B", "product_distance", "cross_term_relative")
 
@@ -32,8 +35,9 @@ class Children:
     def __init__(self):
         self._lock, self._running, self.stopped = threading.Lock(), set(), False
 
-    def run(self, command: list[str]) -> subprocess.CompletedProcess:
-        """As `subprocess.run` from the project's root with captured text; StoppedError once `stop` was called."""
+    def run(self, *words: str) -> subprocess.CompletedProcess:
+        """`python -m WORDS` from the project's root with captured text; StoppedError once `stop` was called."""
+        command = [sys.executable, "-c", BOUND, *words]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with self._lock:
             if self.stopped:
@@ -88,7 +92,7 @@ def execute(cell: Cell, out: Path, children: Children) -> dict:
 
 
 def _dfl(children: Children, command: list[str]) -> subprocess.CompletedProcess:
-    done = children.run([sys.executable, "-m", *command])
+    done = children.run(*command)
     if done.returncode == STOPPED:
         raise StoppedError
     return done

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
+import time
 from itertools import product
 from pathlib import Path
 
@@ -242,9 +245,30 @@ def test_a_child_is_told_to_stop_and_none_is_begun_afterwards():
     children = cells.Children()
     threading.Timer(0.5, children.stop).start()
     with pytest.raises(cells.StoppedError):
-        children.run([sys.executable, "-c", "import time; time.sleep(60)"])
+        children.run("timeit", "-n1", "-r1", "import time; time.sleep(60)")
     with pytest.raises(cells.StoppedError):
-        children.run([sys.executable, "-c", "pass"])
+        children.run("timeit", "-n1", "-r1")
+
+
+def test_the_run_of_a_killed_runner_ends_with_it(tmp_path):
+    note = tmp_path / "pid"
+    sleep = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(170)"
+    script = f"from evidence import cells; cells.Children().run('timeit', '-n1', '-r1', {sleep!r})"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    with subprocess.Popen([sys.executable, "-c", script], env=env) as runner_process:
+        until(lambda: note.exists() and note.read_text())
+        run = Path("/proc", note.read_text())
+        assert run.exists()
+        runner_process.kill()
+    until(lambda: not run.exists() or "Z" in (run / "stat").read_text().split()[2])
+
+
+def until(true) -> None:
+    for _ in range(300):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within half a minute")
 
 
 def test_jobs_run_beside_each_other_and_the_budget_stops_them(tmp_path):
