@@ -199,11 +199,12 @@ def _bytes(found: Found) -> Section:
 
 
 def _frozen_share(line: dict) -> float | None:
-    if line["trained"] not in ("A", "B"):
+    """The gradient of the frozen factor over that of the trained one; None where both are trained."""
+    trained = set(line["trained"].split("+")) & {"A", "B"}
+    if len(trained) != 1:
         return None
-    frozen = {"A": "B", "B": "A"}[line["trained"]]
-    trained = line[f"gradient_{line['trained']}"]
-    return line[f"gradient_{frozen}"] / trained if trained else None
+    (active,), (frozen,) = trained, {"A", "B"} - trained
+    return line[f"gradient_{frozen}"] / line[f"gradient_{active}"] if line[f"gradient_{active}"] else None
 
 
 def _mechanism(found: Found) -> Section:

@@ -410,6 +410,11 @@ def test_the_page_draws_what_the_cells_say():
     assert "lora on trec6 at p = 0.1 (2 of 3 seeds), 0.5" in text and "decaf on trec6 at p = 0.02 (1 of 3 seeds), 0.1 (2 of" in text
 
 
+@pytest.mark.parametrize("trained, share", [("B", 0.25), ("A+head", 4.0), ("A+B", None), ("A+B+M", None)])
+def test_the_frozen_factors_gradient_is_relative_to_the_trained_ones(trained, share):
+    assert page._frozen_share({"trained": trained, "gradient_A": 0.1, "gradient_B": 0.4}) == share
+
+
 def test_a_page_of_nothing_says_so():
     assert "all of lora, tad5, ffa, tad15, decaf on trec6" in page.html({}) and page.gaps(everything()) == ""
 
