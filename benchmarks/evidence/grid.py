@@ -63,7 +63,7 @@ METHODS: dict[str, Entry] = {
     "tad15-carried": Entry("tad", {"T": 15}, {"train.state": "carried"}, rates="tad15"),
     "lora-head": Entry("lora", overrides={"lora.head": "mixed"}, rates="lora"),
     "tad5-head": Entry("tad", {"T": 5}, {"lora.head": "mixed"}, rates="tad5"),
-    "decaf-alternating": Entry("decaf", {"gauge": "own"}, {"schedule": "alternate"}, rates="tad5"),
+    "decaf-alternating": Entry("decaf", {"gauge": "own"}, {"schedule": {"name": "alternate", "T": 5}}, rates="tad5"),
     **{f"{of}-ratio{ratio}": Entry(name, params, {"train.lr_ratio.B": ratio}, rates=of)
        for of, name, params in (("lora", "lora", {}), ("tad5", "tad", {"T": 5})) for ratio in (1, 10, 100)},
     # event triggers, at p = 0.1
