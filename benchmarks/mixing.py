@@ -20,16 +20,17 @@ from torch import Tensor
 
 import topologies
 from dfl import methods
-from dfl.adapters.cores import make_cores
+from dfl.adapters.cores import core_layout
+from dfl.adapters.kinds import KINDS
 from dfl.adapters.layout import Layout, a_view, b_view, empty_rows, head_view, make_layout
 from dfl.adapters.lowrank import truncate, weighted_sum
+from dfl.config import LoraConfig
 from dfl.methods import Context
 from dfl.slots import Message, Round, Rule, State
 
 # layers, and (d_in, d_out) of query and value
 MODELS = {"roberta-large": (24, ((1024, 1024), (1024, 1024))), "llama-3-8b": (32, ((4096, 4096), (4096, 1024)))}
 PARAMS = {"tad": {"T": 1}}
-ADAPTERS = {"fed_sb": "sb", "ravan": "ravan", "dora": "dora", "hira": "hira"}
 HEADS = 4
 
 
@@ -70,10 +71,11 @@ def make(name: str, model: str, rank: int, layers: int, device: torch.device) ->
     """The layout of a peer's row for a method on the first `layers` layers of a model, and what else its rule wants."""
     shapes = MODELS[model][1]
     pairs = [(f"{k}.{'qv'[m]}", rank, i, o, 1.0) for k in range(layers) for m, (i, o) in enumerate(shapes)]
-    adapter = ADAPTERS.get(name)
-    layout = make_layout(pairs, magnitudes=[(p[0], (p[3],)) for p in pairs] if adapter == "dora" else ())
-    if adapter in ("sb", "ravan"):
-        layout = make_cores(layout, (), heads=HEADS if adapter == "ravan" else 1, scaled=adapter == "ravan", seed=0).layout
+    adapter = methods.METHODS[name].adapter
+    kind = KINDS[adapter or "lora"]
+    layout = make_layout(pairs, magnitudes=[(p[0], kind.beside.shape(*p[2:4])) for p in pairs] if kind.beside else ())
+    if kind.core:
+        layout = core_layout(layout, (), kind.core(LoraConfig(heads=HEADS)))
     elif adapter:
         frozen = [(torch.randn(o, i) / i ** 0.5).to(device) for i, o in shapes]  # one weight of each shape stands for all layers
         return Context(layout, weights={p[0]: frozen[index % len(shapes)] for index, p in enumerate(pairs)})

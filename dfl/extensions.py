@@ -1,9 +1,9 @@
 """What packages outside this one put into the tables of plug-ins, by entry points or by a module that a recipe names.
 
 An entry point in the group dfl.rules, dfl.schedules, dfl.triggers, dfl.codecs, dfl.channels, dfl.networks, dfl.guards,
-dfl.wrappers, dfl.topologies, dfl.tasks or dfl.metrics has the name that a recipe uses and points to the factory
-(CONTRIBUTING.md). `plugins: [module]` in a recipe imports a module, which puts its own into the tables
-(`dfl.codecs.CODECS["mine"] = mine`). A rule is a method of its own name as well.
+dfl.wrappers, dfl.topologies, dfl.tasks, dfl.metrics or dfl.adapters has the name that a recipe uses and points to the
+factory, of an adapter to its row (CONTRIBUTING.md). `plugins: [module]` in a recipe imports a module, which puts its own
+into the tables (`dfl.codecs.CODECS["mine"] = mine`). A rule is a method of its own name as well.
 """
 
 import os
@@ -63,9 +63,10 @@ def _made(group: str, point: EntryPoint):
 
 
 def _tables() -> dict[str, dict[str, Callable]]:
+    from dfl.adapters.kinds import KINDS
     from dfl.methods import SLOTS
     from dfl.metrics import METRICS
     from dfl.tasks import TASKS
     from topologies.catalogue import TOPOLOGIES
     return {**{f"{slot}s": table for slot, table in SLOTS.items()}, "topologies": TOPOLOGIES, "tasks": TASKS,
-            "metrics": METRICS}
+            "metrics": METRICS, "adapters": KINDS}

@@ -5,8 +5,11 @@ from one_round import build
 
 import topologies
 from dfl.adapters.cores import expand, make_cores
+from dfl.adapters.kinds import KINDS
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
+from dfl.config import LoraConfig
 from dfl.engine.gossip import Gossip
+from dfl.methods import METHODS
 from dfl.transport import InProcess
 
 NUM, ROUNDS = 4, 60
@@ -26,11 +29,13 @@ class Case:
         graph, params = WANTS.get(name, ("ring", {}))
         self.lora = self.layout = lora(rank)
         self.cores = None
-        if name in ("fed_sb", "ravan"):
-            self.cores = make_cores(self.lora, [], seed=0, heads=1 + (name == "ravan"), scaled=name == "ravan")
+        adapter = METHODS[name].adapter
+        kind = KINDS[adapter or "lora"]
+        if kind.core:
+            self.cores = make_cores(self.lora, [], kind.core(LoraConfig(heads=2)), seed=0)
             self.layout = self.cores.layout
-        elif name in ("dora", "hira"):
-            self.layout = lora(rank, magnitudes=[("q", (5,)), ("o", (9,))] if name == "dora" else ())
+        elif adapter:
+            self.layout = lora(rank, magnitudes=[("q", (5,)), ("o", (9,))] if kind.beside else ())
             generator = torch.Generator().manual_seed(5)
             params = {"weights": {key: 1 + 0.1 * torch.rand(d_out, d_in, generator=generator) for key, d_in, d_out, _ in SIZES}}
         self.topology, self.seed = topologies.build(graph, NUM), seed

@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 from dfl import methods, partition
+from dfl.adapters import kinds
 from dfl.config import aliases, schema
 from dfl.metrics import METRICS
 from dfl.metrics.choice import describe
@@ -34,7 +35,6 @@ SAID = {
     "data.response": "causal_lm: the column of what is to be learnt, with data.prompt",
     "data.image": "the column of the image: a path beside the file, or an image",
     "data.max_valid": "examples",
-    "lora.adapter": "what is trained; dora, hira, sb and ravan want the rule of that name (sb: fed_sb)",
     "lora.dropout": "of the adapters' input, from a generator for each peer",
     "lora.head": "a new head: frozen and common, mixed as the factors are, or local",
     "lora.rank.choices": "ranks to draw from, one for each peer",
@@ -160,6 +160,7 @@ def reference() -> str:
         about = "" if cls.__doc__.startswith(f"{cls.__name__}(") else "\n\n" + " ".join(inspect.getdoc(cls).split())
         parts.append(f"### {f'`{prefix}`' if prefix else 'At the top'}{about}\n\n{table(prefix, cls)}")
     parts.append(f"### Names for `method`\n\n{named_methods()}")
+    parts.append(f"### Names for `lora.adapter`\n\n{_table((name, {}, about) for name, about in kinds.describe().items())}")
     parts += [f"### Names for `{field}`\n\n{choices(field)}" for field in PLUGINS]
     return "\n\n".join(parts)
 

@@ -3,23 +3,22 @@
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import peft
 import torch
-from peft.tuners.hira.layer import HiraLayer
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dfl.adapters import cores
 from dfl.adapters.cores import Cores
+from dfl.adapters.kinds import KINDS, Kind, kind_of
 from dfl.adapters.layout import HeadTensor, Layout, Pair, a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.peft_layers import ADAPTER
 from dfl.adapters.ranks import Ranks
 from dfl.config import LoraConfig
 
-ADAPTER = "default"
-CORES = ("sb", "ravan")  # adapters that train cores between frozen bases
 _PEFT_TASKS = {"sequence_classification": peft.TaskType.SEQ_CLS, "sequence_regression": peft.TaskType.SEQ_CLS,
                "causal_lm": peft.TaskType.CAUSAL_LM}
 
@@ -51,7 +50,7 @@ class Adapted(NamedTuple):
     """A model with an adapter attached; the base weights are there once, however many peers are hosted.
 
     layout: of the rows that are trained and mixed. lora: of the rows of LoRA factors that the model reads, the same unless the
-    adapter trains cores. offset: a constant residual (what a start at the base weight's own directions adds at first), in a
+    kind of adapter trains cores. offset: a constant residual (what a start at the base weight's own directions adds at first), in a
     layout like `residual`. residual: the layout of low-rank products beside the adapter, None where there are none; kept: of those
     among them that the rule keeps.
     """
@@ -62,7 +61,7 @@ class Adapted(NamedTuple):
     head: tuple[HeadSite, ...]  # empty while the head is frozen
     start: Tensor  # (D,) the row every peer starts from, up to its rank
     ranks: Ranks
-    kind: str = "lora"
+    kind: Kind = KINDS["lora"]
     cores: Cores | None = None
     offset: tuple[Layout, Tensor] | None = None
     residual: Layout | None = None
@@ -80,9 +79,13 @@ class Adapted(NamedTuple):
         cores.expand(self.cores._replace(bases=self.cores.bases.to(x)), x, out)
         return out
 
+    def reads(self, trains: frozenset[str]) -> frozenset[str]:
+        """The groups of factors whose gradients make those of `trains`."""
+        return trains if self.cores is None or "core" not in trains else trains - {"core"} | self.cores.core.moves
+
     def averageable(self, x: Tensor) -> Tensor:
         """Rows whose mean is the mean of the adapters: scales of heads folded into their cores."""
-        return x if self.cores is None or not self.cores.scaled else cores.fold_scales(self.layout, x)
+        return x if self.cores is None else self.cores.core.averageable(self.layout, x)
 
 
 class Rows(NamedTuple):
@@ -100,17 +103,26 @@ class Rows(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """An adapter on a model before any of its numbers is chosen: its layers, the ranks of the peers and the layout of their rows.
+    """An adapter on a model before any of its numbers is chosen: its layers, the ranks of the peers and the layout of the factors
+    that the model reads.
 
-    head: (name, module, parameter name, parameter) of what is trained of the head; shapes: of its tensors.
+    head: (name, module, parameter name, parameter) of what is trained of the head; shapes: of its tensors; core: what the kind trains
+    in place of the factors.
     """
 
+    kind: Kind
     model: peft.PeftModel
     layers: list[tuple[str, nn.Module]]
     ranks: Ranks
-    layout: Layout
+    lora: Layout
     head: list
     shapes: list
+    core: cores.Core | None
+
+    @property
+    def layout(self) -> Layout:
+        """Of the rows that are trained. ValueError for layers that the core does not fit."""
+        return self.lora if self.core is None else cores.core_layout(self.lora, self.shapes, self.core)
 
 
 def fit(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str],
@@ -119,12 +131,12 @@ def fit(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[st
 
     ValueError when a name in `lora.targets` matches nothing, or something that is not linear.
     """
-    linear = _linear_names(model)
+    kind, linear = kind_of(lora), _linear_names(model)
     known = ranks_for(None)
-    wrapped = _wrap(model, lora, task, head_modules, linear, known.largest if known else 1)
+    wrapped = _wrap(model, kind, lora, task, head_modules, linear, known.largest if known else 1)
     wrapped.requires_grad_(False)
     # the layers' dropouts act only in training; everything else was put to eval by whoever loaded the model
-    layers = [(name, module) for name, module in wrapped.named_modules() if isinstance(module, (LoraLayer, HiraLayer))]
+    layers = [(name, module) for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in layers:
         _check_linear(name, module)
     _check_all_match(lora.targets, [name for name, _ in layers], linear)
@@ -133,8 +145,9 @@ def fit(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[st
     specs = [(_short(name), ranks.largest, i, o, ranks.reference) for (name, _), (i, o) in zip(layers, sizes, strict=True)]
     head = _head_parameters(wrapped, head_modules) if lora.head != "frozen" else []
     shapes = [(name, p.shape) for name, _, _, p in head]
-    magnitudes = [(name, (o,)) for name, _, _, o, _ in specs] if lora.adapter == "dora" else []
-    return Fitted(wrapped, layers, ranks, make_layout(specs, shapes, magnitudes), head, shapes)
+    beside = [(name, kind.beside.shape(i, o)) for name, _, i, o, _ in specs] if kind.beside else []
+    core = kind.core(lora) if kind.core else None
+    return Fitted(kind, wrapped, layers, ranks, make_layout(specs, shapes, beside), head, shapes, core)
 
 
 def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], seed: int,
@@ -144,26 +157,23 @@ def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence
     ranks_for(sum of I + O over the adapted layers): the ranks of the peers. The head modules become part of the saved adapter,
     trained or not: a head that was drawn at random has to travel with it. ValueError as of `fit`.
     """
-    wrapped, layers, ranks, layout, head, shapes = fit(model, lora, task, head_modules, ranks_for)
-    sites = tuple(_site(module, layout, index) for index, (_, module) in enumerate(layers))
+    fitted = fit(model, lora, task, head_modules, ranks_for)
+    kind, layout, ranks, head = fitted.kind, fitted.lora, fitted.ranks, fitted.head
+    sites = tuple(_site(kind, module, layout, index) for index, (_, module) in enumerate(fitted.layers))
     for site in sites:
-        if lora.adapter != "hira":
-            site.module.r[ADAPTER], site.module.scaling[ADAPTER] = ranks.largest, ranks.reference
-    adapted = Adapted(wrapped, layout, sites, _place(head, layout), _start(layout, sites, head, seed), ranks, lora.adapter)
-    return _with_cores(adapted, lora, shapes, head, seed)
+        kind.layers.prepare(site.module, ranks.largest, ranks.reference)
+    adapted = Adapted(fitted.model, layout, sites, _place(head, layout), _start(kind, layout, sites, head, seed), ranks, kind)
+    return adapted if fitted.core is None else _with_cores(adapted, fitted, seed)
 
 
-def _wrap(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence[str], linear: set[str], rank: int) -> peft.PeftModel:
+def _wrap(model: nn.Module, kind: Kind, lora: LoraConfig, task: str, head_modules: Sequence[str], linear: set[str],
+          rank: int) -> peft.PeftModel:
     targets = lora.targets if isinstance(lora.targets, str) or lora.targets is None else list(lora.targets)
     shared = {"r": rank, "target_modules": targets, "task_type": _PEFT_TASKS.get(task), "modules_to_save": list(head_modules) or None}
-    if lora.adapter == "hira":
-        config = peft.HiraConfig(hira_dropout=lora.dropout, **shared)
-    else:
-        config = peft.LoraConfig(lora_alpha=rank, lora_dropout=lora.dropout, use_dora=lora.adapter == "dora", **shared)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about layouts it sets itself (fan_in_fan_out)
-            return peft.get_peft_model(model, config)
+            return peft.get_peft_model(model, kind.layers.config(lora, shared))
     except (ValueError, re.error) as error:
         raise _no_fit(lora.targets, " ".join(str(error).split())[:160], linear) from None
 
@@ -193,12 +203,9 @@ def _check_linear(name: str, module: nn.Module) -> None:
                          "allowed: linear layers")
 
 
-def _site(module: nn.Module, layout: Layout, index: int) -> Site:
-    pair = layout.pairs[index]
-    if isinstance(module, HiraLayer):
-        return Site(module, pair, module.hira_A[ADAPTER], module.hira_B[ADAPTER])
-    magnitude = (module.lora_magnitude_vector[ADAPTER].weight, layout.magnitudes[index]) if layout.magnitudes else None
-    return Site(module, pair, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, magnitude)
+def _site(kind: Kind, module: nn.Module, layout: Layout, index: int) -> Site:
+    magnitude = (kind.beside.parameter(module), layout.magnitudes[index]) if kind.beside else None
+    return Site(module, layout.pairs[index], *kind.layers.factors(module), magnitude)
 
 
 def _head_parameters(model: nn.Module, head_modules: Sequence[str]) -> list:
@@ -222,7 +229,7 @@ def _place(head: list, layout: Layout) -> tuple[HeadSite, ...]:
     return tuple(HeadSite(module, tuple(tensors)) for module, tensors in modules.items())
 
 
-def _start(layout: Layout, sites: Sequence[Site], head: list, seed: int) -> Tensor:
+def _start(kind: Kind, layout: Layout, sites: Sequence[Site], head: list, seed: int) -> Tensor:
     row = empty_rows(1, layout.size)[0]
     generator = torch.Generator().manual_seed(seed)
     for pair in layout.pairs:
@@ -230,26 +237,19 @@ def _start(layout: Layout, sites: Sequence[Site], head: list, seed: int) -> Tens
         a_view(row, pair).uniform_(-bound, bound, generator=generator)
     for site in sites:
         if site.magnitude is not None:
-            head_view(row, site.magnitude[1]).copy_(site.weight.float().norm(dim=1))
+            head_view(row, site.magnitude[1]).copy_(kind.beside.start(site.weight))
     for (_, _, _, parameter), tensor in zip(head, layout.head, strict=True):
         head_view(row, tensor).copy_(parameter.detach())
     return row
 
 
-def _with_cores(adapted: Adapted, lora: LoraConfig, shapes, head: list, seed: int) -> Adapted:
-    """Cores between frozen bases in place of the factors, for the adapters that train those."""
-    if lora.adapter not in CORES:
-        return adapted
-    made = cores.make_cores(adapted.layout, shapes, **core_options(lora), seed=seed)
+def _with_cores(adapted: Adapted, fitted: Fitted, seed: int) -> Adapted:
+    """Cores between frozen bases in place of the factors."""
+    made = cores.make_cores(fitted.lora, fitted.shapes, fitted.core, seed)
     row = cores.start(made)
-    for (_, _, _, parameter), tensor in zip(head, made.layout.head, strict=True):
+    for (_, _, _, parameter), tensor in zip(fitted.head, made.layout.head, strict=True):
         head_view(row, tensor).copy_(parameter.detach())
     return adapted._replace(layout=made.layout, start=row, cores=made)
-
-
-def core_options(lora: LoraConfig) -> dict[str, Any]:
-    """How many cores a layer has, and whether each has a trained scale."""
-    return {"heads": lora.heads if lora.adapter == "ravan" else 1, "scaled": lora.adapter == "ravan"}
 
 
 def start_of(adapted: Adapted, peer: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Rank and scaling of every peer's adapter. The rows of all have the layout of the largest rank, zero beyond a peer's own."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
+from dfl.adapters.kinds import kind_of
 from dfl.config import LoraConfig, RankConfig
 from dfl.seeds import derive
 
@@ -47,9 +47,8 @@ def resolve(lora: LoraConfig, num_peers: int, seed: int, numbers_per_rank: int |
         return None
     alphas = lora.alpha if isinstance(lora.alpha, tuple) else (lora.alpha,) * num_peers
     roots = lora.rslora if isinstance(lora.rslora, tuple) else (lora.rslora,) * num_peers
-    if lora.adapter == "hira":  # it has no scaling
-        return Ranks(ranks, (1.0,) * num_peers)
-    return Ranks(ranks, tuple(a / (math.sqrt(r) if root else r) for r, a, root in zip(ranks, alphas, roots, strict=True)))
+    scaling = kind_of(lora).layers.scaling
+    return Ranks(ranks, tuple(scaling(a, r, root) for r, a, root in zip(ranks, alphas, roots, strict=True)))
 
 
 def _ranks(rank, num_peers: int, seed: int, numbers_per_rank: int | None) -> tuple[int, ...] | None:

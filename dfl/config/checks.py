@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from dfl.config.build import wrong
-from dfl.config.schema import Config, RankConfig, RatioConfig
+from dfl.config.schema import Config, RankConfig
 
 _POSITIVE = ("peers", "model.layers", "model.head_std", "data.max_length", "data.max_train", "data.max_valid",
              "lora.rank", "lora.alpha", "lora.heads", "lora.start_samples", "train.rounds", "train.local_steps", "train.local_epochs",
@@ -56,15 +56,9 @@ def validate(config: Config) -> None:
 
 
 def _check_ratios(config: Config) -> None:
-    """A ratio for what this adapter does not train would change nothing, silently."""
-    trained = {"dora": ["A", "B", "M"], "sb": ["core"], "ravan": ["core"]}.get(config.lora.adapter, ["A", "B"])
-    trained += [] if config.lora.head == "frozen" else ["head"]
     for group, ratio in vars(config.train.lr_ratio).items():
         if not 0 <= ratio < math.inf:
             raise wrong(f"train.lr_ratio.{group}", ratio, "zero or a positive number")
-        if ratio != getattr(RatioConfig, group) and group not in trained:
-            raise ValueError(f"train.lr_ratio.{group} = {ratio} changes nothing: lora.adapter = {config.lora.adapter!r} "
-                             f"with lora.head = {config.lora.head!r} trains {', '.join(trained)}")
 
 
 def _check_ranks(config: Config) -> None:

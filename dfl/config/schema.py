@@ -54,7 +54,7 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    adapter: Literal["lora", "dora", "hira", "sb", "ravan"] = "lora"
+    adapter: str = "lora"  # a kind of adapter; dora, hira, sb and ravan want the method of that name (sb: fed_sb)
     rank: RankConfig | tuple[int, ...] | int = 8  # one for all, a list with one a peer, or RankConfig
     alpha: tuple[float, ...] | float = 16.0  # one for all, or one a peer; the change of a weight is alpha / rank times B A
     dropout: float = 0.0
@@ -78,8 +78,8 @@ class RatioConfig:
 
     A: float = 1.0
     B: float = 1.0
-    M: float = 1.0  # magnitudes of dora
-    core: float = 1.0  # of sb and ravan
+    M: float = 1.0  # what is trained beside A and B: the magnitudes of dora
+    core: float = 1.0  # what is trained in place of A and B, by sb and ravan
     head: float = 1.0
 
 

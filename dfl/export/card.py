@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import topologies
 from dfl import methods
+from dfl.adapters.peft_layers import title
 from dfl.config import Config
 from dfl.export.ranks import total
 from dfl.report.markdown import inline, row
@@ -123,7 +124,7 @@ def evaluation(facts: Facts) -> dict[str, dict[str, float | None]]:
 
 def _what(facts: Facts) -> str:
     config, labels = facts.config, facts.record["facts"]["label_names"]
-    name = {"dora": "DoRA", "hira": "HiRA"}.get(config.lora.adapter, "LoRA")
+    name = title(facts.settings)
     kind = f"A whole model: {name} merged into" if facts.merged else f"A {name} adapter for"
     parts = [f"{kind} {_linked(facts)}, {_how(config)} {_whose(facts)}"]
     if config.model.layers:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dfl.adapters.lowrank import refactor, truncate
+from dfl.adapters.peft_layers import is_plain_lora, title
 from dfl.store.targets import ADAPTER_CONFIG, read_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -54,12 +55,11 @@ def refactor_folder(folder: Path, rank: int) -> list[Loss]:
 
 
 def _layers(settings: dict, tensors: dict[str, Tensor], rank: int) -> list[str]:
-    kind = "DORA" if settings.get("use_dora") else settings.get("peft_type")
     layers = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
     bad = [key for key in tensors if "lora_" in key and not key.endswith((_A, _B))]
     bad += [name for name in layers if name + _B not in tensors or tensors[name + _A].dim() != 2]
-    if kind != "LORA" or bad or not layers:
-        what = f"holds {bad[0]}" if bad else f"is of the kind {kind!r}"
+    if bad or not layers or not is_plain_lora(settings):
+        what = f"holds {bad[0]}" if bad else f"is of the kind {title(settings)!r}"
         raise ValueError(f"--rank {rank}: the adapter {what}; allowed: plain LoRA, ΔW = s B A, of linear layers")
     return layers
 

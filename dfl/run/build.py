@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from dfl import extensions, methods, partition, tasks
-from dfl.adapters import ranks
+from dfl.adapters import kinds, ranks
 from dfl.adapters.attach import Adapted, attach
 from dfl.adapters.layout import Layout, make_layout
 from dfl.adapters.residuals import with_residual, with_start
-from dfl.config import Config
+from dfl.config import Config, RatioConfig
 from dfl.config.topology import build_topology
 from dfl.config.trackers import check_trackers
 from dfl.engine.gossip import Gossip
@@ -39,8 +39,6 @@ from dfl.transport.agreement import together
 # what a factory gets from the run, and no recipe gives it a second time
 _SET_BY = {"head": "lora.head", "layout": "lora.targets", "ranks": "lora.rank", "weights": "model.name", "peers": "peers",
            "rank": "lora.rank", "topology": "topology", "rounds": "train.rounds"}
-# the adapters that a start is for; a kaiming one is for all, and draws the bases of cores from the seed
-_STARTS = {"pissa": ("lora",), "olora": ("lora",), "gradient": ("sb", "ravan")}
 
 
 class Loaded(NamedTuple):
@@ -67,7 +65,9 @@ def check(config: Config):
         for key, instead in _SET_BY.items():
             if key in choice.params:
                 raise ValueError(f"{field}.{key} is set by {instead}")
-    methods.fill(config.method.name, config.method.params, slots)
+    rule = methods.fill(config.method.name, config.method.params, slots)["rule"].name
+    who = methods.whose_rule(config.method.name, slots)
+    kinds.check_method(config.lora, config.method.name, rule, who, {name: row.rule for name, row in methods.METHODS.items()})
     check_parameters("partition", config.partition.name, lookup("partition.name", partition.PARTITIONS, config.partition.name),
                      config.partition.params)
     check_trackers(config.report_to)
@@ -82,7 +82,8 @@ def check(config: Config):
 
 def _layout_before_loading(config: Config) -> Layout:
     """No layers yet, but the groups that the adapter trains."""
-    return make_layout((), cores=[("", (1,))] if config.lora.adapter in ("sb", "ravan") else ())
+    trains, one = kinds.kind_of(config.lora).trains, [("", (1,))]
+    return make_layout((), magnitudes=one if "M" in trains else (), cores=one if "core" in trains else ())
 
 
 def chosen_slots(config: Config) -> dict[str, Choice]:
@@ -96,39 +97,17 @@ def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> 
     lora, slots = config.lora, chosen_slots(config)
     rule = methods.fill(config.method.name, config.method.params, slots)["rule"].name
     who = methods.whose_rule(config.method.name, slots)
-    _check_cores(lora.adapter, config.method.name, rule, who)
     of_rules = {row.rule: row.adapter for row in methods.METHODS.values() if row.rule != "average"}
-    for what, needed in ((f"method.name = {config.method.name!r}", methods.METHODS[config.method.name].adapter),
-                         (who, of_rules.get(rule))):
-        if needed and lora.adapter != needed:
-            raise ValueError(f"{what} needs lora.adapter = {needed!r}, got {lora.adapter!r}")
-    if rule == "flora_na" and lora.adapter == "hira":
-        raise ValueError(f"{who} fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
-                         "W0 ⊙ (B A); allowed with it: rule.name = 'hira', which cuts in that metric, or a rule that fits nothing")
-    if lora.adapter in ("dora", "hira") and method.rule.residual is not None:
-        raise ValueError(f"{who} keeps a residual beside B A, which lora.adapter = {lora.adapter!r} has no place for; allowed: lora")
-    if lora.adapter not in _STARTS.get(lora.start, (lora.adapter,)):
-        raise ValueError(f"lora.start = {lora.start!r} is for lora.adapter = {' or '.join(map(repr, _STARTS[lora.start]))}, "
-                         f"got {lora.adapter!r}; allowed with it: "
-                         f"{', '.join(['kaiming', *(name for name, kinds in _STARTS.items() if lora.adapter in kinds)])}")
-    if lora.start_step and lora.start != "gradient":
-        raise ValueError(f"lora.start_step = {lora.start_step} is the step of lora.start = 'gradient', got {lora.start!r}; allowed: 0")
-    differ = known is None or known.unequal or len(set(known.scalings)) > 1
-    if differ and (lora.start != "kaiming" or lora.adapter != "lora"):
-        what = f"lora.start = {lora.start!r}" if lora.start != "kaiming" else f"lora.adapter = {lora.adapter!r}"
-        raise ValueError(f"{what} needs one lora.rank and one lora.alpha for all peers")
-
-
-def _check_cores(adapter: str, method: str, rule: str, who: str) -> None:
-    """ValueError for a method, or a rule in place of its own, that does not mix the cores of this adapter."""
-    rows = {"sb": "fed_sb", "ravan": "ravan"}
-    if adapter in rows and method not in (rows[adapter], "local"):
-        raise ValueError(f"lora.adapter = {adapter!r} trains cores between frozen bases, which method.name = {method!r} does not "
-                         f"mix; allowed: {rows[adapter]}, local")
-    own = {methods.METHODS[name].rule for name in (rows[adapter], method)} if adapter in rows else {rule}
-    if rule not in own:
-        raise ValueError(f"lora.adapter = {adapter!r} trains cores between frozen bases, which {who} does not mix; allowed: "
-                         f"{', '.join(sorted(own))}")
+    kinds.check_wanted(lora, f"method.name = {config.method.name!r}", methods.METHODS[config.method.name].adapter)
+    kinds.check_wanted(lora, who, of_rules.get(rule))
+    if method.rule.residual is not None:
+        kinds.check_residual(lora, who)
+    kinds.check_start(lora, known is None or known.unequal is not None or len(set(known.scalings)) > 1)
+    trained = [*kinds.kind_of(lora).trains, *([] if lora.head == "frozen" else ["head"])]
+    for group, ratio in vars(config.train.lr_ratio).items():
+        if ratio != getattr(RatioConfig, group) and group not in trained:
+            raise ValueError(f"train.lr_ratio.{group} = {ratio} changes nothing: lora.adapter = {lora.adapter!r} "
+                             f"with lora.head = {lora.head!r} trains {', '.join(trained)}")
 
 
 def data_seed(config: Config) -> int:
@@ -234,7 +213,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
                           None if isinstance(own, str) else own,
                           metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)))
     gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
-    executor = executors.choose(config.train.executor, runtime.device, adapted.kind)
+    executor = executors.choose(config.train.executor, runtime.device, config.lora.adapter)
     return Run(config, peers, gossip, topology, runtime.transport, executor,
                bundle.task, bundle.train, evaluator)
 

@@ -6,7 +6,6 @@
                                 manifest.json         written last: completed rounds and digests of all files (dfl/store/manifest.py)
 """
 
-import copy
 import errno
 import json
 import logging
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfl.adapters.attach import ADAPTER, Adapted, Rows, bind
-from dfl.adapters.layout import a_view, b_view, join, join_rows
+from dfl.adapters.attach import Adapted, Rows
+from dfl.adapters.saving import save_adapter
 from dfl.engine.state import owner
 from dfl.store.checkpoints import aside, complete, folder_of, latest, remove_aside, rounds_of, tidy
 from dfl.store.directory import records_of, remove_checkpoint
@@ -31,53 +29,6 @@ from dfl.store.manifest import NAME, Manifest, UnreadableError, digest_of_file, 
 from dfl.transport.agreement import together
 
 logger = logging.getLogger(__name__)
-
-
-def save_adapter(folder: Path, adapted: Adapted, rows: Rows, base_name: str) -> None:
-    """One model (rows of one) as a folder that `PeftModel.from_pretrained(base, folder)` loads.
-
-    The adapter has the rank that its values fill; a residual beside the factors becomes part of it, as further rank, so that
-    stock PEFT computes what was evaluated.
-    """
-    folder.mkdir(parents=True)
-    bind(adapted, rows.x[0])
-    tensors = get_peft_model_state_dict(adapted.model, adapter_name=ADAPTER, save_embedding_layers=False)
-    config = copy.copy(adapted.model.peft_config[ADAPTER])
-    config.base_model_name_or_path, config.inference_mode = base_name, True
-    if adapted.kind != "hira":
-        tensors |= _joined(adapted, rows, tensors, config)
-    # clones: a view must not carry the rows beside it
-    save_file({name: value.detach().clone().contiguous().cpu() for name, value in tensors.items()},
-              str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
-
-
-def _joined(adapted: Adapted, rows: Rows, names, config) -> dict[str, Tensor]:
-    """A and B of every layer, cut to the slots in use, the residual behind them; rank and alpha of `config` follow."""
-    scale = 1.0 if rows.scale is None else rows.scale[0]
-    layouts, parts = [adapted.lora], [rows.x]
-    if rows.residual is not None:
-        layouts, parts = [adapted.lora, adapted.residual], [rows.x, rows.residual]
-    slots = [max((_used(a_view(x[0], pair), b_view(x[0], pair)) for pair in layout.pairs), default=1)
-             for layout, x in zip(layouts, parts, strict=True)]
-    joined = join(layouts, slots)
-    row = join_rows(joined, layouts, parts, 1, slots)[0]
-    found = {}
-    for pair in joined.pairs:
-        a, b = a_view(row, pair), b_view(row, pair)
-        b[:, slots[0]:] /= scale  # the residual has the layout's scaling, the adapter the peer's
-        found |= {f"base_model.model.{pair.name}.lora_A.weight": a, f"base_model.model.{pair.name}.lora_B.weight": b}
-    if found.keys() - names.keys():
-        raise AssertionError(f"PEFT does not call its tensors {sorted(found.keys() - names.keys())[:2]}")
-    config.r, config.use_rslora = sum(slots), False
-    config.lora_alpha = adapted.ranks.reference * scale * config.r
-    return found
-
-
-def _used(a: Tensor, b: Tensor) -> int:
-    """How many slots hold anything; at least one."""
-    filled = (a.ne(0).any(1) | b.ne(0).any(0)).nonzero()
-    return int(filled[-1]) + 1 if len(filled) else 1
 
 
 class Checkpointer:

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from dfl import tasks
-from dfl.adapters import cores, ranks
-from dfl.adapters.attach import CORES, core_options, fit
+from dfl.adapters import ranks
+from dfl.adapters.attach import fit
 from dfl.adapters.layout import Layout
 from dfl.config import Config
 from dfl.run import memory
@@ -51,10 +51,7 @@ def shapes_of(config: Config, prepared: tasks.Prepared) -> Shapes | None:
         head = heads.modules(net, set()) if prepared.kind.auto_class != "AutoModelForCausalLM" else ()
         size = sum(p.numel() * p.element_size() for p in net.parameters())
         fitted = fit(net, config.lora, config.model.task, head, partial(ranks.resolve, config.lora, config.peers, config.seed))
-    layout = fitted.layout
-    if config.lora.adapter in CORES:
-        layout = cores.core_layout(fitted.layout, fitted.shapes, **core_options(config.lora))
-    return Shapes(size, layout, fitted.layout, fitted.ranks)
+    return Shapes(size, fitted.layout, fitted.lora, fitted.ranks)
 
 
 def _memory(config: Config, topology, shapes: Shapes, device: torch.device, place: Place) -> list[memory.Part]:

@@ -1,7 +1,7 @@
 """How the hosted peers' batches go through the one base model: one peer after the other, or all at once."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dfl.adapters.attach import ADAPTER, Adapted, Rows, bind
+from dfl.adapters.attach import Adapted, Rows, bind
+from dfl.adapters.kinds import KINDS
 from dfl.adapters.layout import a_view, b_view, head_view
+from dfl.adapters.peft_layers import ADAPTER
 
 # the gradients are views of the rows of g on purpose; autograd only remarks that they are not dense
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
@@ -177,12 +179,15 @@ def autocasts(setting: str, device: torch.device) -> bool:
     return setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
 
 
-def choose(name: str, device: torch.device, kind: str = "lora") -> Executor:
+EXECUTORS: dict[str, Callable[[], Executor]] = {"sequential": Sequential, "stacked": Stacked}
+
+
+def choose(name: str, device: torch.device, adapter: str = "lora") -> Executor:
     """The executor of a recipe. `auto`: stacked on an accelerator; sequential on a CPU, where it is bit for bit the same
-    however peers are hosted, and for adapters whose layers are PEFT's own. ValueError for those when they are to be stacked."""
-    own = kind in ("dora", "hira")
-    if name == "stacked" and own:
-        raise ValueError(f"train.executor = 'stacked' cannot run lora.adapter = {kind!r}; allowed: sequential")
+    however peers are hosted, and for kinds of adapter that cannot be stacked. ValueError for one that cannot run the kind."""
+    able = KINDS[adapter].executors
     if name == "auto":
-        name = "sequential" if device.type == "cpu" or own else "stacked"
-    return {"sequential": Sequential, "stacked": Stacked}[name]()
+        name = "sequential" if device.type == "cpu" or "stacked" not in able else "stacked"
+    if name not in able:
+        raise ValueError(f"train.executor = {name!r} cannot run lora.adapter = {adapter!r}; allowed: {', '.join(able)}")
+    return EXECUTORS[name]()

@@ -238,7 +238,7 @@ class HostedPeers:
         if not unfinished:
             return True
         self._seed(t, index)
-        with executor.bound(self.adapted, rows, self.factor_gradients, index, _groups(trains)) as forward:
+        with executor.bound(self.adapted, rows, self.factor_gradients, index, self.adapted.reads(trains)) as forward:
             # peers that come from several processes may have stopped at different steps: those behind catch up first
             for k in range(min(part.done[row] for row in unfinished), max(map(self.steps, index))):
                 active = [row for row in index if part.done[row] <= k < self.steps(row)]
@@ -419,11 +419,6 @@ def _seed_global(seed: int, device: torch.device) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
-
-
-def _groups(trains: frozenset[str]) -> frozenset[str]:
-    """The groups of factors whose gradients make those of `trains`: a core moves B."""
-    return trains - {"core"} | {"B"} if "core" in trains else trains
 
 
 def _by_group(row: Tensor, layout: Layout) -> dict[str, Tensor]:

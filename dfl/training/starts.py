@@ -129,6 +129,6 @@ def at_first_gradient(adapted: Adapted, task, batches: Sequence[tuple[float, dic
                              "the loss depends on")
         a_view(bases, pair).copy_(v.mT)
         b_view(bases, pair).copy_(u)
-        core = head_view(start, made.tensors(index)[0])
+        core = head_view(start, made.tensors(index)["core"])
         core.copy_(torch.diag_embed((-step / pair.scaling * s).view(core.shape[:2])))
     return adapted._replace(cores=made._replace(bases=bases), start=start)

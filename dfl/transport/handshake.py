@@ -63,12 +63,14 @@ def model_digest(model: torch.nn.Module) -> str:
     Adapter and head of PEFT are left out: their start is compared by itself, and what PEFT draws for its own is not used. So are
     buffers that are in no file: the architecture makes them.
     """
+    # PEFT begins the names of what its layers add with a prefix of their kind; a model without adapters has none
+    prefix = getattr(getattr(model, "base_model", None), "prefix", "modules_to_save")
     saved = model.state_dict().keys()
     tensors = (*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved))
 
     def parts():
         for name, tensor in tensors:
-            if not any(part in name for part in ("lora_", "hira_", "modules_to_save")):
+            if not any(part in name for part in (prefix, "modules_to_save")):
                 yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
                 yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from dfl.adapters.cores import Core
+from dfl.adapters.kinds import Kind
 from dfl.metrics.base import Metric
 from dfl.rules.average import average
 from dfl.schedules import SCHEDULES
@@ -88,3 +90,22 @@ class Grading(TASKS["sequence_classification"]):
     """Classification by another name."""
 
     name = "grading"
+
+
+def frozen_normal(pair, generator):
+    """a ~ N(0, 1 / I) and b ~ N(0, 1 / R), the same at every peer: no rank is too large for a layer."""
+    return (torch.randn(pair.rank, pair.d_in, generator=generator) / pair.d_in ** 0.5,
+            torch.randn(pair.d_out, pair.rank, generator=generator) / pair.rank ** 0.5)
+
+
+def scales_of_frozen_factors(lora):
+    """A = diag(d) a and B = diag(o) b of every layer: R + O trained numbers, d and o."""
+    return Core(shapes=lambda pair: {"d": (pair.rank,), "o": (pair.d_out,)},
+                factors=lambda core, a, b: (core["d"][..., None] * a, core["o"][..., None] * b),
+                gradients=lambda core, a, b, grad_a, grad_b: {"d": (grad_a * a).sum(-1), "o": (grad_b * b).sum(-1)},
+                bases=frozen_normal, start={"d": 0.1})
+
+
+# Kopiczko, Blankevoort, Asano 2023, arXiv 2310.11454, but for a and b of every layer's own
+vera = Kind("Trained scales of frozen random factors, diag(o) b diag(d) a (VeRA: arXiv 2310.11454).",
+            core=scales_of_frozen_factors, methods=("lora", "local"))

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dfl.adapters import saving
 from dfl.adapters.layout import a_view, b_view, head_view
 from dfl.run import checkpoint, evaluation
 from dfl.run import train as running
@@ -337,7 +338,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_draft(root, tmp_path,
     elif fails == "publish":
         monkeypatch.setattr(checkpoint.os, "replace", full_disk)
     else:
-        monkeypatch.setattr(checkpoint, "save_file", full_disk_as_safetensors_says_it)
+        for module in (checkpoint, saving):
+            monkeypatch.setattr(module, "save_file", full_disk_as_safetensors_says_it)
     with pytest.raises(OSError, match="round-00002 could not be written.*No space left"):
         save(2)
     assert published(tmp_path) == ["round-00001"]

@@ -298,7 +298,7 @@ def test_another_rank_is_the_best_of_that_rank_and_the_loss_is_told(root, tmp_pa
     assert settings["lora_alpha"] / (8 ** 0.5 if rslora else 8) == pytest.approx(16 / (2 if rslora else 4))  # the scaling stayed
 
 
-@pytest.mark.parametrize("adapter, kind", [("dora", "DORA"), ("hira", "HIRA")])
+@pytest.mark.parametrize("adapter, kind", [("dora", "DoRA"), ("hira", "HiRA")])
 def test_what_is_more_than_a_product_keeps_its_rank(root, tmp_path, capsys, adapter, kind):
     dfl("train", *arguments(root, tmp_path / "run", "bert", lora__adapter=adapter, train__rounds=1))
     dfl("export", tmp_path / "run", "--rank", 1, status=2)

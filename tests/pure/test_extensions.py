@@ -122,4 +122,4 @@ def test_the_metric_of_the_document_is_evaluated(tmp_path, monkeypatch, capsys):
 
 def test_the_tables_are_those_of_the_entry_points():
     assert set(extensions._tables()) == {"rules", "schedules", "triggers", "codecs", "channels", "networks", "guards", "wrappers",
-                                         "topologies", "tasks", "metrics"}
+                                         "topologies", "tasks", "metrics", "adapters"}

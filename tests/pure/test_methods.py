@@ -95,7 +95,7 @@ def test_unequal_ranks_ask_the_rule_that_mixes():
 
 
 @pytest.mark.parametrize("fields, said", [
-    ({"lora.adapter": "sb", "method": "fed_sb", "rule": "decaf"}, "exchanges 'core', which rule 'decaf' cannot mix"),
+    ({"lora.adapter": "sb", "method": "fed_sb", "rule": "decaf"}, "which rule.name = 'decaf' does not mix; allowed: average"),
     ({"lora.adapter": "sb", "method": "lora"}, "trains cores between frozen bases, which method.name = 'lora' does not mix"),
     ({"lora.adapter": "ravan", "method": "ravan", "rule": "average"}, "which rule.name = 'average' does not mix; allowed: ravan"),
     ({"method": "lora", "rule": "dora"}, "rule.name = 'dora' needs lora.adapter = 'dora', got 'lora'"),

@@ -6,18 +6,18 @@ import torch
 from one_round import build, gossip
 
 import topologies
-from dfl.adapters.cores import expand, make_cores, pull_back, start
+from dfl.adapters.cores import blocks, expand, make_cores, pull_back, start
 from dfl.adapters.cores import fold_scales as fold
-from dfl.adapters.layout import a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 
 NUM = 5
 LORA = make_layout([("q", 6, 11, 9, 0.5), ("o", 6, 8, 12, 2.0)], [("head", (3, 2))])
-KINDS = {"fed_sb": {"heads": 1, "scaled": False}, "ravan": {"heads": 3, "scaled": True}}
-kinds = pytest.mark.parametrize("kind", KINDS)
+HEADS = {"fed_sb": 1, "ravan": 3}
+kinds = pytest.mark.parametrize("kind", HEADS)
 
 
 def made(kind):
-    cores = make_cores(LORA, [("head", (3, 2))], seed=0, **KINDS[kind])
+    cores = make_cores(LORA, [("head", (3, 2))], blocks(HEADS[kind], scaled=kind == "ravan"), seed=0)
     return cores._replace(bases=cores.bases.double())
 
 
@@ -36,13 +36,12 @@ def dense(cores, x):
     """sum_h s_h B_h H_h A_h by layer, from the definition (N, O, I)."""
     found = {}
     for index, pair in enumerate(LORA.pairs):
-        places, scales = cores.tensors(index)
-        h = head_view(x, places).numpy()
-        s = head_view(x, scales).numpy() if scales is not None else np.ones(h.shape[:2])
+        h = cores.values(x, index)["core"].numpy()
+        s = cores.values(x, index)["scales"].numpy() if "scales" in cores.values(x, index) else np.ones(h.shape[:2])
         a, b = a_view(cores.bases, pair).numpy(), b_view(cores.bases, pair).numpy()
-        size = pair.rank // cores.heads
+        heads, size = h.shape[1], h.shape[2]
         found[pair.name] = sum(s[:, k, None, None] * (b[:, k * size:(k + 1) * size] @ h[:, k] @ a[k * size:(k + 1) * size])
-                               for k in range(cores.heads))
+                               for k in range(heads))
     return found
 
 
@@ -80,10 +79,9 @@ def test_the_gradient_of_the_cores_is_autograds(kind):
     leaf = x.clone().requires_grad_()
     total = 0.0
     for index, pair in enumerate(LORA.pairs):  # a loss that is linear in B and in the head, so that its gradient is `weight`
-        places, scales = cores.tensors(index)
-        h = head_view(leaf, places)
-        s = head_view(leaf, scales)[..., None, None] if scales is not None else 1.0
-        b = (b_view(cores.bases, pair).unflatten(-1, (cores.heads, -1)).movedim(-2, 0) @ (s * h)).movedim(-3, -2).flatten(-2)
+        values = cores.values(leaf, index)
+        h, s = values["core"], values["scales"][..., None, None] if "scales" in values else 1.0
+        b = (b_view(cores.bases, pair).unflatten(-1, (HEADS[kind], -1)).movedim(-2, 0) @ (s * h)).movedim(-3, -2).flatten(-2)
         total = total + (b * b_view(weight, pair)).sum()
     total = total + (leaf[:, cores.layout.groups["head"]] * weight[:, LORA.groups["head"]]).sum()
     total.backward()
@@ -103,10 +101,11 @@ def test_mixing_is_exact_for_any_graph(kind, graph):
     for name, value in dense(cores, out).items():
         np.testing.assert_allclose(value, np.einsum("ij,jok->iok", w, before[name]), atol=1e-12)
     # R² numbers a layer (heads r² of them for RAVAN, with a scale each), and the head
-    per_layer = cores.heads * (6 // cores.heads) ** 2 + (cores.heads if cores.scaled else 0)
+    heads = HEADS[kind]
+    per_layer = heads * (6 // heads) ** 2 + (heads if kind == "ravan" else 0)
     assert traffic.message_bytes == 8 * traffic.messages * (2 * per_layer + 6)
     if kind == "ravan":
-        assert all(torch.allclose(head_view(out, cores.tensors(k)[1]), torch.ones((), dtype=torch.float64)) for k in range(2))
+        assert all(torch.allclose(cores.values(out, k)["scales"], torch.ones((), dtype=torch.float64)) for k in range(2))
 
 
 @kinds

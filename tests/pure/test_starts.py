@@ -81,7 +81,7 @@ def test_bases_are_the_leading_directions_of_the_dense_gradient(folder, tmp_path
             np.testing.assert_allclose(ours @ ours.T, dense @ dense.T, atol=1e-4)
         assert (np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1) > 0).all()
         # the core begins where a step of gradient descent takes the weight
-        core = head_view(run.peers.x, adapted.cores.tensors(index)[0])[:, 0].double().numpy()
+        core = head_view(run.peers.x, adapted.cores.tensors(index)["core"])[:, 0].double().numpy()
         for row in core:
             np.testing.assert_allclose(pair.scaling * row, -0.5 * np.diag(s[:8]), atol=2e-6 * s[0])
         assert pair.scaling == 3.0
@@ -162,7 +162,7 @@ def test_heads_take_the_directions_in_order(folder, tmp_path):
     run, loaded = make_run(config := configure(folder, tmp_path / "run", **(RAVAN | {"lora__start_step": 0.1})))
     adapted = run.peers.adapted
     for index, (pair, g) in enumerate(zip(adapted.lora.pairs, dense_gradients(loaded, config), strict=True)):
-        cores, scales = (head_view(run.peers.x[0], place) for place in adapted.cores.tensors(index))
+        cores, scales = (head_view(run.peers.x[0], place) for place in adapted.cores.tensors(index).values())
         s = np.linalg.svd(g)[1]
         np.testing.assert_allclose(-cores.diagonal(dim1=1, dim2=2).flatten() * pair.scaling / 0.1, s[:4], atol=2e-5 * s[0])
         assert (scales == 1).all() and cores.count_nonzero() == 4
