@@ -68,7 +68,7 @@ def _results(ended: list[Member], results: dict, metric: str, higher: bool, tied
 
     methods = dict.fromkeys(key[0] for key in groups)
     table = [[method, *(show(over((method, *where), "mean")) for where in places)] for method in methods]
-    crossed = Table(f"{metric.capitalize()} after the last round, mean over peers: method by topology",
+    crossed = Table(f"{title(metric)} after the last round, mean over peers: method by topology",
                     ["method", *map(place_name, places)], table, INTERVAL)
     rows = [[key[0], place_name(key[1:]), *(show(over(key, what)) for what in ("mean", "worst", "consensus")),
              show(over(key, "cross"), 3), megabytes(over(key, "bytes").mean), f"{over(key, 'seconds').mean:,.1f}"]
@@ -87,13 +87,13 @@ def _differences(ended: list[Member], results: dict, base: str | None, metric: s
     note = (f"{'Above' if higher else 'Below'} zero is better than {base}. Intervals are Student's t over the pairs; fewer than "
             f"{LEAST_VALUES} pairs, or equal differences, have none. In the rows of all places, a pair is a seed: its mean difference "
             "over those places, of the seeds that have them all.")
-    plot = charts.forest(f"{metric.capitalize()} minus that of {base}",
+    plot = charts.forest(f"{title(metric)} minus that of {base}",
                          f"Mean differences with their 95 % intervals; {'right' if higher else 'left'} of zero is better than {base}. "
                          "A hollow square has no interval.",
                          [charts.differences(place, metric, [(method, found, ()) for method, where, found in table if where == place])
                           for place in dict.fromkeys(where for _, where, _ in table)], choose="topology")
     return Section("Differences", charts=[plot], tables=[
-        Table(f"{metric.capitalize()} minus that of {base}, on the same topology, setting and seed",
+        Table(f"{title(metric)} minus that of {base}, on the same topology, setting and seed",
               ["method", "topology", "difference", "95 % interval", "pairs"], rows, note)])
 
 
@@ -152,7 +152,7 @@ def _curves(members: list[Member], methods: list[str], metric: str, higher: bool
         def read(run, keys=keys):
             return {r["round"]: number(r, "eval", *keys) for r in evaluated(run, metric)}
         variants = _by_method(members, methods, read, metric)
-        found.append(charts.lines(f"{metric.capitalize()}, {name}", BAND, variants, choose="topology"))
+        found.append(charts.lines(f"{title(metric)}, {name}", BAND, variants, choose="topology"))
     found = [c for c in found if c]
     return Section("By round", charts=found, notes=[] if found else ["No evaluation has been recorded yet."])
 
@@ -166,7 +166,7 @@ def _cost(members: list[Member], methods: list[str], metric: str, higher: bool, 
             lines = [charts.series(method, _over_cost(group, metric, index, scale), "line", k) for k, method in enumerate(methods)
                      if (group := grouped(members).get((method, *where)))]
             variants.append(charts.variant(place_name(where), metric, lines))
-        found.append(charts.lines(f"{metric.capitalize()} by {unit}", f"{text} Means over seeds, of the metric and of what it took.",
+        found.append(charts.lines(f"{title(metric)} by {unit}", f"{text} Means over seeds, of the metric and of what it took.",
                                   variants, x=unit, choose="topology"))
     return Section("What it cost", charts=[c for c in found if c], tables=[_crossings(members, metric, higher, targets)])
 

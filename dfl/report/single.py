@@ -110,7 +110,7 @@ def _progress(run: RunData, metric: str, higher: bool, targets: list[float]) -> 
     if not evaluated(run, metric):
         return [Section("Progress", notes=["No evaluation has been recorded yet."], charts=[loss] if loss else [])]
     names = [metric, *(name for name in metrics_of(run) if name != metric)]
-    by_round = charts.lines(f"{metric.capitalize()} by round", _what_happened(run, metric, higher),
+    by_round = charts.lines(f"{title(metric)} by round", _what_happened(run, metric, higher),
                             [charts.variant(name, name, metric_lines(run, name)) for name in names], choose="metric")
     cost, alone = spent(run), spent(run.baseline) if run.baseline else {}
     found = []
@@ -123,7 +123,7 @@ def _progress(run: RunData, metric: str, higher: bool, targets: list[float]) -> 
         if index == 1 and run.baseline:
             points = [(alone[r["round"]][1], number(r, "eval", metric, "mean")) for r in evaluated(run.baseline, metric)]
             lines.append(charts.series("training alone, mean of peers", points, "baseline", 2))
-        found.append(charts.lines(f"{metric.capitalize()} by {unit}", text, [charts.variant(metric, metric, lines)], x=unit))
+        found.append(charts.lines(f"{title(metric)} by {unit}", text, [charts.variant(metric, metric, lines)], x=unit))
     return [Section("Progress", charts=[c for c in (by_round, loss) if c]),
             Section("What it cost", charts=[c for c in found if c], tables=[crossings([run], metric, higher, targets)],
                     notes=[] if any(found) else [f"The mean {metric} over peers was never finite: there is nothing to reach."])]
@@ -298,7 +298,7 @@ def peers_table(run: RunData, metric: str) -> Table | None:
     rows += [[str(k), *([f"{examples[k]:,}" if k < len(examples) else "–"] if examples else []),
               *(cell(_of(r["eval"]["peers"][metric], k)) for _, r in columns)] for k in range(run.num_peers)]
     head = ["peer", *(["examples"] if examples else []), *(name for name, _ in columns)]
-    return Table(f"{metric.capitalize()} of every peer", head, rows)
+    return Table(f"{title(metric)} of every peer", head, rows)
 
 
 def _facts(run: RunData) -> Section:

@@ -243,7 +243,7 @@ def test_a_run_may_go_on_with_other_metrics(root, tmp_path):
         "loss": "lower"}
     assert "macro_f1 on the evaluation examples" in closing_table(tmp_path / "run")
     page, markdown = write_report([tmp_path / "run"], None, None)
-    assert "Macro_f1 of every peer" in markdown.read_text() and "macro_f1 higher, matthews higher, loss lower" in markdown.read_text()
+    assert "Macro f1 of every peer" in markdown.read_text() and "macro_f1 higher, matthews higher, loss lower" in markdown.read_text()
     run = read_run(tmp_path / "run")
     assert choose_metric([run], "loss") == ("loss", False) and choose_metric([run], "accuracy") == ("accuracy", True)
     assert [len(evaluated(run, name)) for name in ("accuracy", "macro_f1", "loss")] == [3, 2, 5]
