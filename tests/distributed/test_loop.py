@@ -52,10 +52,13 @@ def test_hosting_does_not_matter(recipe, rule, tmp_path):
     assert len(digests[0]) == 6 and digests[0] == digests[1] == digests[2]
 
 
-def test_measures_do_not_depend_on_hosting(recipe, tmp_path):
+@pytest.mark.parametrize("task, metrics", [("sequence_classification", ["accuracy", "macro_f1"]),
+                                           ("sequence_regression", ["pearson", "spearman"])])  # of labels that are 0 and 1
+def test_measures_do_not_depend_on_hosting(recipe, task, metrics, tmp_path):
     runs = []
     for num_processes in (1, 3):
-        config = with_(recipe, method="lora", output=str(tmp_path / str(num_processes)))
+        config = with_(recipe, method="lora", output=str(tmp_path / str(num_processes)),
+                       model={"task": task}, eval={"metrics": metrics})
         run_processes(train_worker, num_processes, config.to_dict())
         runs.append(read_lines(Path(config.output) / "metrics.jsonl"))
     for one, other in zip(*runs, strict=True):
@@ -64,6 +67,7 @@ def test_measures_do_not_depend_on_hosting(recipe, tmp_path):
                 assert one.get(key, {}) == pytest.approx(other.get(key, {}), rel=1e-6, abs=1e-12)
             else:
                 assert one.get(key) == other.get(key)
+    assert set(metrics) < set(runs[0][-1]["eval"]["peers"])
     assert sum(r.get("wire_bytes", 0) for r in runs[0]) == 0 < sum(r.get("wire_bytes", 0) for r in runs[1])
 
 

@@ -15,7 +15,7 @@ from measured import measured
 import dfl
 from dfl.config.schema import EvalConfig, Plugin
 from dfl.metrics import METRICS
-from dfl.metrics.base import Outcome
+from dfl.metrics.base import Metric, Outcome, block_sums
 from dfl.metrics.choice import choose, describe
 from dfl.metrics.evaluator import GivenUp
 from dfl.metrics.own import Own
@@ -148,7 +148,10 @@ def _rank(num_classes):
     return metric._replace(sums=lambda outcome, num: outcome.targets.double(), size=1, suits=None, value=lambda kept, weights: 0.0)
 
 
-METRICS_OF_ALL = {"accuracy": METRICS["accuracy"](2), "rank": _rank(2), "macro_f1": METRICS["macro_f1"](2), "loss": METRICS["loss"](2)}
+# sums of float32 come out alike in whatever order they are added up in float64; roots do not
+ROOTS = Metric(lambda outcome, num: block_sums(num, outcome.losses.double().sqrt()), float, size=1)
+METRICS_OF_ALL = {"accuracy": METRICS["accuracy"](2), "rank": _rank(2), "macro_f1": METRICS["macro_f1"](2), "roots": ROOTS,
+                  "loss": METRICS["loss"](2)}
 
 
 def test_on_own_distributions_metrics_are_those_of_a_resampled_set():
