@@ -73,7 +73,9 @@ def verdicts(found: Found) -> list[Verdict]:
     cells.
     """
     expected = [findings.expectation(found, task, p) for task in grid.TASKS for p in PROBABILITIES]
-    return expected + [
+    saved = [findings.saving(found, Place("trec6", 0.1), method, BASE) for method in grid.METHODS if "event" in method]
+    parity = [findings.last_phase(found, Place(task, 0.02), "tad15", 75, 90) for task in grid.TASKS]
+    return expected + saved + parity + [
         findings.ordering(f"{_name(place)}: {one} > {other}", findings.differences(found, place, one, other))
         for place, one, other in orderings()]
 
@@ -117,7 +119,8 @@ def gaps(found: Found) -> str:
 
 
 def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Sequence[float]) -> str:
-    seeds = {(method, p): len(findings.of_place(found, Place(task, p), method)) for method in methods for p in probabilities}
+    seeds = {(method, p): len(findings.of_place(found, Place(task, p), method))
+             for method in methods for p in probabilities}
     if not any(seeds.values()):
         return f"all of {', '.join(methods)} on {task}"
     lacking: dict[tuple[str, ...], list[str]] = {}
@@ -125,7 +128,8 @@ def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Seq
         short = tuple(f"{p:g}" + (f" ({num} of {grid.SEEDS} seeds)" if num else "") for p in probabilities
                       if (num := seeds[method, p]) < grid.SEEDS)
         lacking.setdefault(short, []).append(method)
-    return "; ".join(f"{', '.join(names)} on {task} at p = {', '.join(short)}" for short, names in lacking.items() if short)
+    return "; ".join(f"{', '.join(names)} on {task} at p = {', '.join(short)}"
+                     for short, names in lacking.items() if short)
 
 
 def _verdicts(found: Found) -> Section:
@@ -224,10 +228,17 @@ def _mechanism(found: Found) -> Section:
                 shares = [share for line in last if (share := _frozen_share(line)) is not None]
                 rows.append([_name(place), method, f"{_mean(line['disagreement'] for line in last):.2f}",
                              f"{_mean(cell['last_third'].get('cross_term_relative', 0.0) for cell in cells):.3f}",
-                             f"{_mean(shares):.2f}" if shares else "–"])
+                             f"{_mean(shares):.2f}" if shares else "–", _own_gap(cells)])
     table = Table("At the end", ["where", "method", "disagreement / product", "cross term / product (last third)",
-                                 "gradient, frozen / trained"], rows)
+                                 "gradient, frozen / trained", "own data minus all"], rows,
+                  "The last column: validation accuracy on the peers' own distributions minus that on all examples, in "
+                  "points.")
     return Section("Why", charts=[chart for chart in made if chart], tables=[table])
+
+
+def _own_gap(cells: Sequence[dict]) -> str:
+    gaps = [100 * (cell["final"]["own"] - cell["final"]["mean"]) for cell in cells if "own" in cell["final"]]
+    return f"{_mean(gaps):+.1f}" if gaps else "–"
 
 
 def _mean(values) -> float:

@@ -208,6 +208,26 @@ def test_fewer_than_three_pairs_decide_nothing():
     assert findings.ordering("a > b", []).why == "no pair"
 
 
+@pytest.mark.parametrize("sent, event, verdict", [(400, [60, 50, 70.5], "held"), (600, [60, 50, 70.5], "refuted"),
+                                                  (400, [57, 47, 67.5], "refuted"), (400, [60, 47, 75], "not decided"),
+                                                  (400, [60, 50], "not decided")])
+def test_a_trigger_saves_where_half_the_bytes_cost_no_point(sent, event, verdict):
+    found = cells_with({"lora": [60, 50, 70], "lora-event0.01": event}, 0.1)
+    for name, cell in found.items():
+        cell["message_bytes"] = sent if "event" in name else 1000
+    said = findings.saving(found, findings.Place("trec6", 0.1), "lora-event0.01", "lora")
+    assert said.verdict == verdict and f"{sent / 10:.0f} % of the bytes" in said.why
+
+
+def test_the_parity_of_the_last_phase_is_read_from_one_run():
+    found = cells_with({"tad15": [60, 50, 70]})
+    for cell, before in zip(found.values(), (0.5, 0.41, 0.6), strict=True):
+        cell["curve"].insert(1, {**cell["curve"][0], "round": 75, "mean": before})
+    said = findings.last_phase(found, findings.Place("trec6", 0.02), "tad15", 75, 90)
+    assert said.verdict == "held" and said.why.startswith("+10.0, +9.0, +10.0")
+    assert findings.last_phase({}, findings.Place("trec6", 0.02), "tad15", 75, 90).verdict == "not decided"
+
+
 def test_a_failed_cell_is_left_out_of_a_call_and_begun_again_in_the_next(tmp_path):
     begun = []
 
@@ -407,7 +427,8 @@ def test_the_page_draws_what_the_cells_say():
     (over_bytes,) = [v for v in drawn["Accuracy over bytes"]["variants"] if v["name"] == "trec6, p = 0.1"]
     assert {line["name"]: line["x"] for line in over_bytes["series"]} == {"lora": [0, 0.001], "decaf": [0, 0.001]}
     assert "peer 3 diverged in round 4" in text and "dfl train launch/recipes/trec6.yaml" in text
-    assert "lora on trec6 at p = 0.1 (2 of 3 seeds), 0.5" in text and "decaf on trec6 at p = 0.02 (1 of 3 seeds), 0.1 (2 of" in text
+    assert "lora on trec6 at p = 0.1 (2 of 3 seeds), 0.5" in text
+    assert "decaf on trec6 at p = 0.02 (1 of 3 seeds), 0.1 (2 of" in text
 
 
 @pytest.mark.parametrize("trained, share", [("B", 0.25), ("A+head", 4.0), ("A+B", None), ("A+B+M", None)])
@@ -453,7 +474,8 @@ def test_collecting_keeps_the_order_of_the_protocol_and_lists_what_can_be_run(tm
     stored = json.loads((tmp_path / "evidence.json").read_text())
     assert stored["cells"] == found and stored["git_commit"]
     names = list(stored["cells"])
-    assert names.index("trec6-lora-p0.1-s100-lr0.002-B1") < names.index("trec6-lora-p0.02-s0") < names.index("trec6-lora-p0.02-s2")
+    places = [names.index(f"trec6-lora-{end}") for end in ("p0.1-s100-lr0.002-B1", "p0.02-s0", "p0.02-s2")]
+    assert places == sorted(places)
     assert evidence.main(["list", "--out", str(tmp_path), "--phase", "core"]) == 0
     said = capsys.readouterr().out
     assert "done     trec6-lora-p0.02-s0  60.0" in said and "to do    trec6-decaf-p0.02-s1" in said
