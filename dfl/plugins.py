@@ -1,9 +1,12 @@
 """Tables of plug-ins: a plain dictionary from name to factory; a wrong name or parameter becomes a clear error."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
+
+import numpy as np
 
 
 def first_line(factory: Callable) -> str:
@@ -60,3 +63,31 @@ def check_share(field: str, value: object) -> None:
 def check_fraction(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number from 0 up to, not including, 1")
+
+
+def check_number(field: str, value: object, least: float = 0.0, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most or math.isinf(value):
+        upto = "" if math.isinf(most) else f" to {most:g}"
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number from {least:g}{upto}")
+
+
+def by_link(field: str, given: object, peers: int | None, least: float = 0.0, most: float = math.inf) -> Callable[[int, int], float]:
+    """(sender, receiver) -> the number of a link, from one for all, a matrix [receiver][sender] or a file of one,
+    comma-separated. ValueError for what is none, has another size than `peers`, or is out of range."""
+    if not isinstance(given, (str, list, tuple)):
+        check_number(field, given, least, most)
+        return lambda sender, receiver: given
+    try:
+        table = np.loadtxt(given, delimiter=",", ndmin=2) if isinstance(given, str) else np.array(given, dtype=float)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{field} = {str(given)[:60]!r} is no matrix of numbers: {error}; allowed: a number, rows of numbers, or a "
+                         "file of comma-separated rows") from None
+    size = len(table) if peers is None else peers
+    if table.shape != (size, size):
+        raise ValueError(f"{field} has the shape {table.shape}; allowed: a row and a column for each of {size} peers")
+    links = table[~np.eye(size, dtype=bool)]
+    if not ((links >= least) & (links <= most) & np.isfinite(links)).all():
+        wrong = links[~((links >= least) & (links <= most) & np.isfinite(links))][0]
+        check_number(field, float(wrong), least, most)
+        raise ValueError(f"{field} has {wrong}; allowed: numbers")
+    return lambda sender, receiver: float(table[receiver, sender])

@@ -209,7 +209,8 @@ class Channel(NamedTuple):
     delays: it may deliver a message of an earlier round; it is then asked in every round, with None where nothing came.
     repeats: state["sent"], a scalar, is how often the last message was sent, as a sum over its parts (1: once).
     aggregations: how often peers exchange and mix in one round; None: chosen in every round (`injects`).
-    injects(weights, mean square of a number) -> the variance that one aggregation adds to a number of the receiver's.
+    most: the largest number that may be. injects(receiver, weights, mean square of a number) -> the variance that one
+    aggregation adds to a number of the receiver's; None: none.
     """
 
     init: Callable[[], State]
@@ -220,7 +221,7 @@ class Channel(NamedTuple):
     repeats: bool = False
     aggregations: int | None = 1
     most: int = 1
-    injects: Callable[[Mapping[int, float], float], float] | None = None
+    injects: Callable[[int, Mapping[int, float], float], float] | None = None
     facts: Mapping[str, object] = {}
 
 

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 
+from dfl.channels.delay import delay
 from dfl.channels.lossy import lossy
+from dfl.channels.noise import noise
 from dfl.channels.perfect import perfect
+from dfl.channels.segments import bursts, segments
 from dfl.slots import Channel
 
-CHANNELS: dict[str, Callable[..., Channel]] = {"perfect": perfect, "lossy": lossy}
+CHANNELS: dict[str, Callable[..., Channel]] = {"perfect": perfect, "lossy": lossy, "segments": segments, "bursts": bursts,
+                                               "noise": noise, "delay": delay}

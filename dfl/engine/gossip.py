@@ -165,7 +165,7 @@ class Gossip(Sending):
             return channel.aggregations
         if self._contracts[0] != t:
             self._contracts = (t, repeats.contraction(self.topology.matrix(t)))
-        wanted = [repeats.best(seen[round.peer], round.weights, channel, self._contracts[1]) for round in rounds]
+        wanted = [repeats.best(seen[round.peer], round.peer, round.weights, channel, self._contracts[1]) for round in rounds]
         return self.transport.agree(max(wanted))
 
     def _receive(self, x, arrived: Arrived, spoken: Spoken, messages, rounds, norms, k):

@@ -32,14 +32,14 @@ def contraction(w: np.ndarray) -> float:
     return float(np.linalg.norm(w - 1 / len(w), 2))
 
 
-def best(seen: Seen, weights: Mapping[int, float], channel: Channel, rho: float) -> int:
+def best(seen: Seen, receiver: int, weights: Mapping[int, float], channel: Channel, rho: float) -> int:
     """J* = argmin over 1 <= J <= channel.most of rho^(2 J) D0 + J v.
 
     D0: the squared disagreement before the round, v: the variance that one exchange injects, over all numbers of a
     peer. Without injected errors the most that is allowed. The bound of Li, Lv, Ni, Zhao, Hossain, Poor 2024, arXiv
     2405.12894, is of this kind; its formula is not known to us, and this one is ours.
     """
-    injected = 0.0 if channel.injects is None else seen.numbers * channel.injects(weights, seen.square)
+    injected = 0.0 if channel.injects is None else seen.numbers * channel.injects(receiver, weights, seen.square)
     j = np.arange(1, channel.most + 1)
     bound = rho ** (2.0 * j) * seen.apart + j * injected
     return int(j[-1] if not injected else j[bound.argmin()])

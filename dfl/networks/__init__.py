@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+from dfl.networks.links import links
 from dfl.networks.none import none
+from dfl.networks.trace import trace
 from dfl.slots import Network
 
-NETWORKS: dict[str, Callable[..., Network]] = {"none": none}
+NETWORKS: dict[str, Callable[..., Network]] = {"none": none, "links": links, "trace": trace}

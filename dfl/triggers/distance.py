@@ -9,11 +9,6 @@ from torch import Tensor
 from dfl.adapters.layout import Layout, Pair
 
 
-def check_number(field: str, value: object, least: float = 0.0) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
-        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number from {least:g}")
-
-
 def distance(parts: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensor:
     """||m - m^|| over all parts by the root of their number of elements, float64."""
     squares = sum((part.double() - before[name].double()).square().sum() for name, part in parts.items())

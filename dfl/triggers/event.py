@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.layout import Layout
-from dfl.plugins import check_choice, check_count
+from dfl.plugins import check_choice, check_count, check_number
 from dfl.slots import Message, Round, State, Trigger
-from dfl.triggers.distance import check_number, distance, product_distance
+from dfl.triggers.distance import distance, product_distance
 
 DECAYS = ("sqrt", "inverse", "constant")
 NORMS = ("factors", "product")

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.layout import Layout
-from dfl.plugins import check_count
+from dfl.plugins import check_count, check_number
 from dfl.slots import Message, Round, State, Trigger
-from dfl.triggers.distance import check_number
 
 SLOPES = 2  # of the last events, whose mean is the next threshold
 

@@ -4,9 +4,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from dfl.plugins import check_choice
+from dfl.plugins import check_choice, check_number
 from dfl.slots import Message, Round, State, Trigger
-from dfl.triggers.distance import check_number, distance
+from dfl.triggers.distance import distance
 
 MEASURED = "measured"
 

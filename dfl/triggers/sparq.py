@@ -1,8 +1,8 @@
 """SPARQ-SGD: a threshold on what has changed, at every H-th round."""
 
-from dfl.plugins import check_count
+from dfl.plugins import check_count, check_number
 from dfl.slots import Trigger
-from dfl.triggers.distance import check_number, distance
+from dfl.triggers.distance import distance
 from dfl.triggers.event import held_until
 
 

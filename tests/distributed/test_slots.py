@@ -23,6 +23,15 @@ SLOTS = {
     "tensors": {"trigger": Choice("eventgrad", {"initial": 2, "horizon": 0.9})},
     "answers": {"trigger": Choice("efhc", {"r": 0.3, "bandwidth": [1.0, 2.0, 1.0, 4.0, 1.0]}), "codec": Choice("int8")},
     "random": {"trigger": Choice("random_gossip", {"probability": 0.3})},
+    "event over segments": {"trigger": Choice("event", {"threshold": 0.8, "decay": "constant"}),
+                            "channel": Choice("segments", {"rate": 0.2, "count": 3})},
+    "stale": {"channel": Choice("segments", {"rate": 0.3, "mode": "stale"})},
+    "sent again": {"channel": Choice("segments", {"rate": 0.3, "mode": "retransmit"})},
+    "bursts": {"channel": Choice("bursts", {"mode": "renormalise", "count": 3})},
+    "as often as noise allows": {"channel": Choice("noise", {"sigma": 0.1, "aggregations": "auto"})},
+    "delay": {"channel": Choice("delay", {"by": 1, "jitter": 2})},
+    "a clock": {"network": Choice("links", {"compute": [0.1, 0.2, 0.3, 0.1, 0.5]}),
+                "trigger": Choice("efhc", {"r": 3e4, "bandwidth": "measured"})},
     "late": {"trigger": Choice("late", {"share": 0.5})},
 }
 
@@ -51,4 +60,6 @@ def test_hosting_does_not_matter(name):
     alone = rounds(InProcess(), list(range(NUM)), SLOTS[name]).numpy()
     together, *_ = run_processes(worker, 2, SLOTS[name])
     np.testing.assert_array_equal(together, alone)
-    assert 0 < alone[:, LAYOUT.size].sum() < 2 * NUM * ROUNDS or name == "tensors"  # some are silent
+    assert alone[:, LAYOUT.size].sum() > 0
+    if "trigger" in SLOTS[name] and name != "tensors":
+        assert alone[:, LAYOUT.size].sum() < 2 * NUM * ROUNDS  # some are silent

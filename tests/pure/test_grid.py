@@ -8,6 +8,7 @@ import torch
 from cases import Case, start_rows
 
 from dfl import methods
+from dfl.channels.segments import MODES
 from dfl.engine import state as trees
 from dfl.methods import Choice
 from dfl.wrappers import WRAPPERS
@@ -20,7 +21,11 @@ LIMITS = {"event": {"trigger": Choice("event", {"threshold": 0.0})}, "lossy": {"
           "global_threshold": {"trigger": Choice("global_threshold", {"r": 0.0})},
           "random_gossip": {"trigger": Choice("random_gossip", {"probability": 1.0})},
           "periodic": {"trigger": Choice("periodic", {"every": 1})},
-          "late": {"trigger": Choice("late", {"share": 1.0, "merge": False})}}
+          "late": {"trigger": Choice("late", {"share": 1.0, "merge": False})},
+          **{f"segments, {mode}": {"channel": Choice("segments", {"rate": 0.0, "mode": mode})} for mode in MODES},
+          "bursts": {"channel": Choice("bursts", {"to_bad": 0.0})}, "noise": {"channel": Choice("noise", {"sigma": 0})},
+          "delay": {"channel": Choice("delay", {"by": 0})}, "perfect": {"channel": Choice("perfect", {"aggregations": 1})},
+          "links": {"network": Choice("links")}}
 REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 3})},
         "products": {"trigger": Choice("event", {"threshold": 4.0, "norm": "product"})},
         "sparq": {"trigger": Choice("sparq", {"c": 3e4, "growth": 0.5})},
@@ -32,6 +37,14 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "late": {"trigger": Choice("late", {"share": 0.95})},  # of 60 rounds: from the fourth on
         "efhc, int8, lossy": {"trigger": Choice("efhc", {"r": 0.3, "bandwidth": 1.0}), "codec": Choice("int8"),
                               "channel": Choice("lossy", {"rate": 0.3})},
+        **{f"segments, {mode}": {"channel": Choice("segments", {"rate": 0.4, "count": 4, "mode": mode})} for mode in MODES},
+        "silent, segments": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("segments", {"rate": 0.3, "count": 3})},
+        "bursts": {"channel": Choice("bursts", {"to_bad": 0.4, "to_good": 0.4})},
+        "noise": {"channel": Choice("noise", {"sigma": 0.05})},
+        "delay": {"channel": Choice("delay", {"by": 1, "jitter": 1})},
+        "twice": {"channel": Choice("perfect", {"aggregations": 2})},
+        "as often as noise allows": {"channel": Choice("noise", {"sigma": 0.3, "aggregations": "auto"})},
+        "measured": {"network": Choice("links"), "trigger": Choice("efhc", {"r": 3e3, "bandwidth": "measured"})},
         "bfloat16": {"codec": Choice("bfloat16")}, "int8": {"codec": Choice("int8", {"block": 8})},
         "lossy": {"channel": Choice("lossy", {"rate": 0.4})},
         "silent, int8, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "codec": Choice("int8"),
@@ -76,8 +89,13 @@ def refusal(name: str, slots: dict) -> str | None:
         return "sends the tensors of a row one by one"
     if trigger and trigger.name == "late" and trigger.params.get("merge", True) and name in STATIC:
         return "needs the same W in every round"
-    if "channel" in slots and name == "fedex_choco":
+    channel = slots.get("channel", Choice("perfect"))
+    if channel.name != "perfect" and name == "fedex_choco":
         return COPIES
+    if channel.name == "delay" and name in NO_SILENCE:
+        return NO_SILENCE[name]
+    if channel.params.get("aggregations", 1) != 1 and name not in AVERAGED:
+        return "cannot mix more than once in a round"
     if "channel" in slots and wrapper in BALANCED:
         return CANCELS
     return None
