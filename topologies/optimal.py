@@ -7,16 +7,16 @@ from collections.abc import Callable
 import networkx as nx
 import numpy as np
 
+from topologies import convex
 from topologies.lanczos import laplacian_extremes
 from topologies.links import Links
 from topologies.mixing import Entries, Rule, as_numbers, complement
-from topologies.semidefinite import Block, EdgeBlock, minimise
 
 
 def best_constant() -> Rule:
     """W = I - alpha L with alpha = 2 / (lambda_2(L) + lambda_n(L)), on each component (Xiao, Boyd 2004)."""
 
-    def solve(links):
+    def solve(links, _):
         smallest, largest = laplacian_extremes(links)
         return _constant(links, 2.0 / (smallest + largest))
 
@@ -39,12 +39,15 @@ def _constant(links: Links, alpha: float) -> Entries:
 
 def fdla() -> Rule:
     """Minimise ||W - J||_2 over symmetric W with W 1 = 1 on the graph (Xiao, Boyd 2004: fastest distributed averaging)."""
-    return Rule("fdla", solve=by_component(lambda links: _fastest(links, nonnegative=False)), nonnegative=False)
+    convex.require("weights='fdla'")
+    return Rule("fdla", solve=by_component(lambda links, _: _fastest("weights='fdla'", links)), nonnegative=False)
 
 
 def fastest_mixing_chain() -> Rule:
     """FDLA with W >= 0 (Boyd, Diaconis, Xiao 2004)."""
-    return Rule("fastest_mixing_chain", solve=by_component(lambda links: _fastest(links, nonnegative=True)))
+    wish = "weights='fastest_mixing_chain'"
+    convex.require(wish)
+    return Rule("fastest_mixing_chain", solve=by_component(lambda links, _: _fastest(wish, links, nonnegative=True)))
 
 
 def link_reliability(success=1.0) -> Rule:
@@ -53,6 +56,7 @@ def link_reliability(success=1.0) -> Rule:
 
     ``success``: a number, or a symmetric (n, n) table of probabilities (Ye, Liang, Li 2021, arXiv 2108.02397).
     """
+    convex.require("weights='link_reliability'")
     p = as_numbers("link_reliability", "success", success)
     if p.ndim not in (0, 2) or not ((p >= 0) & (p <= 1)).all() or (p.ndim == 2 and (p != p.T).any()):
         raise ValueError("weights='link_reliability' needs success: a probability or a symmetric (n, n) table of them")
@@ -61,16 +65,16 @@ def link_reliability(success=1.0) -> Rule:
         if p.ndim == 2 and len(p) != num_peers:
             raise ValueError(f"weights='link_reliability': success is {p.shape}, the topology has {num_peers} peers")
 
-    def solve(links):
-        # the ids of the whole network are needed to look up p, so the components are solved together
-        i, j = links.edges
-        return _reliable(links, np.broadcast_to(p, (links.num_peers,) * 2)[i, j])
+    def solve(links, members):
+        i, j = (members[end] for end in links.edges)
+        return _reliable(links, p[i, j] if p.ndim else np.full(len(i), p))
 
-    return Rule("link_reliability", solve=solve, check=check)
+    return Rule("link_reliability", solve=by_component(solve), check=check)
 
 
-def by_component(solve: Callable[[Links], Entries]) -> Callable[[Links], Entries]:
-    """``solve`` on each connected component alone, for an optimum over a disconnected graph has no meaning."""
+def by_component(solve: Callable[[Links, np.ndarray], Entries]) -> Callable[[Links], Entries]:
+    """``solve`` on each connected component alone, for an optimum over a disconnected graph has no meaning; it gets the
+    component's links and the ids of its members in the whole network."""
 
     def solve_all(links: Links) -> Entries:
         label, place = links.components(), np.zeros(links.num_peers, dtype=np.int64)
@@ -78,33 +82,11 @@ def by_component(solve: Callable[[Links], Entries]) -> Callable[[Links], Entries
         for root in np.unique(label[links.receiver]):
             members, arcs = np.flatnonzero(label == root), label[links.receiver] == root
             place[members] = np.arange(len(members))
-            part = solve(Links(len(members), place[links.sender[arcs]], place[links.receiver[arcs]]))
+            part = solve(Links(len(members), place[links.sender[arcs]], place[links.receiver[arcs]]), members)
             weight[arcs], diagonal[members] = part.weight, part.diagonal
         return Entries(links, weight, diagonal)
 
     return solve_all
-
-
-def edge_laplacians(links: Links) -> np.ndarray:
-    """(edges, n, n): (e_i - e_j)(e_i - e_j)^T for each undirected edge."""
-    i, j = links.edges
-    ends = np.eye(links.num_peers)[i] - np.eye(links.num_peers)[j]
-    return ends[:, :, None] * ends[:, None, :]
-
-
-def _row_limits(links: Links) -> tuple[np.ndarray, np.ndarray]:
-    """w >= 0 and sum of the weights at each peer <= 1, as A (edges + n, edges + 1) and b; the last unknown is free."""
-    i, j = links.edges
-    m, incidence = len(i), np.zeros((links.num_peers, len(i)))
-    incidence[i, np.arange(m)] = incidence[j, np.arange(m)] = 1.0
-    A = np.hstack([np.vstack([-np.eye(m), incidence]), np.zeros((m + links.num_peers, 1))])
-    return A, np.concatenate([np.zeros(m), np.ones(links.num_peers)])
-
-
-def _start(links: Links) -> np.ndarray:
-    """Metropolis weights of the edges: strictly inside every limit."""
-    i, j = links.edges
-    return 1.0 / (1.0 + np.maximum(links.in_degree[i], links.in_degree[j]))
 
 
 def _assemble(links: Links, edge_weight: np.ndarray) -> Entries:
@@ -115,34 +97,33 @@ def _assemble(links: Links, edge_weight: np.ndarray) -> Entries:
     return Entries(links, weight, complement(weight, links.receiver, links.num_peers))
 
 
-def _fastest(links: Links, nonnegative: bool) -> Entries:
+def _fastest(wish: str, links: Links, nonnegative: bool = False) -> Entries:
     """min s with -s I <= W - J <= s I, W = I - sum w_e L_e."""
-    (i, j), n = links.edges, links.num_peers
-    centre, ends = np.eye(n) - 1.0 / n, np.eye(n)[i] - np.eye(n)[j]
-    blocks = [EdgeBlock(-centre, ends, 1.0), EdgeBlock(centre, ends, -1.0)]
-    A, b = _row_limits(links) if nonnegative else (np.zeros((0, len(ends) + 1)), np.zeros(0))
-    x = minimise(np.eye(len(ends) + 1)[-1], blocks, A, b, np.append(_start(links), 2.0))
-    return _assemble(links, x[:-1])
+    import cvxpy
+
+    n, w, s = links.num_peers, cvxpy.Variable(len(links.edges[0])), cvxpy.Variable()
+    distance = np.eye(n) - 1.0 / n - convex.laplacian(links, w)
+    limits = [s * np.eye(n) - distance >> 0, s * np.eye(n) + distance >> 0]
+    if nonnegative:
+        limits += convex.rows_to_one(links, w)
+    # where weights stop at zero, SCS takes long or does not come to an end
+    convex.solve(wish, cvxpy.Minimize(s), limits, order=n, interior=64 if nonnegative else 32)
+    return _assemble(links, convex.within_rows(links, w.value) if nonnegative else w.value)
 
 
 def _reliable(links: Links, p: np.ndarray) -> Entries:
-    """min s with s I + J - E[W^T W] >= 0, made linear in w by a Schur complement."""
-    n, L, m = links.num_peers, edge_laplacians(links), len(p)
-    i, j = links.edges
-    if m == 0:
-        return _assemble(links, p)
-    constant = np.eye(2 * n + m)
-    constant[:n, :n] = 1.0 / n
-    constant[:n, n : 2 * n] = constant[n : 2 * n, :n] = np.eye(n)
-    slopes = np.zeros((m + 1, 2 * n + m, 2 * n + m))
-    slopes[:m, :n, n : 2 * n] = slopes[:m, n : 2 * n, :n] = -p[:, None, None] * L
-    spread, e = np.sqrt(2 * p * (1 - p)), np.arange(m)
-    slopes[e, 2 * n + e, i] = slopes[e, i, 2 * n + e] = spread
-    slopes[e, 2 * n + e, j] = slopes[e, j, 2 * n + e] = -spread
-    slopes[m, :n, :n] = np.eye(n)
-    A, b = _row_limits(links)
-    x = minimise(np.eye(m + 1)[-1], [Block(constant, slopes)], A, b, np.append(_start(links), 4.0))
-    return _assemble(links, x[:-1])
+    """min s with s I + J - E[W^T W] >= 0, linear by u_e >= w_e^2 and a Schur complement of the square of E[W]."""
+    import cvxpy
+
+    n, m = links.num_peers, len(p)
+    w, u, s = cvxpy.Variable(m), cvxpy.Variable(m), cvxpy.Variable()
+    mean = np.eye(n) - convex.laplacian(links, cvxpy.multiply(p, w))
+    spread = convex.laplacian(links, cvxpy.multiply(2 * p * (1 - p), u))
+    square = cvxpy.bmat([[s * np.eye(n) + 1.0 / n - spread, mean], [mean, np.eye(n)]]) >> 0
+    limits = [square, cvxpy.square(w) <= u, *convex.rows_to_one(links, w)]
+    # SCS does not come to an end here: beyond 64 peers there is nothing to take
+    convex.solve("weights='link_reliability'", cvxpy.Minimize(s), limits, order=2 * n, interior=128, largest=128)
+    return _assemble(links, convex.within_rows(links, w.value))
 
 
 def sinkhorn(affinity=None, own_affinity: float = 1.0) -> Rule:

@@ -82,21 +82,31 @@ def test_nothing_here_imports_torch_or_dfl():
 
 
 def test_numpy_and_networkx_are_enough():
-    """Building, rows and dense spectra without scipy or matplotlib; what needs them says which extra to install."""
+    """Building, rows and dense spectra without scipy, matplotlib or cvxpy; what needs them says which extra to install."""
     code = """
 import sys
-sys.modules["scipy"] = sys.modules["scipy.sparse"] = sys.modules["matplotlib"] = None
+for package in ("scipy", "scipy.sparse", "matplotlib", "cvxpy", "clarabel", "scs"):
+    sys.modules[package] = None
 import topologies
 from topologies import spectrum
-for weights in ("metropolis", "fdla", "sinkhorn"):
+for weights in ("metropolis", "best_constant", "sinkhorn"):
     spectrum.slem(topologies.build("tree", 12, weights=weights).matrix(0))
-spectrum.contraction(topologies.build("matcha", 12)), spectrum.slem(topologies.build("ring", 5000))
-for call in (lambda: spectrum.slem(topologies.build("tree", 900)), lambda: __import__("topologies.draw").draw.matplotlib_figure()):
+plain = topologies.build("matcha", 12, optimise=False), topologies.build("matcha", 12, budget=1.0)
+spectrum.contraction(plain[0]), spectrum.contraction(plain[1]), spectrum.slem(topologies.build("ring", 5000))
+optima = ("fdla", "fastest_mixing_chain", "link_reliability")
+wishes = [lambda rule=rule: topologies.build("tree", 12, weights=rule) for rule in optima]
+wishes += [lambda: topologies.build("matcha", 12), lambda: spectrum.slem(topologies.build("tree", 900))]
+for call in (*wishes, lambda: __import__("topologies.draw").draw.matplotlib_figure()):
     try:
         call()
-    except ImportError as error:
+    except (ValueError, ImportError) as error:
         print(error)
+from topologies.compare import compare
+names = {row["name"] for row in compare(8)}
+assert "ring" in names and "matcha" not in names, names
 """
     root = Path(topologies.__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
-    assert out.stderr == "" and out.stdout.count("pip install 'dfl[topologies]'") == 2
+    assert out.stderr == "" and out.stdout.count("pip install 'dfl[topologies]'") == 6
+    for wish in ("weights='fdla' needs a convex solver", "weights='link_reliability' needs", "'matcha' with optimise=True needs"):
+        assert wish in out.stdout

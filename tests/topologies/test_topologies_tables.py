@@ -140,6 +140,45 @@ def test_fdla_of_an_edge_transitive_graph_is_the_best_constant():
         assert slem("ring", n, "fdla") == pytest.approx(slem("ring", n, "best_constant"), abs=1e-8)
 
 
+def test_larger_graphs_take_another_solver_to_the_same_optimum(monkeypatch):
+    """Beyond 32 peers, SCS: on rings the best constant is the optimum, on others that of Clarabel, to six digits."""
+    from topologies import convex
+
+    used, run, solve = [], convex._run, convex.solve
+    monkeypatch.setattr(convex, "_run", lambda *args, **settings: used.append(settings["solver"]) or run(*args, **settings))
+    assert slem("ring", 34, "fdla") == pytest.approx(slem("ring", 34, "best_constant"), abs=1e-6)
+    split = slem("random_regular", 34, "fdla", degree=3)
+    assert used == ["SCS", "SCS"]
+    monkeypatch.setattr(convex, "solve", lambda *args, **settings: solve(*args, **{**settings, "interior": 64}))
+    assert split == pytest.approx(slem("random_regular", 34, "fdla", degree=3), abs=1e-6)
+    assert used == ["SCS", "SCS", "CLARABEL"]
+
+
+def test_an_optimum_that_cannot_be_had_is_refused(monkeypatch):
+    from topologies import convex
+
+    message = "weights='fdla' is too large a problem: .* 300 rows, at most 256 .* take weights='best_constant'"
+    with pytest.raises(ValueError, match=message):
+        slem("ring", 300, "fdla")
+    with pytest.raises(ValueError, match="weights='link_reliability' is too large a problem: .* 130 rows, at most 128"):
+        slem("ring", 65, "link_reliability")
+    monkeypatch.setattr(convex, "STEPS", 10)
+    with pytest.raises(ValueError, match="weights='fdla' was not found: the solver ended with 'optimal_inaccurate'"):
+        slem("random_regular", 34, "fdla", degree=3)
+
+
+def test_link_reliability_of_parts_that_do_not_meet_is_that_of_each():
+    graph, p = nx.Graph([(0, 2), (2, 4), (1, 3), (3, 5), (5, 1)]), np.full((6, 6), 0.9)
+    p[0, 2] = p[2, 0] = p[1, 3] = p[3, 1] = 0.3
+    rule = {"rule": "link_reliability", "success": p}
+    W = topologies.build("networkx", 6, graph=graph, allow_disconnected=True, weights=rule).matrix(0)
+    for part in ([0, 2, 4], [1, 3, 5]):
+        alone = nx.convert_node_labels_to_integers(graph.subgraph(part), ordering="sorted")
+        own = {"rule": "link_reliability", "success": p[np.ix_(part, part)]}
+        expected = topologies.build("networkx", 3, graph=alone, weights=own).matrix(0)
+        np.testing.assert_allclose(W[np.ix_(part, part)], expected, atol=1e-6)
+
+
 def test_sinkhorn_table():
     M = [[1, 0.5, 0, 0.2], [0.5, 1, 0.3, 0], [0, 0.3, 1, 0.7], [0.2, 0, 0.7, 1]]
     W = topologies.build("ring", 4, weights={"rule": "sinkhorn", "affinity": M}).matrix(0)

@@ -6,12 +6,12 @@ import itertools
 
 import numpy as np
 
+from topologies import convex
 from topologies.coloring import matchings as edge_colouring
 from topologies.links import Links
 from topologies.mixing import Entries, complement
 from topologies.randomness import generator
 from topologies.registry import Entry, refuse
-from topologies.semidefinite import Block, minimise
 from topologies.topology import Topology
 
 
@@ -26,14 +26,17 @@ def best_probabilities(laplacians: np.ndarray, budget: float) -> np.ndarray:
     M, n = laplacians.shape[:2]
     if budget >= 1.0:
         return np.ones(M)
+    wish = "topology 'matcha' with optimise=True"
+    convex.require(wish)
+    import cvxpy
+
+    p, connectivity = cvxpy.Variable(M), cvxpy.Variable()
+    mean = cvxpy.reshape(laplacians.reshape(M, n * n).T @ p, (n, n), order="F")
     J = np.full((n, n), 1.0 / n)
-    block = Block(J, np.concatenate([laplacians, (J - np.eye(n))[None]]))
-    limits = np.vstack([-np.eye(M), np.eye(M), np.ones((1, M))])
-    A, b = np.hstack([limits, np.zeros((2 * M + 1, 1))]), np.concatenate([np.zeros(M), np.ones(M), [budget * M]])
-    start = np.full(M, 0.9 * budget)
-    connectivity = np.linalg.eigvalsh(np.tensordot(start, laplacians, axes=1))[1]
-    x = minimise(-np.eye(M + 1)[-1], [block], A, b, np.append(start, connectivity / 2))
-    return np.clip(x[:-1], 0.0, 1.0)
+    connected = mean - connectivity * (np.eye(n) - J) + J >> 0  # J: the constant vector's own zero would leave no inside
+    limits = [connected, p >= 0, p <= 1, cvxpy.sum(p) <= budget * M]
+    convex.solve(wish, cvxpy.Maximize(connectivity), limits, order=n, instead="say optimise=False")
+    return np.clip(p.value, 0.0, 1.0)
 
 
 def second_moment(laplacians: np.ndarray, p: np.ndarray, alpha: float) -> np.ndarray:
