@@ -1,6 +1,8 @@
 """The evidence study: its grid, pairs, search for rates, verdicts, resumption, and the faster forward pass."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -22,6 +25,7 @@ from evidence import cells, findings, grid, page, runner  # noqa: E402
 
 from dfl import simulate  # noqa: E402
 from dfl.adapters.layout import make_layout  # noqa: E402
+from dfl.cli import main  # noqa: E402
 from dfl.config import resolve  # noqa: E402
 from dfl.config.recipes import parse_overrides, read_yaml  # noqa: E402
 from dfl.config.topology import build_topology  # noqa: E402
@@ -319,6 +323,59 @@ def test_two_runners_do_not_work_in_one_folder(tmp_path):
 def test_stored_figures_are_short_and_whole():
     value = cells.rounded({"a": [0.123456789, 3], "b": {"c": "text", "d": None, "e": 1e-12 / 3}})
     assert json.dumps(value) == '{"a": [0.123457, 3], "b": {"c": "text", "d": null, "e": 3.33333e-13}}'
+
+
+class InProcess(cells.Children):
+    """Runs `dfl` here, where a test may look into it."""
+
+    def run(self, *words):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(list(words[1:]))
+        return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def tiny_data(tmp_path, monkeypatch):
+    """A folder like that of the study: a random BERT of four layers, and made-up questions of six classes."""
+    tiny_models.save(tmp_path / "minilm-l6-fp16", "bert", layers=4)
+    (tmp_path / "trec6").mkdir()
+    for name, copies in (("train", 60), ("test", 5)):
+        rows = [f"{tiny_models.WORDS[2 * label + k % 2]} {tiny_models.WORDS[k % 20]}\t{'ABCDEF'[label]}\tx"
+                for k in range(copies) for label in range(6) if label or k % 3]
+        (tmp_path / "trec6" / f"{name}.tsv").write_text("\n".join(["question\tcoarse\tfine", *rows]) + "\n")
+    monkeypatch.setenv("DFL_DATA", str(tmp_path))
+    short = {"train.local_steps": 2, "train.batch_size": 4, "eval.every": 4, "model.layers": 3}
+    monkeypatch.setattr(grid, "REGIME", grid.REGIME | short)
+    return tmp_path
+
+
+def test_a_cell_from_its_run_to_what_is_stored(tiny_data):
+    """TAD with phases of five rounds, eleven in all: curve, diagnostics at the ends of phases, the test file at the end."""
+    cell = grid.Cell("main", "trec6", "tad5", 0.5, 0, 1e-2, 4, rounds=11)
+    found = cells.execute(cell, tiny_data / "out", InProcess())
+    assert [point["round"] for point in found["curve"]] == [0, 4, 8, 11] and found["final"] == found["curve"][-1]
+    assert found["final"]["message_bytes"] == found["message_bytes"] > 0 and 0 <= found["final"]["own"] <= 1
+    assert [(line["round"], line["trained"]) for line in found["diagnostics"]] == [(5, "B"), (10, "A"), (11, "B")]
+    assert all(line["gradient_A"] > 0 and line["gradient_B"] > 0 and 0 < line["disagreement"] < 1 for line in found["diagnostics"])
+    assert set(found["test"]) == {"mean", "min", "max", "consensus"} and found["test"]["min"] <= found["test"]["mean"]
+    assert 0 < found["last_third"]["cross_term_relative"] < 1
+    assert found["versions"]["torch"] and found["hardware"] and found["started"] and found["resumed"] == []
+    assert str(tiny_data) not in json.dumps(found), "no path of this machine"
+
+
+def test_a_cell_that_chooses_a_rate_is_not_tested_and_one_that_diverges_is_stored(tiny_data):
+    cell = grid.Cell("rates", "trec6", "lora", 0.1, 100, 1e-2, 1, rounds=2)
+    found = cells.execute(cell, tiny_data / "out", InProcess())
+    assert found["test"] is None and findings.validation(found) == found["curve"][-1]["mean"]
+    broken = cells.execute(cell._replace(lr=1e38), tiny_data / "out", InProcess())
+    assert "peer" in broken["diverged"] and findings.validation(broken) == 0
+
+
+def test_what_a_recipe_refuses_is_no_result(tiny_data):
+    cell = grid.Cell("rates", "trec6", "lora", 7.0, 100, 1e-2, 1, rounds=2)
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        cells.execute(cell, tiny_data / "out", InProcess())
 
 
 def tiny_bert() -> BertForSequenceClassification:
