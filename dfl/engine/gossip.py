@@ -129,8 +129,10 @@ class Gossip(Sending):
         for round in rounds if timed else ():
             took = self.method.network.compute(t, round.peer, round.local_steps)
             self._set_clock(round.peer, time=self._now(round.peer) + took)
-        # else nobody speaks in this round
-        if rounds and rounds[0].plan.sends and (due is None or due(t)) and rule.speaks(t):
+        exchanged = bool(rounds) and bool(rounds[0].plan.sends) and rule.speaks(t)
+        if exchanged and due is not None and not due(t):
+            report = Report(ledger={peer: Ledger(due=len(self.topology.receivers(t, peer))) for peer in self.peers})
+        elif exchanged:
             report, seen = self._aggregate(0, x, rounds)
             for k in range(1, self._how_often(rounds, seen) * rule.exchanges):
                 rounds = [round._replace(exchange=k % rule.exchanges) for round in rounds]
@@ -152,8 +154,8 @@ class Gossip(Sending):
         self._mix(x, norms, inboxes, rounds)
         mixed = time.perf_counter()
         together = tuple(peer for peer, inbox in inboxes.items() if len(inbox) > 1)
-        entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers))
-                   for peer, to in times.items()}
+        entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
+                                      len(self.topology.receivers(t, peer))) for peer, to in times.items()}
         sent = ledger.total(entries)
         return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, lost, rejected, encoded - started, moved - encoded,
                       mixed - moved, entries, 1), seen

@@ -15,11 +15,13 @@ class Ledger(NamedTuple):
     however many (an answer, and what a neighbour is sent that was none before, are messages alone);  payload_bytes: of
     the parts of messages, over all receivers and repetitions;  header_bytes: of the integers beside them;
     index_bytes: of those that say which numbers the parts hold;  channel_uses: numbers that it put on its way, once
-    for all who listen;  repeated: messages sent again, a part of one as that part;  rounds: 1 where it sent anything;
-    seconds: simulated time from the start of the run to the end of its round, 0.0 without a network.
+    for all who listen;  repeated: messages sent again, a part of one as that part;  due: messages that the same run
+    with the trigger off would have sent;  rounds: 1 where it sent anything;  seconds: simulated time from the start of
+    the run to the end of its round, 0.0 without a network.
 
-    The total over peers is their sum, but for `rounds` and `seconds`, of which the largest counts. Savings are to be taken
-    against the same run with the trigger off: what a schedule leaves out is not the trigger's merit.
+    The total over peers is their sum, but for `rounds` and `seconds`, of which the largest counts. 1 - messages / due
+    is what the trigger saved: what a schedule leaves out is not its merit. Of bytes and seconds the run with the trigger
+    off tells.
     """
 
     messages: int = 0
@@ -29,6 +31,7 @@ class Ledger(NamedTuple):
     index_bytes: int = 0
     channel_uses: int = 0
     repeated: float = 0.0
+    due: int = 0
     rounds: int = 0
     seconds: float = 0.0
 
@@ -42,17 +45,17 @@ class Ledger(NamedTuple):
         return self.payload_bytes + self.header_bytes + self.index_bytes
 
 
-def entry(packet: Packet, sent: Mapping[int, float], index: frozenset[str], broadcasts: int) -> Ledger:
+def entry(packet: Packet, sent: Mapping[int, float], index: frozenset[str], broadcasts: int, due: int) -> Ledger:
     """Of one packet to the receivers of `sent`, {receiver: how often, 1.0: once}."""
     if not sent:
-        return Ledger(broadcasts=broadcasts)
+        return Ledger(broadcasts=broadcasts, due=due)
     times, num = sum(sent.values()), len(sent)
     meta = {name: value.nbytes for name, value in packet.meta.items() if name != CLOCK}
     indices = sum(size for name, size in meta.items() if name in index)
     payload = sum(part.nbytes for part in packet.payload.values())
     numbers = sum(packet.numel.values())
     return Ledger(num, broadcasts, round(times * payload), num * (sum(meta.values()) - indices), num * indices,
-                  round(numbers * times / num), times - num, 1)
+                  round(numbers * times / num), times - num, due, 1)
 
 
 def bytes_of(packet: Packet) -> int:

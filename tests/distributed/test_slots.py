@@ -37,7 +37,7 @@ SLOTS = {
 
 
 def rounds(transport, hosted, slots: dict) -> torch.Tensor:
-    """The rows of the hosted peers, and beside them what their ledgers hold: (P, D + 9)."""
+    """The rows of the hosted peers, and beside them what their ledgers hold: (P, D + 10)."""
     built = build("lora", LAYOUT, slots=slots, peers=NUM, rounds=ROUNDS)
     x = empty_rows(len(hosted), LAYOUT.size)
     heart, counted = Gossip(built.method, LAYOUT, topologies.build("ring", NUM), transport, hosted, x), []
@@ -45,7 +45,7 @@ def rounds(transport, hosted, slots: dict) -> torch.Tensor:
         for row, peer in enumerate(hosted):
             x[row] += 0.3 * torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(31 * t + peer))
         report = heart.round(t, x, lr=0.1, local_steps=2)
-        counted.append(torch.tensor([list(report.ledger[peer]) if peer in report.ledger else [0] * 9 for peer in hosted]))
+        counted.append(torch.tensor([list(report.ledger[peer]) if peer in report.ledger else [0] * 10 for peer in hosted]))
     return torch.cat([x.double(), sum(counted).double()], 1)
 
 

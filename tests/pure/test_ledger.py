@@ -21,10 +21,10 @@ def test_a_ring_that_always_sends():
     """Four peers of degree two: D numbers of four bytes to each neighbour."""
     case, [report] = reports("lora")
     size = case.layout.size
-    assert report.ledger == {peer: Ledger(messages=2, broadcasts=1, payload_bytes=8 * size, channel_uses=size, rounds=1)
+    assert report.ledger == {peer: Ledger(messages=2, broadcasts=1, payload_bytes=8 * size, channel_uses=size, due=2, rounds=1)
                              for peer in range(NUM)}
     assert (report.messages, report.broadcasts, report.message_bytes) == (8, 4, 32 * size)
-    assert total(report.ledger) == Ledger(8, 4, 32 * size, 0, 0, 4 * size, 0.0, 1)
+    assert total(report.ledger) == Ledger(8, 4, 32 * size, 0, 0, 4 * size, 0.0, 8, 1)
 
 
 def test_bytes_of_a_codec_and_numbers_on_the_way():
@@ -48,13 +48,23 @@ def test_integers_are_headers_or_say_which_numbers_are_sent():
 def test_who_is_silent_sends_nothing():
     _, found = reports("lora", 3, trigger=("event", {"threshold": 1e9, "decay": "constant"}))
     assert [report.ledger[0].rounds for report in found] == [1, 0, 0]
-    assert found[1].ledger[0] == Ledger()
+    assert found[1].ledger[0] == Ledger(due=2)
+
+
+@pytest.mark.parametrize("trigger", [("event", {"threshold": 0.1}), ("efhc", {"r": 0.1, "bandwidth": 1.0}), ("periodic", {"every": 3}),
+                                     ("late", {"share": 0.5}), ("eventgrad", {"initial": 1})])
+def test_what_would_have_been_sent_is_what_the_run_without_the_trigger_sends(trigger):
+    """Also in rounds in which nobody speaks, and where all merge."""
+    _, plain = reports("lora", 7)
+    _, found = reports("lora", 7, trigger=trigger)
+    always = sum(report.messages for report in plain)
+    assert sum(total(report.ledger).due for report in found) == always == sum(total(report.ledger).due for report in plain)
 
 
 def test_totals_over_rounds_and_peers():
-    one, two = Ledger(2, 1, 10, 1, 3, 5, 0.5, 1, 2.0), Ledger(1, 1, 7, 0, 0, 2, 0.0, 1, 3.0)
+    one, two = Ledger(2, 1, 10, 1, 3, 5, 0.5, 2, 1, 2.0), Ledger(1, 1, 7, 0, 0, 2, 0.0, 2, 1, 3.0)
     both = together({0: one}, {0: two, 1: two})
-    assert both == {0: Ledger(3, 2, 17, 1, 3, 7, 0.5, 2, 3.0), 1: two}
+    assert both == {0: Ledger(3, 2, 17, 1, 3, 7, 0.5, 4, 2, 3.0), 1: two}
     assert (total(both).seconds, total(both).rounds, total(both).messages) == (3.0, 2, 4)
 
 
