@@ -27,6 +27,8 @@ class Case:
 
     def __init__(self, name: str, rank: int = 2, seed: int = 0, slots=None):
         graph, params = WANTS.get(name, ("ring", {}))
+        if slots and "wrapper" in slots and slots["wrapper"].name == "relay":
+            graph = "path"
         self.lora = self.layout = lora(rank)
         self.cores = None
         adapter = METHODS[name].adapter

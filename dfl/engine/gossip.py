@@ -80,6 +80,11 @@ class Gossip(Sending):
         self.state = {slot: dict(state.get(slot, {})) for slot in self.state}
         self.state["rule"] = {str(peer): self.state["rule"].get(str(peer), {}) for peer in self.peers}  # a file holds no empty ones
 
+    def averaging(self, t: int, peer: int) -> dict[int, float]:
+        """The peer's row of W(t), for measures: where a mass is divided by, as the mean that it comes to."""
+        row = dict(self.topology.neighbors(t, peer))
+        return {j: weight / sum(row.values()) for j, weight in row.items()} if self.method.rule.columns else row
+
     def plans(self, t: int) -> list[Plan]:
         """What each hosted peer does in round t. Those of the last round asked for are kept: training, exchange and record ask."""
         if self._planned[0] != t:

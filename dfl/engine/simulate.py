@@ -90,8 +90,17 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
                             "broadcasts": report.broadcasts, "lost": report.lost, "rejected": len(report.rejected),
                             "sent_bytes": total(ledger).total_bytes, "seconds": total(ledger).seconds,
                             "aggregations": report.aggregations,
-                            **measure(transport, seen(before, x, graph.matrix(t), range(len(x)), layout), len(x))})
+                            **measure(transport, seen(before, x, _averaging(gossip, t), range(len(x)), layout), len(x))})
     return Simulation(unpack(x, layout), history, ledger)
+
+
+def _averaging(gossip: Gossip, t: int) -> np.ndarray:
+    """W(t) as means, (N, N)."""
+    w = np.zeros((len(gossip.peers), len(gossip.peers)))
+    for i in gossip.peers:
+        for j, weight in gossip.averaging(t, i).items():
+            w[i, j] = weight
+    return w
 
 
 class Rows:

@@ -241,7 +241,7 @@ class Look(NamedTuple):
         if not (self.whole or self.layers):
             return None
         mine = {"x": run.peers.common_scale()} | ({} if run.rule.residual is None else {"kept": run.gossip.residuals()})
-        rows = [run.topology.neighbors(t, peer) for peer in run.peers.ids]
+        rows = [run.gossip.averaging(t, peer) for peer in run.peers.ids]
         due = {peer: run.topology.receivers(t, peer) for peer in run.peers.ids}
         expected = {peer: sorted(j for j in row if j != peer) for peer, row in zip(run.peers.ids, rows, strict=True)}
         packets = {peer: _packet({name: values[k] for name, values in mine.items()}) for k, peer in enumerate(run.peers.ids)}

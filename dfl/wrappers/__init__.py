@@ -13,6 +13,8 @@ from dfl.wrappers.gradient_tracking import gradient_tracking, momentum_tracking
 from dfl.wrappers.momentum import quasi_global
 from dfl.wrappers.none import none
 from dfl.wrappers.outer import outer
+from dfl.wrappers.push import push_diging, push_sum
+from dfl.wrappers.relay import relay
 
 WRAPPERS: dict[str, Callable[..., Rule]] = {
     "none": none,
@@ -24,6 +26,9 @@ WRAPPERS: dict[str, Callable[..., Rule]] = {
     "proxskip": proxskip,
     "flexatc": flexatc,
     "quasi_global": quasi_global,
+    "push_sum": push_sum,
+    "push_diging": push_diging,
+    "relay": relay,
     "outer": outer,
     "adaptive_consensus": adaptive_consensus,
 }

@@ -38,7 +38,8 @@ def test_what_peers_keep_cancels_whatever_the_optimiser(root, tmp_path, wrapper,
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "none"])
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, wrapper, monkeypatch):
     from dfl.run import train as running
-    given = GIVEN | {"wrapper": wrapper, "train__local_steps": 3, "eval__every": 0}
+    graph = "path" if wrapper == "relay" else "ring"
+    given = GIVEN | {"wrapper": wrapper, "train__local_steps": 3, "eval__every": 0, "topology": graph}
     assert train(config_of(root, tmp_path / "whole", **given)) == 0
     with monkeypatch.context() as patch:  # between two steps of the third round
         tiny_runs.stop_after(running, 3, 5, patch.setattr)
