@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# more groups than this are not counted: every peer's sums travel to process 0
+# more groups than this are not counted: every metric has its sums for each of them
 MAX_GROUPS = 1000
 
 

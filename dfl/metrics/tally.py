@@ -15,7 +15,7 @@ from torch import Tensor
 from dfl.metrics.base import Metric, Outcome
 from dfl.metrics.own import Own
 
-# more numbers of a metric than this are not kept by group: every peer's travel to process 0
+# more numbers of a metric than this are not kept by group: the consensus model has as many for every batch, on all processes
 MAX_BY_GROUP = 2**17
 
 
