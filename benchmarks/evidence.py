@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where it is imported by a test
 
-from evidence import page, runner
+from evidence import page, runner, tables
 from evidence.grid import PHASES, plan
 
 from dfl.run.description import describe_run
@@ -81,7 +81,7 @@ def write_page(args: argparse.Namespace) -> int:
     found = json.loads(RESULTS.read_text())["cells"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(page.html(found))
-    README.write_text(page.with_tables(README.read_text(), found))
+    README.write_text(tables.with_tables(README.read_text(), found))
     print(f"written: {args.output}, {README}")
     return 0
 

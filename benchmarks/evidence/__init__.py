@@ -5,6 +5,7 @@ cells.py     one cell: a run of `dfl train`, its test evaluation, and what is ke
 runner.py    several cells at a time, within a budget, resumable
 findings.py  rates, pairs, differences, verdicts
 page.py      the page and the tables of the documents
-page.py       the page and the tables of the documents
+tables.py     results, verdicts and what is missing, as text, also in documents
+page.py       the page
 packed.py, recorder.py, balanced.py   plug-ins of the runs
 """

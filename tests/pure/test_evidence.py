@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from evidence import cells, findings, grid, page, runner  # noqa: E402
+from evidence import cells, findings, grid, page, runner, tables  # noqa: E402
 
 from dfl import simulate  # noqa: E402
 from dfl.adapters.layout import make_layout  # noqa: E402
@@ -351,13 +351,14 @@ def tiny_data(tmp_path, monkeypatch):
 
 
 def test_a_cell_from_its_run_to_what_is_stored(tiny_data):
-    """TAD with phases of five rounds, eleven in all: curve, diagnostics at the ends of phases, the test file at the end."""
+    """TAD with phases of five rounds, eleven in all: curve, diagnostics where phases end, the test file at the end."""
     cell = grid.Cell("main", "trec6", "tad5", 0.5, 0, 1e-2, 4, rounds=11)
     found = cells.execute(cell, tiny_data / "out", InProcess())
     assert [point["round"] for point in found["curve"]] == [0, 4, 8, 11] and found["final"] == found["curve"][-1]
     assert found["final"]["message_bytes"] == found["message_bytes"] > 0 and 0 <= found["final"]["own"] <= 1
     assert [(line["round"], line["trained"]) for line in found["diagnostics"]] == [(5, "B"), (10, "A"), (11, "B")]
-    assert all(line["gradient_A"] > 0 and line["gradient_B"] > 0 and 0 < line["disagreement"] < 1 for line in found["diagnostics"])
+    for line in found["diagnostics"]:
+        assert line["gradient_A"] > 0 and line["gradient_B"] > 0 and 0 < line["disagreement"] < 1
     assert set(found["test"]) == {"mean", "min", "max", "consensus"} and found["test"]["min"] <= found["test"]["mean"]
     assert 0 < found["last_third"]["cross_term_relative"] < 1
     assert found["versions"]["torch"] and found["hardware"] and found["started"] and found["resumed"] == []
@@ -493,29 +494,42 @@ def test_the_frozen_factors_gradient_is_relative_to_the_trained_ones(trained, sh
     assert page._frozen_share({"trained": trained, "gradient_A": 0.1, "gradient_B": 0.4}) == share
 
 
+def test_topologies_are_compared_over_bytes_and_rates_are_listed():
+    found = everything(phases=("core", "claims"))
+    for name, cell in found.items():
+        for point in cell["curve"]:
+            point["message_bytes"] *= 7 if "ring" in name else 1
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.html(found), re.S)
+    (drawn,) = [chart for chart in json.loads(data) if chart["title"] == "Topologies at equal bytes"]
+    ends = {line["name"]: line["x"][-1] for line in drawn["variants"][0]["series"]}
+    assert ends == dict.fromkeys(grid.GRAPHS, 0.001) | {"ring": 0.007}
+    (row,) = [row for row in tables.rate_rows(found) if row[:2] == ["trec6", "ffa"]]
+    assert row[2].startswith("0.0005, 0.0005: 50.1 (chosen); 0.001, 0.001: 50.1; 0.002, 0.002: 50.1;")
+
+
 def test_a_page_of_nothing_says_so():
-    assert "all of lora, tad5, ffa, tad15, decaf on trec6" in page.html({}) and page.gaps(everything()) == ""
+    assert "all of lora, tad5, ffa, tad15, decaf on trec6" in page.html({}) and tables.gaps(everything()) == ""
 
 
 def test_tables_are_made_anew_between_their_marks():
     marks = "before\n\n<!-- evidence: {} -->\n\nold\n\n<!-- end of evidence -->\n\nafter\n"
     found = story()
-    made = page.with_tables(marks.format("results") + marks.format("verdicts"), found)
+    made = tables.with_tables(marks.format("results") + marks.format("verdicts"), found)
     row = "| 62.3 ± 24.7 (3) | 31.2 ± 12.4 (3) | 62.3 ± 24.7 (3) | +2.3 ± 0.7 (3) | 0.0 |"
     assert f"| trec6 | 0.02 | tad5 | 0.002, 0.002 {row}" in made
     assert "| trec6 | 0.02 | decaf | 0.002, 0.002 | 0.0 (1) | 0.0 (1) | 0.0 (1) | -60.0 (1) | – |" in made
     assert "TAD ahead of LoRA, as FFA reaches 89 % of LoRA | held | tad5 - lora: +2.0, +2.5, +2.4: mean +2.3" in made
     assert "old" not in made and made.count("before") == made.count("after") == 2
-    assert page.with_tables(made, found) == made
-    assert "No claim has a pair of runs yet." in page.with_tables(marks.format("verdicts"), {})
+    assert tables.with_tables(made, found) == made
+    assert "No claim has a pair of runs yet." in tables.with_tables(marks.format("verdicts"), {})
 
 
 def test_the_documents_tables_are_those_of_the_committed_cells():
     path = ROOT / "benchmarks" / "results" / "evidence.json"
     found = json.loads(path.read_text())["cells"] if path.exists() else {}
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    assert len(page.MARKS.findall(text)) == text.count("<!-- evidence: ") == 3
-    assert page.with_tables(text, found) == text
+    assert len(tables.MARKS.findall(text)) == text.count("<!-- evidence: ") == 4
+    assert tables.with_tables(text, found) == text
     for name, cell in found.items():
         missing = {"commands", "seed"} | ({"git_commit", "versions", "hardware"} if "diverged" not in cell else set())
         assert missing <= cell.keys(), name
