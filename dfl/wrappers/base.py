@@ -19,7 +19,7 @@ def check_rule(name: str, rule: Rule) -> None:
     """ValueError for a rule whose mixed rows are no averages of rows: what wrappers add would not cancel there."""
     if not (rule.linear and rule.averages):
         raise ValueError(f"wrapper.name = {name!r} needs a rule that averages rows as they are, since products and turned "
-                         "bases keep no sum of rows; allowed: average")
+                         "bases keep no sum of rows; allowed: methods with the rule average (lora, ffa, adf, tad, ...)")
 
 
 def corrected(layout: Layout, round: Round) -> list[str]:

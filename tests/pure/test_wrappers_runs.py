@@ -35,6 +35,25 @@ def test_what_peers_keep_cancels_whatever_the_optimiser(root, tmp_path, wrapper,
     assert kept.abs().max() > 2e-5 and kept.sum(0).abs().max() < 1e-5 * kept.abs().max() + 2e-7
 
 
+UNEQUAL = {"steps": {"train__local_steps": "null", "train__local_epochs": 1, "partition": "{name: quantity, skew: 1.0}"},
+           "scaling": {"lora__alpha": "[2, 4, 8, 4]", "train__local_steps": 3}}
+
+
+@pytest.mark.parametrize("wrapper", CANCEL)
+@pytest.mark.parametrize("unequal", UNEQUAL)
+def test_it_cancels_where_peers_take_unequal_steps_or_are_scaled_differently(root, tmp_path, wrapper, unequal):
+    """A local epoch is another number of steps at each peer; what is kept is kept in the common scale."""
+    run, _ = make_run(config_of(root, tmp_path, **GIVEN | UNEQUAL[unequal], wrapper=wrapper, method="lora"))
+    told = []
+    plain = run.rule.mix
+    run.gossip.method = run.gossip.method._replace(rule=run.rule._replace(
+        mix=lambda x, inbox, state, round: (told.append(round.local_steps), plain(x, inbox, state, round))[1]))
+    assert run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
+    assert (len(set(told)) > 1) == (unequal == "steps")
+    kept = torch.stack([state[CANCEL[wrapper]] for state in run.gossip.state["rule"].values()]).double()
+    assert kept.abs().max() > 2e-5 and kept.sum(0).abs().max() < 1e-5 * kept.abs().max() + 2e-7
+
+
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "none"])
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, wrapper, monkeypatch):
     from dfl.run import train as running
