@@ -89,7 +89,8 @@ class Method(NamedTuple):
     @property
     def facts(self) -> dict[str, object]:
         """What was chosen, for the log."""
-        return {**self.schedule.facts, **self.rule.facts, **self.trigger.facts, **self.channel.facts, **self.network.facts}
+        return {**self.schedule.facts, **self.rule.facts, **self.trigger.facts, **self.codec.facts, **self.channel.facts,
+                **self.network.facts}
 
 
 class Context(NamedTuple):
@@ -191,6 +192,7 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
     check_slots(method, filled)
     check_trigger(method, filled, context.ranks is not None)
     check_channel(method, filled)
+    check_codec(method, filled)
     return method
 
 
@@ -271,11 +273,55 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
                          "averages rows, without wrapper")
 
 
+def check_codec(method: Method, filled: Mapping[str, Choice]) -> None:
+    """ValueError for a codec that is more than rounding, with slots that cannot do with it."""
+    if method.codec.update is not None:
+        check_differences(method, filled)
+    elif method.codec.partial:
+        check_partial(method, filled)
+
+
+def check_differences(method: Method, filled: Mapping[str, Choice]) -> None:
+    """ValueError where copies at both ends could not follow, or what is left out would be lost."""
+    rule, trigger, name, whole = method.rule, method.trigger, filled["codec"].name, _whole(method, filled)
+    why = ("its messages mean something in their own round alone" if rule.dated else "it sends compressed differences itself"
+           if rule.lossless else "each mix turns the frame of its factors (decaf: unless gauge own)" if rule.changes_basis
+           else "it exchanges twice in a round" if rule.exchanges > 1 else "what a peer keeps has to leave it whole" if rule.columns
+           else "its message is not its row" if not (rule.averages or rule.of_rows) else None)
+    if why:
+        raise ValueError(f"codec.name = {name!r} sends differences to what was known before, which {whole} cannot have: {why}; "
+                         "allowed: none, bfloat16, float16, int8, int4, or a rule that averages")
+    if not method.channel.perfect:
+        raise ValueError(f"channel.name = {filled['channel'].name!r} loses messages, but codec {name!r} sends differences, whose "
+                         "copies have to stay equal at both ends; allowed: channel perfect, or codec.memory feedback or none where "
+                         "the codec has it")
+    if trigger.tensors is not None or trigger.common_start or trigger.merges is not None or trigger.answers or trigger.greets:
+        raise ValueError(f"trigger.name = {filled['trigger'].name!r} speaks to some neighbours, or of some tensors, alone, but codec "
+                         f"{name!r} sends differences, whose copies have to stay equal at all of them; allowed: always, event, sparq, "
+                         "periodic, late without merge")
+
+
+def check_partial(method: Method, filled: Mapping[str, Choice]) -> None:
+    """ValueError where a message that holds only a part of what is to be said would be taken for all of it."""
+    rule, name = method.rule, filled["codec"].name
+    if not (rule.linear and rule.averages) or rule.exchanges > 1 or rule.columns:
+        raise ValueError(f"codec.name = {name!r} with this memory sends a part of the numbers a round, which {_whole(method, filled)} "
+                         "cannot mix: it does not average numbers as they are; allowed: codec.memory differences, or a rule such as "
+                         "average")
+    if not method.trigger.always and method.trigger.holds:
+        raise ValueError(f"trigger.name = {filled['trigger'].name!r} holds messages back, but codec {name!r} with this memory sends "
+                         "other numbers in every round; allowed: trigger always, or codec.memory differences")
+
+
 def check_topology(method: Method, topology, slots: Mapping[str, Choice] = {}) -> None:
     """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others, where rows do
     not sum to one (what does not say which sums do passes), where links that go one way are to be answered, and for what
     the rule itself refuses."""
     trigger = method.trigger
+    if method.codec.update is not None and getattr(topology, "period", None) != 1:
+        raise ValueError("codec.memory = 'differences' needs a topology that is the same in every round: who was no neighbour for a "
+                         "while has missed differences; allowed: ring, complete, ... (`dfl list`), or codec.memory feedback or none "
+                         "where the codec has it")
     if getattr(topology, "sums", None) == "column" and not method.rule.columns:
         raise ValueError(f"topology.name = {topology.name!r} has columns that sum to one, but not rows: receivers would not average; "
                          "allowed: weights that are doubly or row stochastic, or wrapper: push_sum")

@@ -113,6 +113,8 @@ class Rule(NamedTuple):
     conserves: no message may be lost, since what the peers keep has to cancel, or to sum to the same, over all of them.
     columns: it divides by a mass that travels too, so that the columns of W have to sum to one and not the rows.
     check(topology): ValueError for one that the rule cannot use.
+    of_rows: messages are groups of the rows as they are, and `mix` knows nothing beside them and the weights: it may be asked what
+        it would do to other rows.
     readable(message, own, round) -> whether `mix` can read a neighbour's message beside the peer's own, for messages of many
         lengths; None: where its parts are those of the own, as long as they.
     index: metadata that say which numbers the parts hold, and are counted as such.
@@ -138,6 +140,7 @@ class Rule(NamedTuple):
     conserves: bool = False
     columns: bool = False
     check: Callable[[object], None] = lambda topology: None
+    of_rows: bool = False
     readable: Callable[[Message, Message, Round], bool] | None = None
     index: frozenset[str] = frozenset()
     facts: Mapping[str, object] = {}
@@ -181,12 +184,27 @@ class Codec(NamedTuple):
     init(parts) -> state;  encode(parts, state, key) -> ({name: uint8 (bytes,)}, state);  decode(name, bytes, numel,
     dtype) -> (M,). key: a seed of its own for every (peer, round), by which to round at random so that no number is
     biased; None: the rule takes care of that (`Rule.averages`). exact: what is decoded is what was encoded, to the bit.
+    draws: peer: it gets a key under every rule; round: one that is the same at all peers; empty: as said.
+    update(name, bytes, copy, numel, dtype) -> (M,), a new tensor, for a codec of differences: each receiver holds a copy
+        of what it knows of a sender, and this is the copy after the message (before the first one it is None); `decode`
+        is not used. Its state holds the sender's own copy under the part's name.
+    partial: a message holds so little of the parts that only sums over many rounds are right.
+    gamma: the step of a mix of what was decoded: m_i + gamma sum_j w_ij (m^_j - m^_i).
+    counts(name, M, bytes) -> how many numbers a part of so many bytes holds, and how many of the bytes say which ones they
+        are; None: all, and none.
+    facts: what was chosen when it was built, for the log.
     """
 
     init: Callable[[Mapping[str, Tensor]], State]
     encode: Callable[[Mapping[str, Tensor], State, int | None], tuple[dict[str, Tensor], State]]
     decode: Callable[[str, Tensor, int, torch.dtype], Tensor]
     exact: bool = False
+    draws: str = ""
+    update: Callable[[str, Tensor, Tensor | None, int, torch.dtype], Tensor] | None = None
+    partial: bool = False
+    gamma: float = 1.0
+    counts: Callable[[str, int, int], tuple[int, int]] | None = None
+    facts: Mapping[str, object] = {}
 
 
 class Link(NamedTuple):

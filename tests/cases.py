@@ -9,13 +9,44 @@ from dfl.adapters.kinds import KINDS
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.config import LoraConfig
 from dfl.engine.gossip import Gossip
-from dfl.methods import METHODS
+from dfl.methods import METHODS, Choice
 from dfl.transport import InProcess
 
 NUM, ROUNDS = 4, 60
 SIZES = [("q", 7, 5, 1.0), ("o", 4, 9, 2.0)]
 # what a method needs beside its name, as (graph, parameters)
-WANTS = {"tad": ("ring", {"T": 1}), "flora": ("complete", {}), "fedask": ("ring", {"memory": True})}
+WANTS = {"tad": ("ring", {"T": 1}), "flora": ("complete", {}), "fedask": ("ring", {"memory": True}),
+         "flora_na": ("ring", {"steps": 5})}
+
+
+# a setting of every codec with every memory that it has
+CODEC_SETTINGS = {
+    "bfloat16": Choice("bfloat16"), "float16": Choice("float16"),
+    "int8": Choice("int8", {"block": 8}), "int8 random": Choice("int8", {"rounding": "random", "memory": "none"}),
+    "int4": Choice("int4", {"block": 8}), "int4 differences": Choice("int4", {"rounding": "random", "memory": "differences"}),
+    "qsgd": Choice("qsgd", {"block": 8}), "qsgd feedback": Choice("qsgd", {"memory": "feedback", "block": 8}),
+    "qsgd none": Choice("qsgd", {"memory": "none", "block": 8}),
+    "sign": Choice("sign"), "sign feedback": Choice("sign", {"memory": "feedback"}),
+    "top_k": Choice("top_k", {"share": 0.3}), "top_k feedback": Choice("top_k", {"share": 0.3, "memory": "feedback"}),
+    "random_k": Choice("random_k", {"share": 0.3}),
+    "random_k differences": Choice("random_k", {"share": 0.3, "memory": "differences"}),
+    "low_rank": Choice("low_rank"), "low_rank feedback": Choice("low_rank", {"memory": "feedback"}),
+}
+DIFFERENCES = {"int4 differences", "qsgd", "sign", "top_k", "random_k differences", "low_rank"}
+PARTS = {"qsgd feedback", "qsgd none", "sign feedback", "top_k feedback", "random_k", "low_rank feedback"}
+# what averages numbers as they are, and what a codec of differences cannot go with, by words of the refusal
+LINEAR = {"lora", "ffa", "share_a", "rolora", "adf", "tad", "replicate", "fed_sb", "local"}
+FRAME, DATED = "turns the frame of its factors", "mean something in their own round alone"
+NO_DIFFERENCES = {**dict.fromkeys(("decaf", "florist", "fedask", "fedhl", "carry", "dora", "hira"), FRAME),
+                  **dict.fromkeys(("lora_a2", "plora", "fed_svd", "flora"), DATED),
+                  "fedex_choco": "sends compressed differences itself"}
+
+
+def codec_refusal(name: str, setting: str) -> str | None:
+    """The words with which a method must refuse a setting of a codec; None where it must not."""
+    if setting in DIFFERENCES:
+        return NO_DIFFERENCES.get(name)
+    return "does not average numbers as they are" if setting in PARTS and name not in LINEAR else None
 
 
 def lora(rank: int, **others):

@@ -22,7 +22,7 @@ from dfl.engine.sending import Sending, Spoken, others
 from dfl.engine.state import Tree, edge
 from dfl.methods import Method
 from dfl.rules.base import same_shape
-from dfl.slots import EXACT, Message, Plan, Round
+from dfl.slots import EXACT, Message, Plan, Round, State
 from dfl.transport.base import Arrived, Transport
 
 Inboxes = dict[int, dict[int, Message]]
@@ -160,7 +160,7 @@ class Gossip(Sending):
         mixed = time.perf_counter()
         together = tuple(peer for peer, inbox in inboxes.items() if len(inbox) > 1)
         entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
-                                      len(self.topology.receivers(t, peer))) for peer, to in times.items()}
+                                      len(self.topology.receivers(t, peer)), self.method.codec.counts) for peer, to in times.items()}
         sent = ledger.total(entries)
         return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, lost, rejected, encoded - started, moved - encoded,
                       mixed - moved, entries, 1), seen
@@ -178,25 +178,19 @@ class Gossip(Sending):
     def _receive(self, x, arrived: Arrived, spoken: Spoken, messages, rounds, norms, k):
         """What each hosted peer mixes: decoded once however many receive it, past its channel and its guard, gaps filled;
         messages lost and rejected; what the peers saw, where the channel asks for it."""
-        like, decoded = next(iter(messages.values())), {}
-        if self.method.trigger.tensors is None:
-            decoded = {id(packet): spoken.public[peer] for peer, packet in spoken.packets.items()}
-        for packet in (packet for inbox in arrived.values() for packet in inbox.values()):
-            if id(packet) not in decoded:
-                decoded[id(packet)] = self._decode(packet, like)
-        found = list({id(message): message for message in decoded.values() if message is not None}.values())
+        told = self._told(arrived, spoken, messages, rounds)
+        found = list({id(message): message for inbox in told.values() for message in inbox.values() if message is not None}.values())
         sizes = {id(message): size for message, size in zip(found, _norms(found), strict=True)}
         inboxes, lost, rejected, seen = {}, 0, [], {}
         for row, round in enumerate(rounds):
             peer, own, inbox, out = round.peer, messages[round.peer], {}, []
             for j in others(round):
-                packet = arrived[peer].get(j)
-                message = None if packet is None else self._whole(decoded[id(packet)], own, self._copy("received", edge(peer, j)))
-                if packet is not None and not self._readable(message, own, round):
+                message = self._whole(told[peer].get(j), own, self._copy("received", edge(peer, j)))
+                if j in told[peer] and not self._readable(message, own, round):
                     out.append(j)
                     continue
                 message = self._deliver(message, j, round, k)
-                lost += packet is not None and message is None and not self.method.channel.delays
+                lost += j in told[peer] and message is None and not self.method.channel.delays
                 if message is not None:
                     self._check_common(message, j, peer)
                     inbox[j] = message
@@ -208,6 +202,43 @@ class Gossip(Sending):
                 seen[peer] = repeats.look(own, {j: message for j, message in inbox.items() if copies.same_lengths(message, own)})
             inboxes[peer], rounds[row] = self._complete(inbox, own, spoken, round, out)
         return inboxes, lost, tuple(rejected), seen
+
+    def _told(self, arrived: Arrived, spoken: Spoken, messages: Mapping[int, Message],
+              rounds: Sequence[Round]) -> dict[int, dict[int, Message | None]]:
+        """By receiver, what each neighbour tells it; None: bytes that are no numbers. Decoded once however many receive it."""
+        if self.method.codec.update is not None:
+            return self._moved_copies(arrived, messages, rounds)
+        like, decoded = next(iter(messages.values())), {}
+        if self.method.trigger.tensors is None:
+            decoded = {id(packet): spoken.public[peer] for peer, packet in spoken.packets.items()}
+        for packet in (packet for inbox in arrived.values() for packet in inbox.values()):
+            if id(packet) not in decoded:
+                decoded[id(packet)] = self._decode(packet, like)
+        return {peer: {j: decoded[id(packet)] for j, packet in inbox.items()} for peer, inbox in arrived.items()}
+
+    def _moved_copies(self, arrived: Arrived, messages: Mapping[int, Message],
+                      rounds: Sequence[Round]) -> dict[int, dict[int, Message | None]]:
+        """The same where differences travel: each receiver's copies, moved by what arrived.
+
+        Receivers that held one tensor go on to share one: memory for each sender, not for each link.
+        """
+        made: dict[tuple, tuple] = {}
+        told: dict[int, dict[int, Message | None]] = {round.peer: {} for round in rounds}
+        for round in rounds:
+            for j in others(round):
+                key, packet, own = edge(round.peer, j), arrived[round.peer].get(j), messages[round.peer]
+                held = self.state["received"].get(key, {})
+                if packet is not None:
+                    mark = (id(packet), *map(id, held.values()))
+                    if mark not in made:  # with `held`, which keeps the ids from being given to others
+                        made[mark] = held, self._decode(packet, own, copies.under(held, "part."))
+                    message = told[round.peer][j] = made[mark][1]
+                    if message is not None:
+                        self.state["received"][key] = held | copies.named(message)
+                elif held:
+                    copy = copies.message_of(held)
+                    told[round.peer][j] = copy._replace(parts={name: copy.parts[name] for name in own.parts})
+        return told
 
     def _readable(self, message: Message | None, own: Message, round: Round) -> bool:
         if message is None:
@@ -236,18 +267,20 @@ class Gossip(Sending):
 
         Who is silent is where it was when it last spoke to this peer; who never did, and whose message was lost or
         rejected, gives its weight to the receiver. Where what the others take the peer's own message for is not what it
-        is, because it was rounded or held back, a rule that averages mixes own + sum_j w_ij (m_j - m_i as j has it),
-        which keeps the mean; any other rule takes what everybody got this round, or its own message as it is where
-        nobody got one.
+        is, because it was rounded or held back, a rule that averages mixes own + sum_j w_ij (m_j - m_i as j has it), the
+        sum times the codec's step, which keeps the mean; any other rule takes what everybody got this round, or its own
+        message as it is where nobody got one.
         """
         weights, peer, public = dict(round.weights), round.peer, spoken.public[round.peer]
+        moved = self.method.codec.update is not None  # then its copies have followed already
+        keeps = self.held and not moved
         # a part of a message says nothing where it is not like the own
         inbox = {j: message for j, message in inbox.items() if not message.lost or copies.same_lengths(message, public)}
         for j in others(round):
             key = edge(peer, j)
-            if j in inbox and self.held:
+            if j in inbox and keeps:
                 self.state["received"][key] = copies.state_of_message(inbox[j])
-            elif j not in inbox and j not in rejected and self.held and (copy := self._copy("received", key)) is not None:
+            elif j not in inbox and j not in rejected and keeps and (copy := self._copy("received", key)) is not None:
                 inbox[j] = copy
             # a link that j does not use this peer leaves alone as well
             if j in inbox and self.held and not self._known_to(j, peer, spoken):
@@ -260,10 +293,11 @@ class Gossip(Sending):
                  and (found := self._copy("delivered", edge(peer, j))) is not None and not copies.equal(found, public)}
         averages = self.method.rule.averages
         alone = not inbox  # then it keeps what it has, whatever others know of it
-        inbox[peer] = own if same or alone or not (averages or self.method.trigger.always) else public
+        inbox[peer] = own if same or alone or not (averages or moved or self.method.trigger.always) else public
         if averages and (known or not same) and len(inbox) > 1:
             inbox[EXACT] = own
-            weights = {EXACT: 1.0} | {j: weight - (j == peer) for j, weight in weights.items()}
+            step = self.method.codec.gamma
+            weights = {EXACT: 1.0} | {j: step * (weight - (j == peer)) for j, weight in weights.items()}
             for j, found in known.items():  # it holds an older one
                 inbox[EXACT - 1 - j] = found
                 weights[EXACT - 1 - j], weights[peer] = -weights[j], weights[peer] + weights[j]
@@ -292,13 +326,25 @@ class Gossip(Sending):
             new, state = x[row], self.state["rule"][key]
             # what is not finite in its own message a peer cannot mix; its next local phase says that it has diverged
             if all(map(math.isfinite, norms[round.peer].values())):
-                new, state = self.method.rule.mix(self._common_scale(new, row), inbox, state, round)
+                new, state = self._mixed(self._common_scale(new, row), inbox, state, round)
                 # alone, it keeps its bits, which scaling there and back may not
                 new = self._own_scale(new, row) if len(inbox) > 1 or self.scale is None else x[row]
             mixed.append((new, state))
         for row, (round, (new, state)) in enumerate(zip(rounds, mixed, strict=True)):
             x[row] = new
             self.state["rule"][str(round.peer)] = state
+
+    def _mixed(self, x: Tensor, inbox: Mapping[int, Message], state: State, round: Round) -> tuple[Tensor, State]:
+        """The row (D,) after the rule's mix. Where others know it otherwise than it is, and the rule only asks for rows, it moves by
+        what the mix does to what they know: x_i + gamma (mix(m^)_i - m^_i). What they lack of it is not lost."""
+        rule = self.method.rule
+        if self.method.codec.exact or not rule.of_rows or len(inbox) == 1:
+            return rule.mix(x, inbox, state, round)
+        public = x.clone()
+        for name, part in inbox[round.peer].parts.items():
+            public[self.layout.groups[name]] = part
+        mixed, state = rule.mix(public, inbox, state, round)
+        return x + self.method.codec.gamma * (mixed - public), state
 
     def _common_scale(self, row: Tensor, k: int) -> Tensor:
         return row if self.scale is None else self._times(row, self.scale[k])

@@ -1,10 +1,11 @@
 """What each peer sent: the numbers that papers compare, by peer and round."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dfl.transport.packet import Packet
 
+Counts = Callable[[str, int, int], tuple[int, int]]
 CLOCK = "clock"  # the metadatum that carries a sender's simulated time: no part of its message
 
 
@@ -45,17 +46,20 @@ class Ledger(NamedTuple):
         return self.payload_bytes + self.header_bytes + self.index_bytes
 
 
-def entry(packet: Packet, sent: Mapping[int, float], index: frozenset[str], broadcasts: int, due: int) -> Ledger:
-    """Of one packet to the receivers of `sent`, {receiver: how often, 1.0: once}."""
+def entry(packet: Packet, sent: Mapping[int, float], index: frozenset[str], broadcasts: int, due: int,
+          counts: Counts | None = None) -> Ledger:
+    """Of one packet to the receivers of `sent`, {receiver: how often, 1.0: once}. counts: as that of a `Codec`."""
     if not sent:
         return Ledger(broadcasts=broadcasts, due=due)
     times, num = sum(sent.values()), len(sent)
     meta = {name: value.nbytes for name, value in packet.meta.items() if name != CLOCK}
     indices = sum(size for name, size in meta.items() if name in index)
     payload = sum(part.nbytes for part in packet.payload.values())
-    numbers = sum(packet.numel.values())
-    return Ledger(num, broadcasts, round(times * payload), num * (sum(meta.values()) - indices), num * indices,
-                  round(numbers * times / num), times - num, due, 1)
+    held = [(packet.numel[name], 0) if counts is None else counts(name, packet.numel[name], part.nbytes)
+            for name, part in packet.payload.items()]
+    numbers, places = (sum(column) for column in zip(*held, strict=True)) if held else (0, 0)
+    return Ledger(num, broadcasts, round(times * (payload - places)), num * (sum(meta.values()) - indices),
+                  num * indices + round(times * places), round(numbers * times / num), times - num, due, 1)
 
 
 def bytes_of(packet: Packet) -> int:

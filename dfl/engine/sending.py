@@ -92,7 +92,8 @@ class Sending:
             if speaks or spoken.addressed[peer]:
                 self._say(spoken, message, round, k)
             else:
-                spoken.public[peer] = message
+                said = self.method.codec.update is not None and str(peer) in self.state["codec"]
+                spoken.public[peer] = self._public_copy(message, peer) if said else message
         return spoken
 
     def _decide(self, message: Message, round: Round, k: int) -> bool | frozenset[str]:
@@ -108,7 +109,13 @@ class Sending:
 
     def _say(self, spoken: Spoken, message: Message, round: Round, k: int) -> None:
         packet = spoken.packets[round.peer] = self._encode(message, round, k)
-        spoken.public[round.peer] = self._decode(packet, message)
+        differences = self.method.codec.update is not None
+        spoken.public[round.peer] = self._public_copy(message, round.peer) if differences else self._decode(packet, message)
+
+    def _public_copy(self, message: Message, peer: int) -> Message:
+        """What all neighbours hold of a peer, where differences travel."""
+        own = self.state["codec"][str(peer)]
+        return message._replace(parts={name: own[name] for name in message.parts})
 
     def _hold(self, spoken: Spoken, message: Message, speaks: bool | frozenset[str], round: Round, k: int) -> None:
         """What a peer says where its neighbours hold what it said last, and remember what that was, and who knows it."""
@@ -125,7 +132,8 @@ class Sending:
         if addressed:
             spoken.packets[peer] = packet
         spoken.addressed[peer] = addressed
-        spoken.public[peer] = self._last_said(last, message, key)
+        copy = last is not None and self.method.codec.update is not None
+        spoken.public[peer] = self._public_copy(message, peer) if copy else self._last_said(last, message, key)
 
     def _said(self, message: Message, speaks: bool | frozenset[str], last: Packet | None, known: bool, round: Round,
               k: int) -> tuple[Packet, Packet]:
@@ -167,19 +175,26 @@ class Sending:
         key, codec = str(round.peer), self.method.codec
         if round.exchange:  # what another exchange sends is another thing, with errors of its own
             key = edge(round.peer, round.exchange)
-        draw = None if self.method.rule.averages else derive(self.seed, "codec", round.peer, *_when(round.t, k))
+        draw = None
+        if codec.draws == "round":
+            draw = derive(self.seed, "codec", *_when(round.t, k))
+        elif codec.draws or not self.method.rule.averages:
+            draw = derive(self.seed, "codec", round.peer, *_when(round.t, k))
         payload, state = codec.encode(message.parts, self._of("codec", key, lambda: codec.init(message.parts)), draw)
         self._keep("codec", key, state)
         meta = message.meta if not self.common else {**message.meta, "common": torch.tensor([self.common])}
         return Packet(payload, {name: part.numel() for name, part in message.parts.items()}, meta)
 
-    def _decode(self, packet: Packet, own: Message) -> Message | None:
-        """None for bytes that are no numbers."""
+    def _decode(self, packet: Packet, own: Message, held: Mapping[str, Tensor] | None = None) -> Message | None:
+        """None for bytes that are no numbers. held: by part, what was known of the sender, for a codec of differences."""
         like = next(iter(own.parts.values()))
+        codec, parts = self.method.codec, {}
         try:
-            parts = {name: self.method.codec.decode(name, data.to(like.device), packet.numel[name], like.dtype)
-                     for name, data in packet.payload.items()}
-        except RuntimeError:
+            for name, data in packet.payload.items():
+                data, numel = data.to(like.device), packet.numel[name]
+                parts[name] = (codec.decode(name, data, numel, like.dtype) if codec.update is None
+                               else codec.update(name, data, (held or {}).get(name), numel, like.dtype))
+        except (RuntimeError, ValueError, IndexError):
             return None
         return Message(parts, {name: value for name, value in packet.meta.items() if name != CLOCK})
 

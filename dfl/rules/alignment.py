@@ -63,6 +63,7 @@ def fedrot(layout: Layout, *, side: str = "receiver", criterion: str | None = No
                        init=(lambda x: {"start": x[:num_factors].clone()}) if remembers else (lambda x: {}),
                        finalize=(lambda out, state, round: {**state, "start": out[:num_factors].clone()}) if remembers else None,
                        changes_basis=False, linear=strength == 0, product=strength > 0,
+                       of_rows=side == "receiver" and not remembers,
                        facts={"side": side, "criterion": criterion, "strength": strength, "reference": reference})
 
 

@@ -95,7 +95,7 @@ def flora_na(layout: Layout, *, form: str = "factor", scope: str = "layer", solv
         return {**state, **remember(out)}
 
     return pair_gossip(layout, combine, init=remember if delta else (lambda x: {}), finalize=finalize if delta else None,
-                       diagnostics=("relative_error", "largest_coefficient"), changes_basis=False,
+                       diagnostics=("relative_error", "largest_coefficient"), changes_basis=False, of_rows=not delta,
                        facts={**chosen, "steps": num_steps})
 
 

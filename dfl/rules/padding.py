@@ -49,7 +49,7 @@ def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, 
 
     fixed = {"linear": False, "product": False, "changes_basis": order}
     if gamma is None:
-        return pair_gossip(layout, combine, ranks=ranks, facts={"order": order}, **fixed)
+        return pair_gossip(layout, combine, ranks=ranks, of_rows=ranks is None, facts={"order": order}, **fixed)
 
     def init(x: Tensor) -> State:
         # in round 0 nothing can have shrunk

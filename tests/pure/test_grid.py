@@ -1,12 +1,14 @@
 """One grid: every method under every trigger, codec, channel and wrapper, in its limit case and in a real setting, or refused with a
 reason."""
 
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
-from cases import Case, start_rows
+from cases import CODEC_SETTINGS, DIFFERENCES, PARTS, Case, codec_refusal, start_rows
 
+import topologies
 from dfl import methods
 from dfl.channels.segments import MODES
 from dfl.engine import state as trees
@@ -35,7 +37,7 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "random_gossip": {"trigger": Choice("random_gossip", {"probability": 0.2})},
         "periodic": {"trigger": Choice("periodic", {"every": 2})},
         "late": {"trigger": Choice("late", {"share": 0.95})},  # of 60 rounds: from the fourth on
-        "efhc, int8, lossy": {"trigger": Choice("efhc", {"r": 0.3, "bandwidth": 1.0}), "codec": Choice("int8"),
+        "efhc, int8, lossy": {"trigger": Choice("efhc", {"r": 0.3, "bandwidth": 1.0}), "codec": CODEC_SETTINGS["int8"],
                               "channel": Choice("lossy", {"rate": 0.3})},
         **{f"segments, {mode}": {"channel": Choice("segments", {"rate": 0.4, "count": 4, "mode": mode})} for mode in MODES},
         "silent, segments": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("segments", {"rate": 0.3, "count": 3})},
@@ -45,12 +47,18 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "twice": {"channel": Choice("perfect", {"aggregations": 2})},
         "as often as noise allows": {"channel": Choice("noise", {"sigma": 0.3, "aggregations": "auto"})},
         "measured": {"network": Choice("links"), "trigger": Choice("efhc", {"r": 3e3, "bandwidth": "measured"})},
-        "bfloat16": {"codec": Choice("bfloat16")}, "int8": {"codec": Choice("int8", {"block": 8})},
+        **{name: {"codec": CODEC_SETTINGS[name]} for name in ("bfloat16", "int8", "int4", "qsgd", "sign", "top_k", "top_k feedback",
+                                                             "random_k", "random_k differences", "low_rank")},
+        "silent, sign": {"trigger": Choice("event", {"threshold": 0.4}), "codec": CODEC_SETTINGS["sign"]},
+        "sparq, top_k": {"trigger": Choice("sparq", {"c": 3e4, "growth": 0.5}), "codec": CODEC_SETTINGS["top_k"]},
+        "periodic, sign": {"trigger": Choice("periodic", {"every": 2}), "codec": CODEC_SETTINGS["sign"]},
+        "lossy, random_k": {"channel": Choice("lossy", {"rate": 0.3}), "codec": CODEC_SETTINGS["random_k"]},
         "lossy": {"channel": Choice("lossy", {"rate": 0.4})},
-        "silent, int8, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "codec": Choice("int8"),
+        "silent, int8, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "codec": CODEC_SETTINGS["int8"],
                                 "channel": Choice("lossy", {"rate": 0.3})},
         "silent, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("lossy", {"rate": 0.3})},
-        "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": Choice("int8")}}
+        "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["int8"]},
+        "tracking, top_k": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["top_k"]}}
 PARAMETERS = {"adaptive_consensus": {"gamma": 0.5}, "proxskip": {"p": 0.5}}
 WRAPPED = {name: Choice(name, PARAMETERS.get(name, {})) for name in WRAPPERS if name != "none"}
 WRAPPED["aug_dgm"] = Choice("flexatc", {"member": "aug_dgm"})  # exchanges twice in a round
@@ -105,7 +113,8 @@ def refusal(name: str, slots: dict) -> str | None:
         return "cannot mix more than once in a round"
     if "channel" in slots and wrapper in BALANCED:
         return CANCELS
-    return None
+    setting = next((setting for setting, choice in CODEC_SETTINGS.items() if choice == slots.get("codec")), None)
+    return codec_refusal(name, setting) if setting else None
 
 
 TOLD = {"lr": 0.01, "local_steps": 2}
@@ -141,6 +150,11 @@ def whole(name: str, slots: dict):
     return x, heart, run(case, x, heart, 0, ROUNDS)
 
 
+@cache
+def plain_run(name: str):
+    return whole(name, {})
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_limit_case_is_the_run_without_it(name, limit):
@@ -149,7 +163,7 @@ def test_a_limit_case_is_the_run_without_it(name, limit):
         with pytest.raises(ValueError, match=refusal(name, slots)):
             Case(name, slots=slots)
         return
-    plain, _, _ = whole(name, {})
+    plain, _, _ = plain_run(name)
     found, heart, reports = whole(name, slots)
     assert torch.equal(plain, found)
     assert name == "local" or sum(report.messages for report in reports) > 0
@@ -164,7 +178,7 @@ def test_a_real_setting_is_finite_and_resumes_to_the_same_bits(name, setting):
         return
     expected, heart, reports = whole(name, slots)
     assert expected.isfinite().all()
-    plain, without, _ = whole(name, {})
+    plain, without, _ = plain_run(name)
     same = torch.equal(plain, expected) and (heart.residuals() is None or torch.equal(heart.residuals(), without.residuals()))
     # where rows sum to one as well, push-sum is the rule
     assert same == (name == "local" or setting == "push_sum")  # it does something
@@ -179,12 +193,13 @@ def test_a_real_setting_is_finite_and_resumes_to_the_same_bits(name, setting):
     assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("setting", ["silent", "sparq", "eventgrad", "efhc", "random_gossip", "late", "int8", "bfloat16",
-                                     "tracking, int8", "silent, lossy",
+@pytest.mark.parametrize("setting", ["silent", "sparq", "eventgrad", "efhc", "random_gossip", "late", "tracking, int8",
+                                     "silent, lossy",
+                                     "silent, sign", "sparq, top_k", "periodic, sign", "tracking, top_k", *CODEC_SETTINGS,
                                      *MEAN_KEPT, *(f"silent, {name}" for name in MEAN_KEPT if name not in ONE_WAY)])
 @pytest.mark.parametrize("name", ["lora", "adf", "ffa", "fed_sb"])
 def test_the_network_mean_moves_by_the_mean_step_alone(name, setting):
-    case = Case(name, slots=REAL[setting])
+    case = Case(name, slots=REAL.get(setting) or {"codec": CODEC_SETTINGS[setting]})
     x, moved = start_rows(case).double(), None
     heart = case.gossip(x)
     for t in range(20):
@@ -193,6 +208,21 @@ def test_the_network_mean_moves_by_the_mean_step_alone(name, setting):
         moved = x.mean(0) - before if moved is None else moved + x.mean(0) - before
         heart.round(t, x, **TOLD)
     torch.testing.assert_close(x.mean(0), start_rows(case).double().mean(0) + moved, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("setting", [*sorted(DIFFERENCES), *sorted(PARTS)])
+def test_codecs_that_leave_out_most_say_what_they_cannot_go_with(setting):
+    codec, differences = CODEC_SETTINGS[setting], setting in DIFFERENCES
+    with pytest.raises(ValueError, match="stay equal at both ends" if differences else "other numbers in every round"):
+        Case("lora", slots={"codec": codec, **(LIMITS["lossy"] if differences else LIMITS["event"])})
+    method, changing = Case("lora", slots={"codec": codec}).rule.method, topologies.build("edge_activation", 4, p=0.5)
+    if differences:
+        with pytest.raises(ValueError, match="copies have to stay equal at all of them"):
+            Case("lora", slots={"codec": codec, **LIMITS["efhc"]})
+        with pytest.raises(ValueError, match="'differences' needs a topology that is the same in every round"):
+            methods.check_topology(method, changing)
+    else:
+        methods.check_topology(method, changing)
 
 
 def test_who_has_little_to_say_is_silent_and_who_is_silent_long_speaks():
