@@ -32,7 +32,7 @@ SLOTS = {
     "a clock": {"network": Choice("links", {"compute": [0.1, 0.2, 0.3, 0.1, 0.5]}),
                 "trigger": Choice("efhc", {"r": 3e4, "bandwidth": "measured"})},
     "signs of differences": {"codec": Choice("sign", {"block": 8})},
-    "sparq whole": {"codec": Choice("top_k", {"share": 0.2}), "trigger": Choice("sparq", {"c": 30.0, "growth": 0.5})},
+    "sparq whole": {"codec": Choice("top_k", {"share": 0.2}), "trigger": Choice("sparq", {"c": 1000.0, "growth": 0.5})},
     "shared places": {"codec": Choice("random_k", {"share": 0.2})},
     "late": {"trigger": Choice("late", {"share": 0.5})},
 }
