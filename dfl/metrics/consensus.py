@@ -19,7 +19,7 @@ def consensus_rows(transport: Transport, adapted: Adapted, x: Tensor, kept: Tens
     """The consensus model of the trained rows x (P, D) of all processes, scaled alike, and of the rules' residuals `kept` (P, D_E) in
     the layout `residual`; on all of them."""
     if adapted.cores:
-        return Rows(adapted.factors(mean_row(transport, x, num_peers)[None]))
+        return Rows(adapted.factors(mean_row(transport, x, num_peers).to(x.dtype)[None]))
     if kept is None:
         return Rows(consensus(transport, x, adapted.layout, num_peers, product)[None], residual_rows(adapted, None, 1))
     row, rest = consensus_with_residual(transport, x, adapted.layout, kept, residual, num_peers)
@@ -31,8 +31,9 @@ def consensus(transport: Transport, x: Tensor, layout: Layout, num_peers: int, p
 
     The head, and what else there is, is the mean in both cases.
     """
-    mean = mean_row(transport, x, num_peers)
-    for pairs, found in mean_products(transport, x, layout, num_peers) if product else ():
+    exact = mean_row(transport, x, num_peers)
+    mean = exact.to(x.dtype)
+    for pairs, found in mean_products(transport, x, exact, layout, num_peers) if product else ():
         svd = truncate(found.left.to(mean.dtype), found.right.to(mean.dtype), pairs[0].rank)
         write_pairs(mean, pairs, *refactor(svd, stack_a(mean, pairs), "balanced"))
     return mean
@@ -41,9 +42,10 @@ def consensus(transport: Transport, x: Tensor, layout: Layout, num_peers: int, p
 def consensus_with_residual(transport: Transport, x: Tensor, layout: Layout, kept: Tensor, residual: Layout,
                             num_peers: int) -> tuple[Tensor, Tensor]:
     """The mean of E_i + B_i A_i of rows x (P, D) and kept (P, D_E), as a row and its residual: what both ranks together can hold."""
-    mean = mean_row(transport, x, num_peers)
-    factors = _by_layer(mean_products(transport, x, layout, num_peers), mean.dtype)
-    rests = _by_layer(mean_products(transport, kept, residual, num_peers), mean.dtype)
+    exact, of_kept = mean_row(transport, x, num_peers), mean_row(transport, kept, num_peers)
+    mean = exact.to(x.dtype)
+    factors = _by_layer(mean_products(transport, x, exact, layout, num_peers), mean.dtype)
+    rests = _by_layer(mean_products(transport, kept, of_kept, residual, num_peers), mean.dtype)
 
     def products(pairs: Sequence[Pair]):
         return [tuple(torch.stack([found[pair.name][side] for pair in pairs]) for side in (0, 1)) for found in (factors, rests)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfl.adapters.layout import GROUPS, Layout, join, join_rows, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import gram_tables, products
-from dfl.metrics.products import mean_products, mean_row
+from dfl.metrics.products import mean_row, squared_product_distance
 from dfl.transport.base import Transport
 
 
@@ -50,35 +50,20 @@ def with_residual(x: Tensor, layout: Layout, kept: Tensor | None, residual: Layo
     return join_rows(joined, (layout, residual), (x, kept), len(x)), joined
 
 
-def measure(transport: Transport, look: Seen, num_peers: int, seed: int = 0) -> dict[str, float]:
+def measure(transport: Transport, look: Seen, num_peers: int) -> dict[str, float]:
     """All measures of a round, the same on all processes: consensus distance sqrt(mean_i ||x_i - mean x||²), also by group of factors
     and of products, and means over receivers of the cross term and the aggregation error."""
     columns = {"consensus_distance": slice(None)}
     columns |= {f"consensus_distance_{group}": look.layout.groups[group] for group in GROUPS if look.layout.has(group)}
-    centred = look.after - mean_row(transport, look.after, num_peers)
+    mean = mean_row(transport, look.after, num_peers)
+    whole = mean if look.whole_after is look.after else mean_row(transport, look.whole_after, num_peers)
+    centred = look.after - mean.to(look.after.dtype)
     squares = [centred[:, cut].square().sum(1, dtype=torch.float64) for cut in columns.values()]
-    squares.append(squared_product_distances(transport, look.whole_after, look.whole, num_peers, seed))
     cross, relative = cross_terms(look)
-    table = torch.stack([*squares, cross, relative, aggregation_errors(look)], 1)
-    means = (transport.total(table) / num_peers).tolist()
-    distances = dict(zip([*columns, "product_distance"], (mean ** 0.5 for mean in means), strict=False))
-    return distances | dict(zip(("cross_term", "cross_term_relative", "aggregation_error"), means[len(distances):], strict=True))
-
-
-def squared_product_distances(transport: Transport, x: Tensor, layout: Layout, num_peers: int, seed: int = 0) -> Tensor:
-    """||ΔW_i - mean ΔW||_F² (P,) of hosted rows x (P, D): disagreement that no change of basis hides.
-
-    The mean is that of `mean_products`: exact where peers times rank fit into its rank, else too far by its error at most.
-    """
-    found = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for pairs, mean in mean_products(transport, x, layout, num_peers, seed):
-        scaling = scalings(pairs, x)[:, None, None]
-        a, b = stack_a(x, pairs).double() * scaling, stack_b(x, pairs).double()
-        left, right = mean.left * scaling, mean.right
-        both = ((b.mT @ left) * (a @ right.mT)).sum((1, 2, 3))
-        own = ((b.mT @ b) * (a @ a.mT)).sum((1, 2, 3))
-        found += own - 2 * both + ((left.mT @ left) * (right @ right.mT)).sum()
-    return found.clamp_min(0)
+    means = (transport.total(torch.stack([*squares, cross, relative, aggregation_errors(look)], 1)) / num_peers).tolist()
+    found = dict(zip(columns, (value ** 0.5 for value in means), strict=False))
+    found["product_distance"] = squared_product_distance(transport, look.whole_after, whole, look.whole, num_peers) ** 0.5
+    return found | dict(zip(("cross_term", "cross_term_relative", "aggregation_error"), means[len(columns):], strict=True))
 
 
 def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor], Tensor] = lambda factors: factors) -> Tensor:

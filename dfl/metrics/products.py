@@ -1,7 +1,7 @@
 """The mean of all peers' products B_i A_i, which no process has to hold all rows for.
 
-Its rank is up to peers times R. It is found in two sums or more of fixed size by a randomised range finder (Halko, Martinsson,
-Tropp, 2011, arXiv 0909.4061).
+With the means of the factors, B_i = B + b_i and A_i = A + a_i, it is B A + M with M = mean_i b_i a_i: what is left when peers agree
+is of second order. So a sum over peers gives the factors' means, and what M needs beside them is of fixed size.
 """
 
 from collections.abc import Iterator
@@ -10,51 +10,96 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfl.adapters.layout import Layout, Pair, stack_a, stack_b
+from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
 from dfl.seeds import derive
 from dfl.transport.base import Transport
 
-# the mean product is kept in this rank, or in four times R
-LEAST_RANK = 32
-# rounds of sums that sharpen it, where it does not fit
-_ITERATIONS = 2
+# M is kept in this rank, or in 2 R
+LEAST_RANK = 16
+# sums that sharpen M, where it does not fit
+_ITERATIONS = 1
+# M is seen through so many directions on each side, where its side is longer than twice as many
+_DIRECTIONS = 32
+
+
+def mean_row(transport: Transport, x: Tensor, num_peers: int) -> Tensor:
+    """The mean (D,) float64 of the rows x (P, D) of all processes."""
+    return transport.total(x) / num_peers
+
+
+class Apart(NamedTuple):
+    """Factors of L layers of one shape, float64: means a (L, R, I) and b (L, O, R), deviations da (P, L, R, I) and db (P, L, O, R)."""
+
+    a: Tensor
+    b: Tensor
+    da: Tensor
+    db: Tensor
+
+
+def _apart(x: Tensor, mean: Tensor, pairs: list[Pair]) -> Apart:
+    a, b = stack_a(mean[None], pairs)[0], stack_b(mean[None], pairs)[0]
+    return Apart(a, b, stack_a(x, pairs).double() - a, stack_b(x, pairs).double() - b)
+
+
+def squared_product_distance(transport: Transport, x: Tensor, mean: Tensor, layout: Layout, num_peers: int) -> float:
+    """mean_i ||ΔW_i - mean ΔW||_F² of the rows x (P, D) of all processes: disagreement that no change of basis hides.
+
+    mean: their `mean_row`. It is mean_i ||ΔW_i - scaled B A||² - ||M||². The first is exact. ||M||² is exact where both sides of a
+    layer are at most 64 long, else an unbiased estimate from 32 random directions on each side (Johnson-Lindenstrauss), a small part
+    of the whole where peers are near each other.
+    """
+    squares, sketches = torch.zeros(len(x), dtype=torch.float64, device=x.device), []
+    for pairs in layout.shapes():
+        scaling, apart = scalings(pairs, x).double(), _apart(x, mean, pairs)
+        left = torch.cat([apart.b.expand_as(apart.db), apart.db], -1)
+        right = torch.cat([apart.da, apart.a + apart.da], -2)
+        squares += (((left.mT @ left) * (right @ right.mT)).sum((-1, -2)) * scaling.square()).sum(1)
+        outputs, inputs = left.shape[-2], right.shape[-1]
+        sketch = (_directions(outputs, 0).to(x.device) @ apart.db) @ (apart.da @ _directions(inputs, 1).to(x.device).mT)
+        sketches.append((sketch * scaling[:, None, None]).flatten(1))
+    sums = transport.total(torch.cat([squares[:, None], *sketches], 1)) / num_peers
+    return max(0.0, float(sums[0] - sums[1:].square().sum()))
+
+
+def _directions(length: int, side: int) -> Tensor:
+    """(K, length) float64 whose product with a vector has its expected length."""
+    if length <= 2 * _DIRECTIONS:
+        return torch.eye(length, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(derive(0, "directions", length, side))
+    return torch.randn(_DIRECTIONS, length, dtype=torch.float64, generator=generator) / _DIRECTIONS ** 0.5
 
 
 class Product(NamedTuple):
-    """left (L, O, K) with orthonormal columns, right (L, K, I), float64: for each of L layers left @ right."""
+    """left (L, O, R + K) and right (L, R + K, I), float64: for each of L layers left @ right."""
 
     left: Tensor
     right: Tensor
 
 
-def mean_row(transport: Transport, x: Tensor, num_peers: int) -> Tensor:
-    """The mean (D,) of the rows x (P, D) of all processes, in their type."""
-    return (transport.total(x) / num_peers).to(x.dtype)
+def mean_products(transport: Transport, x: Tensor, mean: Tensor, layout: Layout,
+                  num_peers: int) -> Iterator[tuple[list[Pair], Product]]:
+    """mean_i B_i A_i of the rows x (P, D) of all processes and their `mean_row`, unscaled, for the layers of one shape at a time.
 
-
-def mean_products(transport: Transport, x: Tensor, layout: Layout, num_peers: int,
-                  seed: int = 0) -> Iterator[tuple[list[Pair], Product]]:
-    """mean_i B_i A_i of the rows x (P, D) of all processes, unscaled, in rank K, for the layers of one shape at a time.
-
-    K = min(O, I, max(32, 4 R)). Exact, but for rounding, where N R or the layer fits into K; else near the best of rank K.
+    M is kept in rank K = min(O, I, max(16, 2 R)): exact, but for rounding, where (N - 1) R or the layer fits into K; else found by a
+    randomised range finder (Halko, Martinsson, Tropp, 2011, arXiv 0909.4061), whose sums are the same length whatever N.
     """
     for pairs in layout.shapes():
-        a, b = stack_a(x, pairs).double(), stack_b(x, pairs).double()  # (P, L, R, I), (P, L, O, R)
-        num_layers, outputs, inputs, rank = len(pairs), b.shape[-2], a.shape[-1], a.shape[-2]
-        kept = min(outputs, inputs, max(LEAST_RANK, 4 * rank))
-        fits = num_peers * rank <= kept or kept == min(outputs, inputs)
+        apart = _apart(x, mean, pairs)
+        outputs, inputs, rank = apart.db.shape[-2], apart.da.shape[-1], apart.da.shape[-2]
+        kept = min(outputs, inputs, max(LEAST_RANK, 2 * rank))
+        fits = (num_peers - 1) * rank <= kept or kept == min(outputs, inputs)
 
-        def mean_times(right: Tensor, a=a, b=b) -> Tensor:  # mean ΔW @ right: (L, O, K)
-            return _mean(transport, b @ (a @ right), num_peers)
+        def times(right: Tensor, apart=apart) -> Tensor:  # M @ right: (L, O, K)
+            return _mean(transport, apart.db @ (apart.da @ right), num_peers)
 
-        def mean_transposed_times(left: Tensor, a=a, b=b) -> Tensor:  # its transpose @ left: (L, I, K)
-            return _mean(transport, a.mT @ (b.mT @ left), num_peers)
+        def transposed_times(left: Tensor, apart=apart) -> Tensor:  # its transpose @ left: (L, I, K)
+            return _mean(transport, apart.da.mT @ (apart.db.mT @ left), num_peers)
 
-        generator = torch.Generator().manual_seed(derive(seed, "mean product", outputs, inputs))
-        left = _basis(mean_times(torch.randn(num_layers, inputs, kept, dtype=torch.float64, generator=generator).to(a.device)))
+        generator = torch.Generator().manual_seed(derive(0, "mean product", outputs, inputs))
+        left = _basis(times(torch.randn(len(pairs), inputs, kept, dtype=torch.float64, generator=generator).to(x.device)))
         for _ in range(0 if fits else _ITERATIONS):
-            left = _basis(mean_times(_basis(mean_transposed_times(left))))
-        yield pairs, Product(left, mean_transposed_times(left).mT)
+            left = _basis(times(_basis(transposed_times(left))))
+        yield pairs, Product(torch.cat([apart.b, left], -1), torch.cat([apart.a, transposed_times(left).mT], -2))
 
 
 def _mean(transport: Transport, of_peers: Tensor, num_peers: int) -> Tensor:
