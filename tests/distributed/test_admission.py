@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_processes
+from processes import distributed, run_processes
 from safetensors.torch import load_file, save_file
 from tiny_models import save
 from tiny_runs import adapter_digests, make_config, write_data
@@ -19,7 +19,7 @@ from dfl.run import checkpoint, folder
 from dfl.run import train as running
 from dfl.store import lease
 from dfl.store.records import read_lines
-from dfl.transport import Distributed, handshake
+from dfl.transport import handshake
 
 pytestmark = pytest.mark.distributed
 
@@ -93,22 +93,15 @@ def test_paths_may_differ_where_the_contents_do_not(root, tmp_path):
     assert run_processes(worker, 2, [tree, other]) == ["status 0"] * 2
 
 
-class Listened(Distributed):
-    """Keeps what it sends."""
-
-    def share(self, data):
-        self.said = [*getattr(self, "said", []), data]
-        return super().share(data)
-
-
 def secret_worker(rank: int, secrets: list[str | None]) -> tuple[str, int, bool]:
-    transport = Listened(3, device=torch.device("cpu"), wire=torch.device("cpu"))
-    secret = secrets[rank]
+    transport, told = distributed(3), []
+    share, secret = transport.share, secrets[rank]
+    transport.share = lambda data: (told.append(data), share(data))[1]
     try:
         handshake.check_secret(transport, {} if secret is None else {"DFL_SECRET": secret})
     except ValueError as error:
         return str(error), transport.run, False
-    return "accepted", transport.run, secret is not None and any(secret.encode() in data for data in transport.said)
+    return "accepted", transport.run, secret is not None and any(secret.encode() in data for data in told)
 
 
 def test_those_who_share_the_secret_share_the_run_number_and_never_say_it():

@@ -51,7 +51,7 @@ def rounds(transport, hosted, slots: dict) -> torch.Tensor:
     return torch.cat([x.double(), sum(counted).double()], 1)
 
 
-def worker(rank: int, slots: dict):
+def worker(rank: int, slots: dict) -> np.ndarray:
     transport = distributed(NUM)
     return rounds(transport, list(transport.hosted), slots).numpy()
 
