@@ -1,163 +1,86 @@
-"""The configuration reference, from the schema and its comments: `python tests/reference.py` writes dfl/config/README.md anew."""
+"""The configuration reference, from the schema: `python tests/reference.py` writes dfl/config/README.md anew."""
 
-import ast
-import dataclasses
 import inspect
-import io
 import re
-import tokenize
+import types
+import typing
 from pathlib import Path
 
 from dfl import methods, partition
 from dfl.adapters import kinds
 from dfl.config import aliases, schema
+from dfl.config.types import Allowed
 from dfl.metrics import METRICS
 from dfl.metrics.choice import describe
 from dfl.plugins import first_line, parameters
 
 README = Path(__file__).parent.parent / "dfl" / "config" / "README.md"
 _BLOCK = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.S)
-# fields whose comment in the schema is missing, as their names say enough to whoever reads code
-SAID = {
-    "peers": "participants; any number in one process",
-    "seed": "of adapters, heads, batches, dropout and whatever a rule draws",
-    "data_seed": "of the partition, the validation split, the subsets and the order of examples; null: seed",
-    "partition": "who holds which examples",
-    "output": "the run's folder",
-    "device": "auto: a GPU where torch sees one",
-    "backend": "of torch.distributed; auto: by the device",
-    "model.task": "sequence_classification, sequence_regression, causal_lm or image_classification",
-    "data.valid": "as data.train; null: a part of train is taken off",
-    "data.text": "the column of the text",
-    "data.pair": "the column of a second text, as in entailment",
-    "data.label": "the column of the label, a word or a number; of a regression, of the number",
-    "data.prompt": "causal_lm: the column of the prompt, which has no loss",
-    "data.response": "causal_lm: the column of what is to be learnt, with data.prompt",
-    "data.image": "the column of the image: a path beside the file, or an image",
-    "data.max_valid": "examples",
-    "lora.dropout": "of the adapters' input, from a generator for each peer",
-    "lora.head": "a new head: frozen and common, mixed as the factors are, or local",
-    "lora.rank.choices": "ranks to draw from, one for each peer",
-    "train.rounds": "of local training and one exchange",
-    "train.local_steps": "optimiser steps of each peer in a round",
-    "train.batch_size": "examples of one peer in a step",
-    "train.accumulation": "batches whose gradients make one step",
-    "train.optimizer": "of each peer alone",
-    "train.lr": "learning rate",
-    "train.weight_decay": "decoupled for adamw",
-    "train.betas": "of adamw",
-    "train.eps": "of adamw",
-    "train.momentum": "of sgd",
-    "train.schedule": "of the learning rate over the run",
-    "train.autocast": "of the forward pass; auto: bfloat16 on a GPU",
-    "train.executor": "hosted peers one after the other, or stacked in one pass; auto chooses",
-    "train.lr_ratio.A": "of A",
-    "train.lr_ratio.B": "of B",
-    "train.lr_ratio.head": "of a head that is trained",
-    "eval.batch_size": "examples in a pass",
-}
 # choices by name, beside the methods
 PLUGINS = {**methods.SLOTS, "partition": partition.PARTITIONS, "eval.metrics": METRICS}
-OPENS = {"method": "fills the slots of a round; what to choose: [dfl/rules](../rules/README.md)",
-         "topology": "names and parameters: [topologies](../../topologies/README.md)"}
-
-
-def comments(cls: type) -> dict[str, str]:
-    """By field, the comment in the lines above it and behind it; of a nested section, its docstring's first sentence."""
-    source = inspect.getsource(cls)
-    said = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT}
-    code = source.splitlines()
-    found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            above, line = [], node.lineno - 1
-            while line in said and code[line - 1].strip().startswith("#"):
-                above.insert(0, said[line])
-                line -= 1
-            found[node.target.id] = " ".join([*above, *([said[node.end_lineno]] if node.end_lineno in said else [])])
-    return found
 
 
 def sections() -> list[tuple[str, type]]:
-    """The dataclasses of a recipe with their dotted names, in the order in which they stand there; the root first."""
+    """The sections of a recipe with their dotted names, in the order in which they stand there; the root first."""
     found: list[tuple[str, type]] = [("", schema.Config)]
 
     def below(prefix: str, cls: type) -> None:
-        for entry in dataclasses.fields(cls):
-            inner = _section(entry.type)
+        for name, field in cls.model_fields.items():
+            inner = schema.section_of(field.annotation)
             if inner is not None:
-                found.append((prefix + entry.name, inner))
-                below(f"{prefix}{entry.name}.", inner)
+                found.append((prefix + name, inner))
+                below(f"{prefix}{name}.", inner)
 
     below("", schema.Config)
     return found
 
 
-def _section(annotation) -> type | None:
-    for part in (annotation, *getattr(annotation, "__args__", ())):
-        if dataclasses.is_dataclass(part) and part is not schema.Plugin:
-            return part
-    return None
-
-
 def kind(annotation) -> str:
     """A type as a recipe's author sees it."""
-    if annotation is schema.Plugin:
-        return "name, or {name: ..., parameters}"
-    if dataclasses.is_dataclass(annotation):
-        return "section"
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation)) \
-        if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    for pattern, plain in ((r"typing\.", ""), (r"tuple\[[\w.]*\bPlugin, \.\.\.\]", "list of names, or of {name: ..., parameters}"),
-                           (r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace(", ", " / ")),
-                           (r"[\w.]*\bPlugin\b", "name, or {name: ..., parameters}"), (r"[\w.]+\.(\w+)Config", "section"),
-                           (r"Optional\[(.*)\]", r"\1 or null"), (r"tuple\[(\w+), \.\.\.\]", r"list of \1"),
-                           (r"tuple\[float, float\]", "two numbers"), (r"\bstr\b", "text"),
-                           (r"\bint\b", "whole number"), (r"\bfloat\b", "number"), (r"\bbool\b", "true / false"), ("None", "null"),
-                           (r" \| ", " or ")):
-        text = re.sub(pattern, plain, text)
-    return text
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return next((one.text for one in args if isinstance(one, Allowed)), kind(args[0]))
+    if origin is typing.Literal:
+        return " / ".join(args)
+    if origin is tuple:
+        return "list of " + re.sub(r"(^|or )a (whole |positive |)number", r"\1\2numbers", kind(args[0])).replace("name,", "names,")
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind(one) for one in args]
+        return (", or " if any(" or " in one or "," in one for one in kinds) else " or ").join(kinds)
+    return "null" if annotation is type(None) else "name, or {name: ..., parameters}" if annotation is schema.Plugin else "section"
 
 
-def default(entry: dataclasses.Field) -> str:
-    value = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+def default(value) -> str:
     value = schema.plain(value)
     if isinstance(value, dict):
-        value = value["name"] if set(value) == {"name"} else "see below"
-        return value if value == "see below" else f"`{value}`"
+        return f"`{value['name']}`" if set(value) == {"name"} else "see below"
     return f"`{plain(value)}`"
 
 
 def names_elsewhere() -> dict[str, str]:
     """What transformers and PEFT call a field, by our dotted name."""
     found: dict[str, list[str]] = {}
-    for prefix, table in (("", aliases.ALIASES), ("lora.", getattr(aliases, "LORA_ALIASES", {}))):
-        for name, alias in table.items():
-            found.setdefault(alias.own, []).append(prefix + name)
+    for name, alias in aliases.ALIASES.items():
+        found.setdefault(alias.own, []).append(name)
     return {own: ", ".join(f"`{name}`" for name in names) for own, names in found.items()}
 
 
 def table(prefix: str, cls: type) -> str:
-    said, other = comments(cls), names_elsewhere()
+    other, hints = names_elsewhere(), typing.get_type_hints(cls, include_extras=True)
     lines = ["| field | value | default | meaning |", "| --- | --- | --- | --- |"]
-    for entry in dataclasses.fields(cls):
-        name = f"{prefix}.{entry.name}" if prefix else entry.name
-        if dataclasses.is_dataclass(entry.type) and entry.type is not schema.Plugin:
+    for key, field in cls.model_fields.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if schema.section_of(field.annotation) is field.annotation:
             continue  # a section: its own table
-        about = [said[entry.name] or SAID.get(name, ""), OPENS.get(name, "")]
-        about += [f"also called {other[name]}"] if name in other else []
-        meaning = "; ".join(part.rstrip(".") for part in about if part)
-        for theirs, plain in (("|", "\\|"), ("None:", "null:"), ("RankConfig", "a section")):
-            meaning = meaning.replace(theirs, plain)
-        lines.append(f"| `{name}` | {kind(entry.type)} | {default(entry)} | {meaning} |")
+        meaning = field.description.rstrip(".") + (f"; also called {other[name]}" if name in other else "")
+        lines.append(f"| `{name}` | {kind(hints[key])} | {default(field.default)} | {meaning} |")
     return "\n".join(lines)
 
 
 def reference() -> str:
     parts = []
     for prefix, cls in sections():
-        about = "" if cls.__doc__.startswith(f"{cls.__name__}(") else "\n\n" + " ".join(inspect.getdoc(cls).split())
+        about = f"\n\n{' '.join(inspect.getdoc(cls).split())}" if cls.__doc__ else ""
         parts.append(f"### {f'`{prefix}`' if prefix else 'At the top'}{about}\n\n{table(prefix, cls)}")
     parts.append(f"### Names for `method`\n\n{named_methods()}")
     parts.append(f"### Names for `lora.adapter`\n\n{_table((name, {}, about) for name, about in kinds.describe().items())}")

@@ -1,15 +1,14 @@
-"""A run is one file: frozen dataclasses, read from YAML with dotted overrides, validated before anything is loaded."""
+"""A run is one file: frozen sections of fields, read from YAML with dotted overrides, validated before anything is loaded."""
 
-import dataclasses
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dfl.config.aliases import apply, own_names, settle
-from dfl.config.build import build
 from dfl.config.checks import validate
+from dfl.config.errors import refusal
 from dfl.config.recipes import parse_overrides, read_yaml
 from dfl.config.schema import (
     CheckpointConfig,
@@ -41,9 +40,7 @@ def resolve(tree: Mapping[str, Any], pairs: Iterable[tuple[str, Any]] = ()) -> C
     """The configuration of a recipe's tree with overrides (dotted key, value); both may use the names of `aliases`."""
     named = settle(apply(own_names(tree), pairs))
     _check_rule(named)
-    config = _expand_paths(build(Config, named, ""))
-    validate(config)
-    return config
+    return from_dict(named)
 
 
 def _check_rule(tree: Mapping[str, Any]) -> None:
@@ -55,25 +52,11 @@ def _check_rule(tree: Mapping[str, Any]) -> None:
                          f"meant, give it as method (method: {name}), else give the method as well")
 
 
-def _expand_paths(config: Config) -> Config:
-    """`$NAME` and `~` in the fields that may be paths. ValueError names a variable that is not set."""
-    def expand(where: str, value: str | None) -> str | None:
-        if value is None:
-            return None
-        expanded = os.path.expandvars(os.path.expanduser(value))
-        left = re.search(r"\$\{?(\w+)", expanded)
-        if left:
-            raise ValueError(f"{where} = {value!r}: the environment variable {left[1]} is not set")
-        return expanded
-
-    data = dataclasses.replace(config.data, train=expand("data.train", config.data.train),
-                               valid=expand("data.valid", config.data.valid))
-    model = dataclasses.replace(config.model, name=expand("model.name", config.model.name))
-    return dataclasses.replace(config, data=data, model=model, output=expand("output", config.output))
-
-
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The configuration that `Config.to_dict` gave."""
-    config = build(Config, tree, "")
+    """The configuration of a tree with our names, such as `Config.to_dict` gives. ValueError as of `load`."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise refusal(error) from None
     validate(config)
     return config

@@ -5,15 +5,13 @@ knows our names only. What a recipe says is translated before an override is app
 one source that gives both is refused. A name whose meaning cannot be had here is refused with the reason.
 """
 
-import dataclasses
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from dfl.config.foreign import FOREIGN
 from dfl.config.recipes import number, set_field
-from dfl.config.schema import Config, TrainConfig
+from dfl.config.schema import Config, TrainConfig, section_of
 from dfl.config.trackers import TRACKERS, check_trackers
 
 # so many fields are named to whoever knows none of them
@@ -186,8 +184,8 @@ def _put(tree: dict[str, Any], key: str, alias: Alias, value: Any) -> None:
     if alias.half is None:
         set_field(tree, alias.own, value)
         return
-    given = tree.get("train")
-    betas = list((isinstance(given, Mapping) and given.get("betas")) or TrainConfig.betas)
+    given, default = tree.get("train"), TrainConfig.model_fields
+    betas = list((isinstance(given, Mapping) and given.get("betas")) or default["betas"].default)
     set_field(tree, alias.own, [value if half == alias.half else beta for half, beta in enumerate(betas)])
 
 
@@ -197,7 +195,7 @@ def settle(tree: dict[str, Any]) -> dict[str, Any]:
     given = [(name, tree.pop(name)) for name in _LATER if name in tree]
     if not isinstance(train, Mapping):
         return tree
-    steps, passes = train.get("local_steps", TrainConfig.local_steps), train.get("local_epochs", TrainConfig.local_epochs)
+    steps, passes = (train.get(name, TrainConfig.model_fields[name].default) for name in ("local_steps", "local_epochs"))
     for name, value in given:
         if name == "num_train_epochs":
             rounds = _rounds_of_passes(value, passes)
@@ -256,9 +254,9 @@ def suggest(where: str, key: Any, known: Iterable[str]) -> str:
 def _elsewhere(key: Any) -> str:
     """Our fields of that name in other sections, or our name for one of theirs."""
     own = [alias.own for name, alias in ALIASES.items() if key == name.rpartition(".")[2] and alias.own != name]
-    hints = typing.get_type_hints(Config)
-    inside = [f"{name}.{key}" for name, hint in hints.items() if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)]
-    return _either(own[:1] or inside or ([key] if key in hints else []))
+    sections = {name: section_of(field.annotation) for name, field in Config.model_fields.items()}
+    inside = [f"{name}.{key}" for name, section in sections.items() if section is not None and key in section.model_fields]
+    return _either(own[:1] or inside or ([key] if key in sections else []))
 
 
 def _either(names: Iterable[str]) -> str:

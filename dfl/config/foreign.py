@@ -88,7 +88,7 @@ _ANSWERS: dict[str, str] = {
     # what is always so
     _EVERY_ROUND: "logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm debug verbose "
         "plot_loss include_num_input_tokens_seen include_tokens_per_second skip_memory_metrics log_with log_completions ",
-    "eval.metrics names them, your own as well, over all evaluation examples": "include_for_metrics metrics compute_metrics "
+    "eval.metrics names them, your own as well, over all evaluation examples": "include_for_metrics compute_metrics "
         "compute_accuracy prediction_loss_only",
     "metrics are of all evaluation examples, whatever the batches": "batch_eval_metrics eval_do_concat_batches eval_use_gather_object "
         "eval_accumulation_steps average_tokens_across_devices include_inputs_for_metrics ",

@@ -1,9 +1,28 @@
-"""What a run is: frozen dataclasses. A field's comment says what it means; its type and default say what is allowed."""
+"""What a run is: frozen sections of fields. A type says what is allowed, a description what is meant (README.md is made of them)."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from dfl.config.recipes import number
+from dfl.config.types import (
+    NOT_ALLOWED,
+    Count,
+    CountOrZero,
+    Folder,
+    Fraction,
+    Names,
+    Path,
+    Positive,
+    PositiveOrZero,
+    Several,
+    Switch,
+    Text,
+    one_or_list,
+)
 
 
 @dataclass(frozen=True)
@@ -13,173 +32,219 @@ class Plugin:
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls._read)
 
-@dataclass(frozen=True)
-class ModelConfig:
-    name: str = "minilm"  # the embedded MiniLM, a model folder, or a hub name
-    task: str = "sequence_classification"
-    layers: int | None = None  # keep only the first k transformer layers
-    dropout: float | None = None  # the base model's own dropout; None: what its configuration says
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base weights
-    head_std: float | None = None  # of a new head's weights; None: the model's initializer_range
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    source: str = "docstrings"  # docstrings, file or hub
-    train: str | None = None  # file: path; hub: split
-    valid: str | None = None
-    name: str | None = None  # hub: data set name, with an optional configuration after a colon
-    text: str = "text"
-    pair: str | None = None
-    label: str = "label"
-    prompt: str | None = None
-    response: str | None = None
-    image: str = "image"
-    max_length: int = 128  # tokens
-    max_train: int | None = None  # examples
-    max_valid: int | None = None
-    valid_fraction: float = 0.1  # taken off train when no valid is given
+    @classmethod
+    def _read(cls, value: Any) -> "Plugin":
+        if isinstance(value, (Plugin, str)):
+            return value if isinstance(value, Plugin) else cls(value)
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise PydanticCustomError(NOT_ALLOWED, "{text}", {"text": "a name, or a mapping with name and the plug-in's parameters"})
+        return cls(value["name"], {key: number(inner) for key, inner in value.items() if key != "name"})
 
 
-@dataclass(frozen=True)
-class RankConfig:
+Plugins = Annotated[tuple[Plugin, ...], BeforeValidator(lambda value: one_or_list(value, str, Mapping))]
+
+
+class Section(BaseModel):
+    """A part of a recipe, frozen; null is the same as leaving it out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+def said(default: Any, meaning: str, **more: Any) -> Any:
+    """A field with what it means."""
+    return Field(default, description=meaning, **more)
+
+
+class ModelConfig(Section):
+    name: Path = said("minilm", "the embedded MiniLM, a model folder, or a hub name")
+    task: Text = said("sequence_classification", "sequence_classification, sequence_regression, causal_lm or image_classification")
+    layers: Count | None = said(None, "keep only the first k transformer layers")
+    dropout: Fraction | None = said(None, "the base model's own dropout; null: what its configuration says")
+    dtype: Literal["float32", "bfloat16", "float16"] = said("float32", "of the frozen base weights")
+    head_std: Positive | None = said(None, "of a new head's weights; null: the model's initializer_range")
+
+
+class DataConfig(Section):
+    source: Text = said("docstrings", "docstrings, file or hub")
+    train: Path | None = said(None, "file: path; hub: split")
+    valid: Path | None = said(None, "as data.train; null: a part of train is taken off")
+    name: Text | None = said(None, "hub: data set name, with an optional configuration after a colon")
+    text: Text = said("text", "the column of the text")
+    pair: Text | None = said(None, "the column of a second text, as in entailment")
+    label: Text = said("label", "the column of the label, a word or a number; of a regression, of the number")
+    prompt: Text | None = said(None, "causal_lm: the column of the prompt, which has no loss")
+    response: Text | None = said(None, "causal_lm: the column of what is to be learnt, with data.prompt")
+    image: Text = said("image", "the column of the image: a path beside the file, or an image")
+    max_length: Count = said(128, "tokens")
+    max_train: Count | None = said(None, "examples")
+    max_valid: Count | None = said(None, "examples")
+    valid_fraction: Fraction = said(0.1, "taken off train when no valid is given")
+
+
+class RankConfig(Section):
     """Ranks that differ from peer to peer: drawn from `choices`, or as large as the memory of each peer allows."""
 
-    choices: tuple[int, ...] | None = None
-    weights: tuple[float, ...] | None = None  # how often each choice is drawn; None: equally
-    budget_mb: float | tuple[float, ...] | None = None  # for factors, gradients and two moments, of every peer or of each
-    largest: int = 64  # with budget_mb
+    choices: Several[Count] | None = said(None, "ranks to draw from, one for each peer")
+    weights: Several[PositiveOrZero] | None = said(None, "how often each choice is drawn; null: equally")
+    budget_mb: Several[Positive] | Positive | None = said(
+        None, "for factors, gradients and two moments, of every peer or of each")
+    largest: Count = said(64, "with budget_mb")
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    adapter: str = "lora"  # a kind of adapter; dora, hira, sb and ravan want the method of that name (sb: fed_sb)
-    rank: RankConfig | tuple[int, ...] | int = 8  # one for all, a list with one a peer, or RankConfig
-    alpha: tuple[float, ...] | float = 16.0  # one for all, or one a peer; the change of a weight is alpha / rank times B A
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] | None = None  # None: PEFT's own choice for the architecture
-    rslora: tuple[bool, ...] | bool = False  # alpha / sqrt(rank) instead
-    # of A and B; pissa and olora begin at the base weight's own directions. Of the bases of sb and ravan: kaiming draws them, gradient
-    # takes the leading directions of the first gradient
-    start: Literal["kaiming", "pissa", "olora", "gradient"] = "kaiming"
-    start_samples: int = 64  # the examples of peer 0 that the first gradient is the mean over; all that it has where they are fewer
-    start_step: float = 0.0  # the core begins where a step of gradient descent of this rate takes the base weight; 0: at zero
-    heads: int = 4  # of a ravan adapter
-    head: Literal["frozen", "mixed", "local"] = "frozen"
+class LoraConfig(Section):
+    adapter: Text = said("lora", "a kind of adapter; dora, hira, sb and ravan want the method of that name (sb: fed_sb)")
+    rank: RankConfig | Several[Count] | Count = said(8, "one for all, a list with one a peer, or a section")
+    alpha: Several[Positive] | Positive = said(
+        16.0, "one for all, or one a peer; the change of a weight is alpha / rank times B A")
+    dropout: Fraction = said(0.0, "of the adapters' input, from a generator for each peer")
+    targets: Text | Several[Text] | None = said(None, "null: PEFT's own choice for the architecture")
+    rslora: Several[Switch] | Switch = said(False, "alpha / sqrt(rank) instead")
+    start: Literal["kaiming", "pissa", "olora", "gradient"] = said(
+        "kaiming", "of A and B; pissa and olora begin at the base weight's own directions. Of the bases of sb and "
+                   "ravan: kaiming draws them, gradient takes the leading directions of the first gradient")
+    start_samples: Count = said(
+        64, "the examples of peer 0 that the first gradient is the mean over; all that it has where they are fewer")
+    start_step: PositiveOrZero = said(
+        0.0, "the core begins where a step of gradient descent of this rate takes the base weight; 0: at zero")
+    heads: Count = said(4, "of a ravan adapter")
+    head: Literal["frozen", "mixed", "local"] = said(
+        "frozen", "a new head: frozen and common, mixed as the factors are, or local")
 
 
-@dataclass(frozen=True)
-class RatioConfig:
+class RatioConfig(Section):
     """The learning rate of each group of trained numbers as a multiple of train.lr; 0: it stays as it is.
 
     LoRA+ gives B more than A, about 16 times (Hayou, Ghosh, Yu, 2024, arXiv 2402.12354).
     """
 
-    A: float = 1.0
-    B: float = 1.0
-    M: float = 1.0  # what is trained beside A and B: the magnitudes of dora
-    core: float = 1.0  # what is trained in place of A and B, by sb and ravan
-    head: float = 1.0
+    A: PositiveOrZero = said(1.0, "of A")
+    B: PositiveOrZero = said(1.0, "of B")
+    M: PositiveOrZero = said(1.0, "what is trained beside A and B: the magnitudes of dora")
+    core: PositiveOrZero = said(1.0, "what is trained in place of A and B, by sb and ravan")
+    head: PositiveOrZero = said(1.0, "of a head that is trained")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    rounds: int = 20
-    local_steps: int | None = 10
-    local_epochs: int | None = None  # instead of local_steps
-    batch_size: int = 16
-    accumulation: int = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    lr_ratio: RatioConfig = field(default_factory=RatioConfig)  # lr_ratio.B: 16 is LoRA+
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.0
-    clip: float | None = 1.0  # per peer, on the norm of its whole gradient
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = 0.0  # fraction of the run
-    state: Literal["fresh", "carried"] = "fresh"  # optimiser moments across rounds
-    at_switch: Literal["fresh", "carried"] = "fresh"  # and of a factor that becomes active again
-    at_refactor: Literal["rotate", "reset", "keep"] = "rotate"  # and where mixing turns the basis: rotate the first, reset the second
-    autocast: Literal["auto", "off", "bfloat16"] = "auto"
-    executor: Literal["auto", "sequential", "stacked"] = "auto"
+class TrainConfig(Section):
+    rounds: Count = said(20, "of local training and one exchange")
+    local_steps: Count | None = said(10, "optimiser steps of each peer in a round")
+    local_epochs: Count | None = said(None, "instead of local_steps")
+    batch_size: Count = said(16, "examples of one peer in a step")
+    accumulation: Count = said(1, "batches whose gradients make one step")
+    optimizer: Literal["adamw", "sgd"] = said("adamw", "of each peer alone")
+    # a rate of zero is the cheapest oracle of the mixing
+    lr: PositiveOrZero = said(1e-3, "learning rate")
+    lr_ratio: RatioConfig = said(RatioConfig(), "lr_ratio.B: 16 is LoRA+")
+    weight_decay: PositiveOrZero = said(0.0, "decoupled for adamw")
+    betas: Several[Fraction] = said((0.9, 0.999), "of adamw", min_length=2, max_length=2)
+    eps: Positive = said(1e-8, "of adamw")
+    momentum: PositiveOrZero = said(0.0, "of sgd")
+    clip: Positive | None = said(1.0, "per peer, on the norm of its whole gradient")
+    schedule: Literal["constant", "linear", "cosine"] = said("constant", "of the learning rate over the run")
+    warmup: Fraction = said(0.0, "fraction of the run")
+    state: Literal["fresh", "carried"] = said("fresh", "optimiser moments across rounds")
+    at_switch: Literal["fresh", "carried"] = said("fresh", "and of a factor that becomes active again")
+    at_refactor: Literal["rotate", "reset", "keep"] = said(
+        "rotate", "and where mixing turns the basis: rotate the first, reset the second")
+    # YAML 1.1 reads off as false
+    autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(lambda value: "off" if value is False else value)] = said(
+        "auto", "of the forward pass; auto: bfloat16 on a GPU")
+    executor: Literal["auto", "sequential", "stacked"] = said(
+        "auto", "hosted peers one after the other, or stacked in one pass; auto chooses")
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    every: int = 5  # rounds; 0: only before the first and after the last
-    batch_size: int = 64
-    consensus: bool = True  # evaluate the consensus model as well
-    metrics: tuple[Plugin, ...] | None = None  # one or a list, the loss always beside them; null: the task's own
-    # the metric that tables, pages and callbacks are about; null: the task's own where it is among eval.metrics, else their first
-    primary: str | None = None
+class EvalConfig(Section):
+    every: CountOrZero = said(5, "rounds; 0: only before the first and after the last")
+    batch_size: Count = said(64, "examples in a pass")
+    consensus: Switch = said(True, "evaluate the consensus model as well")
+    metrics: Plugins | None = said(None, "one or a list, the loss always beside them; null: the task's own")
+    primary: Text | None = said(
+        None, "the metric that tables, pages and callbacks are about; null: the task's own where it is among "
+              "eval.metrics, else their first")
 
 
-@dataclass(frozen=True)
-class MeasureConfig:
-    every: int | None = None  # rounds; null: with every evaluation; 0: never
-    layers: int = 10  # rounds between diagnostics layer by layer; 0: never
+class MeasureConfig(Section):
+    every: CountOrZero | None = said(None, "rounds; null: with every evaluation; 0: never")
+    layers: CountOrZero = said(10, "rounds between diagnostics layer by layer; 0: never")
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 0  # rounds; 0: by time
-    minutes: float | None = 5.0  # with every = 0: at most so long between two, the first one early; null: only at the end
-    keep: int = 2  # the newest
+class CheckpointConfig(Section):
+    every: CountOrZero = said(0, "rounds; 0: by time")
+    minutes: Positive | None = said(
+        5.0, "with every = 0: at most so long between two, the first one early; null: only at the end")
+    keep: Count = said(2, "the newest")
 
 
-@dataclass(frozen=True)
-class Config:
-    peers: int = 8
-    seed: int = 0
-    topology_seed: int | None = None  # None: seed
-    data_seed: int | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    method: Plugin = field(default_factory=lambda: Plugin("tad"))
-    topology: Plugin = field(default_factory=lambda: Plugin("ring"))
-    schedule: Plugin | None = None  # what trains and what is exchanged, round by round; None: as the method has it
-    rule: Plugin | None = None  # how what arrives is combined; None: as the method has it
-    trigger: Plugin = field(default_factory=lambda: Plugin("always"))  # whether a peer speaks
-    codec: Plugin = field(default_factory=lambda: Plugin("none"))  # how a message becomes bytes
-    channel: Plugin = field(default_factory=lambda: Plugin("perfect"))  # what the way does to it
-    network: Plugin = field(default_factory=lambda: Plugin("none"))  # how long things take, on a simulated clock
-    guard: Plugin = field(default_factory=lambda: Plugin("norm"))  # what may enter a peer's mix: norm, or finite alone
-    wrapper: Plugin = field(default_factory=lambda: Plugin("none"))  # an optimiser across peers
-    partition: Plugin = field(default_factory=lambda: Plugin("iid"))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    baseline: Literal["local"] | None = None  # also train without mixing, for the closing table
-    plugins: tuple[str, ...] = ()  # modules that put rules, codecs, ... of their own into the tables; imported, also by a dry run
-    # own hooks: package.module:Class of a dfl.Callback; one or a list. A run imports and executes them: such a recipe is code
-    callbacks: tuple[str, ...] = ()
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb, mlflow; one name or a list
-    output: str = "runs/run"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    # of a plain `dfl train`, on CPU: the hosted peers are spread over so many; None: one for each core and peer that memory allows
-    processes: int | None = None
-    threads: int | None = None  # of each process; None: OMP_NUM_THREADS, else 1. Another number gives other bits
-    # seconds to wait for a process that lives but does not answer: longer than the longest local phase and evaluation. Who is dead is
-    # found at once, who is stopped or hangs within about a minute, whatever this is
-    timeout: float = 1800.0
+class Config(Section):
+    peers: Count = said(8, "participants; any number in one process")
+    seed: CountOrZero = said(0, "of adapters, heads, batches, dropout and whatever a rule draws")
+    topology_seed: CountOrZero | None = said(None, "null: seed")
+    data_seed: CountOrZero | None = said(
+        None, "of the partition, the validation split, the subsets and the order of examples; null: seed")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    method: Plugin = said(Plugin("tad"), "fills the slots of a round; what to choose: [dfl/rules](../rules/README.md)")
+    topology: Plugin = said(Plugin("ring"), "names and parameters: [topologies](../../topologies/README.md)")
+    schedule: Plugin | None = said(
+        None, "what trains and what is exchanged, round by round; null: as the method has it")
+    rule: Plugin | None = said(None, "how what arrives is combined; null: as the method has it")
+    trigger: Plugin = said(Plugin("always"), "whether a peer speaks")
+    codec: Plugin = said(Plugin("none"), "how a message becomes bytes")
+    channel: Plugin = said(Plugin("perfect"), "what the way does to it")
+    network: Plugin = said(Plugin("none"), "how long things take, on a simulated clock")
+    guard: Plugin = said(Plugin("norm"), "what may enter a peer's mix: norm, or finite alone")
+    wrapper: Plugin = said(Plugin("none"), "an optimiser across peers")
+    partition: Plugin = said(Plugin("iid"), "who holds which examples")
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    measure: MeasureConfig = MeasureConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    baseline: Literal["local"] | None = said(
+        None, "also train by this method, which mixes nothing, for the closing table")
+    plugins: Names = said(
+        (), "modules that put rules, codecs, ... of their own into the tables; imported, also by a dry run")
+    callbacks: Names = said(
+        (), "own hooks: package.module:Class of a dfl.Callback; one or a list. A run imports and executes them: such "
+            "a recipe is code")
+    report_to: Names = said((), "tensorboard, wandb, mlflow; one name or a list")
+    output: Folder = said("runs/run", "the run's folder")
+    device: Literal["auto", "cpu", "cuda"] = said("auto", "auto: a GPU where torch sees one")
+    backend: Literal["auto", "gloo", "nccl"] = said("auto", "of torch.distributed; auto: by the device")
+    processes: Count | None = said(
+        None, "of a plain `dfl train`, on CPU: the hosted peers are spread over so many; null: one for each core and "
+              "peer that memory allows")
+    threads: Count | None = said(
+        None, "of each process; null: OMP_NUM_THREADS, else 1. Another number gives other bits")
+    timeout: Positive = said(
+        1800.0, "seconds to wait for a process that lives but does not answer: longer than the longest local phase "
+                "and evaluation. Who is dead is found at once, who is stopped or hangs within about a minute, "
+                "whatever this is")
 
     def to_dict(self) -> dict[str, Any]:
         return plain(self)
 
 
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type is, or may be."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
 def plain(value: Any) -> Any:
+    """A value as YAML and JSON have it."""
     if isinstance(value, Plugin):
-        return {"name": value.name, **{k: plain(v) for k, v in value.params.items()}}
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"name": value.name, **{key: plain(inner) for key, inner in value.params.items()}}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return [plain(inner) for inner in value]
+    if isinstance(value, (Section, Mapping)):
+        return {key: plain(inner) for key, inner in dict(value).items()}
     return value

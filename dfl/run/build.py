@@ -104,8 +104,8 @@ def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> 
         kinds.check_residual(lora, who)
     kinds.check_start(lora, known is None or known.unequal is not None or len(set(known.scalings)) > 1)
     trained = [*kinds.kind_of(lora).trains, *([] if lora.head == "frozen" else ["head"])]
-    for group, ratio in vars(config.train.lr_ratio).items():
-        if ratio != getattr(RatioConfig, group) and group not in trained:
+    for group, ratio in config.train.lr_ratio:
+        if ratio != RatioConfig.model_fields[group].default and group not in trained:
             raise ValueError(f"train.lr_ratio.{group} = {ratio} changes nothing: lora.adapter = {lora.adapter!r} "
                              f"with lora.head = {lora.head!r} trains {', '.join(trained)}")
 

@@ -1,6 +1,5 @@
 """The file of a sweep: a recipe and which of its fields take which values; every combination is a cell with a configuration."""
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -225,4 +224,4 @@ def _check_files(config: Config, located: set[str]) -> None:
 
 
 def with_output(config: Config, folder: Path) -> Config:
-    return dataclasses.replace(config, output=str(folder))
+    return config.model_copy(update={"output": str(folder)})

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import typing
 
 import peft
 import pytest
@@ -13,6 +12,7 @@ import yaml
 from dfl.config import Config, load, resolve
 from dfl.config.aliases import ALIASES, REFUSED, _elsewhere
 from dfl.config.foreign import FOREIGN
+from dfl.config.schema import section_of
 
 OURS = """
 peers: 8
@@ -157,8 +157,9 @@ def test_refused_with_the_reason(case):
 
 def dotted_fields(cls, prefix: str = "") -> list[str]:
     found = []
-    for name, hint in typing.get_type_hints(cls).items():
-        found += [f"{prefix}{name}", *(dotted_fields(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [])]
+    for name, field in cls.model_fields.items():
+        section = section_of(field.annotation)
+        found += [f"{prefix}{name}", *(dotted_fields(section, f"{prefix}{name}.") if section else [])]
     return found
 
 

@@ -127,7 +127,7 @@ def test_a_rule_is_told_the_rate_of_every_group(root, tmp_path):
 def test_what_a_recipe_may_say(tmp_path):
     assert load(None, ["--loraplus_lr_ratio", "16"]).train.lr_ratio.B == 16
     assert resolve({"loraplus_lr_ratio": 4, "train": {"lr_ratio": {"A": 2}}}).train.lr_ratio.A == 2
-    for given, said in ((["--train.lr_ratio.B", "-1"], "train.lr_ratio.B = -1.0 is not allowed; allowed: zero or"),
+    for given, said in ((["--train.lr_ratio.B", "-1"], "train.lr_ratio.B = -1 is not allowed; allowed: zero or"),
                         (["--train.lr_ratio.C", "1"], "unknown key 'train.lr_ratio.C' = 1"),
                         (["--train.loraplus_lr_ratio", "2"], "did you mean 'train.lr_ratio.B'")):
         with pytest.raises(ValueError) as caught:

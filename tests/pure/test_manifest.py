@@ -275,7 +275,8 @@ def test_a_field_that_is_new_and_not_its_default_is_named(root, done, tmp_path, 
 
 
 @pytest.mark.parametrize("text, said", [("peers: [1, 2", "is not valid YAML"), ("", "is empty"), ("- 1\n- 2\n", "must hold a mapping"),
-                                        ("peers: many\n", "peers = 'many' is not allowed"), ("train: 7\n", "must be a mapping"),
+                                        ("peers: many\n", "peers = 'many' is not allowed"),
+                                        ("train: 7\n", "train = 7 is not allowed; allowed: a mapping of fields"),
                                         ("peerz: 4\n", "unknown key 'peerz'"), (b"\xff\xfe\x00peers", "is not valid YAML")])
 def test_a_damaged_recipe_is_one_line(root, done, tmp_path, capsys, text, said):
     output = halted(done, tmp_path / "run")

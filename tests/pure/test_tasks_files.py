@@ -140,4 +140,4 @@ def test_data_problems_come_before_the_model_is_read(tmp_path):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="data.train"):
-        load(ModelConfig(str(folder)), DataConfig(source="file", train="nowhere.csv"), seed=0)
+        load(ModelConfig(name=str(folder)), DataConfig(source="file", train="nowhere.csv"), seed=0)

@@ -28,7 +28,7 @@ def saved(tmp_path):
 
 
 def test_declared_labels_keep_their_order(saved, tmp_path, capfd):
-    model = ModelConfig(str(tiny_models.save(tmp_path / "bert", "bert")))
+    model = ModelConfig(name=str(tiny_models.save(tmp_path / "bert", "bert")))
     capfd.readouterr()
     loaded = load(model, DataConfig(source="hub", name=saved, valid="valid", max_length=16), seed=0)
     assert loaded.train.label_names == ["pos", "neg"]
@@ -60,7 +60,7 @@ def test_images_stay_encoded(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
     rows = datasets.Dataset.from_dict({"image": pictures, "label": [i // 6 for i in range(12)]}, features=features)
     rows.save_to_disk(tmp_path / "pictures")
-    model = ModelConfig(str(tiny_models.save(tmp_path / "vit", "vit")), task="image_classification")
+    model = ModelConfig(name=str(tiny_models.save(tmp_path / "vit", "vit")), task="image_classification")
     loaded = load(model, DataConfig(source="hub", name=str(tmp_path / "pictures")), seed=0)
     assert isinstance(loaded.train.columns["image"][0], dict)
     assert loaded.task.collate(loaded.train.features)["pixel_values"].shape == (11, 3, 16, 16)

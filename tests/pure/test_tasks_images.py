@@ -26,7 +26,7 @@ def pictures(tmp_path):
 
 
 def bundle(folder, **fields):
-    model = ModelConfig(str(tiny_models.save(folder / "vit", "vit")), task="image_classification", **fields)
+    model = ModelConfig(name=str(tiny_models.save(folder / "vit", "vit")), task="image_classification", **fields)
     return load(model, DataConfig(source="file", train=str(folder / "pictures.csv"), valid_fraction=0.25), seed=0)
 
 
@@ -82,9 +82,9 @@ def test_a_model_without_a_processor_and_a_model_of_texts(pictures):
         file.unlink()
     data = DataConfig(source="file", train=str(pictures / "pictures.csv"))
     with pytest.raises(ValueError, match="bare' cannot be loaded"):
-        load(ModelConfig(str(path), task="image_classification"), data, seed=0)
+        load(ModelConfig(name=str(path), task="image_classification"), data, seed=0)
     with pytest.raises(ValueError, match="bert' cannot be loaded"):
-        load(ModelConfig(str(tiny_models.save(pictures / "bert", "bert")), task="image_classification"), data, seed=0)
+        load(ModelConfig(name=str(tiny_models.save(pictures / "bert", "bert")), task="image_classification"), data, seed=0)
 
 
 def test_encoded_and_decoded_images_are_the_same(pictures):

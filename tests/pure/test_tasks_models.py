@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def bundle(folder, kind, *, seed=0, pair=None, text="text", max_length=16, **fields):
     path = folder(kind)
     data = DataConfig(source="file", train=str(path.parent / "data.csv"), text=text, pair=pair, max_length=max_length)
-    return load(ModelConfig(str(path), **fields), data, seed=seed)
+    return load(ModelConfig(name=str(path), **fields), data, seed=seed)
 
 
 KINDS = {"bert": ("classifier", "bert.pooler.dense"), "roberta": ("classifier",), "llama": ("score",), "gpt2": ("score",),
@@ -172,14 +172,14 @@ def test_what_is_no_model_is_one_line(tmp_path, name, message):
     (tmp_path / "data.csv").write_text(DATA)
     data = DataConfig(source="file", train=str(tmp_path / "data.csv"), max_length=16)
     with pytest.raises(ValueError, match=message) as caught:
-        load(ModelConfig(str(path)), data, seed=0)
+        load(ModelConfig(name=str(path)), data, seed=0)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_hub_name_without_a_network_is_one_line(tmp_path, capfd):
     (tmp_path / "data.csv").write_text(DATA)
     with pytest.raises(ValueError, match="model.name = 'no-such/model' cannot be loaded: ") as caught:
-        load(ModelConfig("no-such/model"), DataConfig(source="file", train=str(tmp_path / "data.csv")), seed=0)
+        load(ModelConfig(name="no-such/model"), DataConfig(source="file", train=str(tmp_path / "data.csv")), seed=0)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -283,7 +283,7 @@ from dfl.config import DataConfig, ModelConfig
 from dfl.tasks import load
 torch.randn(torch.initial_seed() % 7)
 data = DataConfig(source="file", train={data!r}, max_length=16)
-bundle = load(ModelConfig({path!r}), data, seed=3)
+bundle = load(ModelConfig(name={path!r}), data, seed=3)
 digest = hashlib.sha256(json.dumps(bundle.facts).encode())
 for split in (bundle.train, bundle.valid):
     for feature in split.features:

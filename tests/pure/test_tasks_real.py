@@ -62,7 +62,7 @@ def test_trec_majorities(research_data):
 
 
 def test_a_small_language_model_on_docstrings_and_on_its_own_stories(research_data):
-    model = ModelConfig(str(research_data / "stories260k"), task="causal_lm")
+    model = ModelConfig(name=str(research_data / "stories260k"), task="causal_lm")
     bundle = load(model, DataConfig(max_train=100, max_valid=50), seed=0)
     assert bundle.head_modules == () and bundle.facts["new_weights"] == []
     metrics = metrics_of(bundle, range(50))
@@ -76,7 +76,7 @@ def test_a_small_language_model_on_docstrings_and_on_its_own_stories(research_da
 
 
 def test_a_language_model_also_classifies(research_data):
-    model = ModelConfig(str(research_data / "stories260k"))
+    model = ModelConfig(name=str(research_data / "stories260k"))
     bundle = load(model, DataConfig(max_train=100, max_valid=50), seed=0)
     assert bundle.head_modules == ("score",)
     assert metrics_of(bundle, range(50))["loss"] == pytest.approx(np.log(5), abs=0.3)
@@ -84,7 +84,7 @@ def test_a_language_model_also_classifies(research_data):
 
 def test_half_precision_weights_in_float32(research_data):
     folder = research_data / "minilm-l6-fp16"
-    bundle = load(ModelConfig(str(folder), layers=1), DataConfig(max_train=50, max_valid=50), seed=0)
+    bundle = load(ModelConfig(name=str(folder), layers=1), DataConfig(max_train=50, max_valid=50), seed=0)
     assert {p.dtype for p in bundle.model.parameters()} == {torch.float32}
     assert np.isfinite(metrics_of(bundle, range(50))["loss"])
 
