@@ -268,6 +268,15 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
     if channel.delays and not method.trigger.always and method.trigger.holds:
         raise ValueError(f"channel.name = {name!r} delays messages: with trigger.name = {filled['trigger'].name!r} no peer would know "
                          "what its neighbours hold; allowed: trigger always, or a channel without delay")
+    if channel.static and method.schedule.sends == "active":
+        raise ValueError(f"channel.payload = 'difference' is to what was told before, but {method.name!r} exchanges another factor "
+                         "from round to round; allowed: payload model")
+    if channel.air is not None:
+        why = ("a trigger" if not method.trigger.always else "a codec" if not method.codec.exact
+               else "a rule that needs each message by itself" if not (rule.linear and rule.averages) else None)
+        if why:
+            raise ValueError(f"channel.name = {name!r} delivers sums of numbers, which {why} cannot have; allowed with it: trigger "
+                             "always, codec none, a method that averages rows")
     if channel.aggregations != 1 and not (rule.linear and filled["wrapper"].name == "none"):
         raise ValueError(f"channel.aggregations: {whole} cannot mix more than once in a round; allowed: 1, or a method that "
                          "averages rows, without wrapper")
@@ -326,6 +335,9 @@ def check_topology(method: Method, topology, slots: Mapping[str, Choice] = {}) -
         raise ValueError(f"topology.name = {topology.name!r} has columns that sum to one, but not rows: receivers would not average; "
                          "allowed: weights that are doubly or row stochastic, or wrapper: push_sum")
     method.rule.check(topology)
+    if method.channel.static and getattr(topology, "period", None) != 1:
+        raise ValueError("channel.payload = 'difference' needs a topology that is the same in every round, since a reference is "
+                         "told to neighbours only now and then; allowed: ring, complete, ... (`dfl list`), or payload model")
     if (trigger.answers or trigger.greets) and not np.array_equal((w := topology.matrix(0)) != 0, (w != 0).T):
         raise ValueError("topology has links that go one way, over which no peer can answer, as this trigger wants; allowed: a "
                          "topology of undirected links")

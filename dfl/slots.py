@@ -224,6 +224,10 @@ class Channel(NamedTuple):
     fill(inbox, own, weights) -> inbox, what stands for the numbers that were lost, given all that arrived, the
     receiver's own message and its row of W(t); None: its own numbers. A trigger that holds messages back keeps what
     arrived before.
+    air(inbox, own, weights, state, link) -> (inbox, state): what neighbours send at once adds up, and this is what stands
+    for each of their messages, so that the weighted sum is what is received; state and link are the receiver's. None:
+    messages come one by one. shared(t): whether a use of the way serves all senders in round t. static: it needs the
+    same W in every round.
     delays: it may deliver a message of an earlier round; it is then asked in every round, with None where nothing came.
     repeats: state["sent"], a scalar, is how often the last message was sent, as a sum over its parts (1: once).
     aggregations: how often peers exchange and mix in one round; None: chosen in every round (`injects`).
@@ -235,6 +239,9 @@ class Channel(NamedTuple):
     deliver: Callable[[Message | None, State, Link], tuple[Message | None, State]]
     perfect: bool = False
     fill: Callable[[Mapping[int, Message], Message, Mapping[int, float]], dict[int, Message]] | None = None
+    air: Callable[[Mapping[int, Message], Message, Mapping[int, float], State, Link], tuple[dict[int, Message], State]] | None = None
+    shared: Callable[[int], bool] = lambda t: False
+    static: bool = False
     delays: bool = False
     repeats: bool = False
     aggregations: int | None = 1

@@ -161,6 +161,8 @@ class Gossip(Sending):
         together = tuple(peer for peer, inbox in inboxes.items() if len(inbox) > 1)
         entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
                                       len(self.topology.receivers(t, peer)), self.method.codec.counts) for peer, to in times.items()}
+        if self.method.channel.shared(t):
+            entries = {peer: one._replace(channel_uses=_numbers(messages[peer]) * (peer in together)) for peer, one in entries.items()}
         sent = ledger.total(entries)
         return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, lost, rejected, encoded - started, moved - encoded,
                       mixed - moved, entries, 1), seen
@@ -200,7 +202,7 @@ class Gossip(Sending):
             inbox = {j: message for j, message in inbox.items() if j not in out}
             if self.method.channel.aggregations is None and k == 0:
                 seen[peer] = repeats.look(own, {j: message for j, message in inbox.items() if copies.same_lengths(message, own)})
-            inboxes[peer], rounds[row] = self._complete(inbox, own, spoken, round, out)
+            inboxes[peer], rounds[row] = self._complete(inbox, own, spoken, round, out, k)
         return inboxes, lost, tuple(rejected), seen
 
     def _told(self, arrived: Arrived, spoken: Spoken, messages: Mapping[int, Message],
@@ -262,7 +264,7 @@ class Gossip(Sending):
         return copies.patched(message, self._copy("received", key)) if self.held else message
 
     def _complete(self, inbox: dict[int, Message], own: Message, spoken: Spoken, round: Round,
-                  rejected: Sequence[int]) -> tuple[dict[int, Message], Round]:
+                  rejected: Sequence[int], k: int) -> tuple[dict[int, Message], Round]:
         """The inbox with one message for every weight, before `mix` sees it.
 
         Who is silent is where it was when it last spoke to this peer; who never did, and whose message was lost or
@@ -288,6 +290,10 @@ class Gossip(Sending):
             if j not in inbox:
                 weights[peer] += weights.pop(j)
         inbox = self._filled(inbox, public, weights)
+        if self.method.channel.air is not None:
+            state, link = self._of("channel", str(peer), self.method.channel.init), self.link(peer, peer, round.t, k)
+            inbox, state = self.method.channel.air(inbox, public, weights, state, link)
+            self._keep("channel", str(peer), state)
         same = self.method.codec.exact and (self.method.trigger.always or copies.equal(public, own))
         known = {j: found for j in inbox if self.held and not self.method.channel.perfect
                  and (found := self._copy("delivered", edge(peer, j))) is not None and not copies.equal(found, public)}
@@ -375,6 +381,10 @@ def _norms(messages: Sequence[Message]) -> list[dict[str, float]]:
             # squares of float32 end at 1e38: large numbers are numbers
             found[k][name] = size if math.isfinite(size) else float(torch.linalg.vector_norm(part.double()))
     return found
+
+
+def _numbers(message: Message) -> int:
+    return sum(part.numel() for part in message.parts.values())
 
 
 def _same_start(x: Tensor) -> Tensor:

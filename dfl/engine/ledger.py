@@ -16,9 +16,9 @@ class Ledger(NamedTuple):
     however many (an answer, and what a neighbour is sent that was none before, are messages alone);  payload_bytes: of
     the parts of messages, over all receivers and repetitions;  header_bytes: of the integers beside them;
     index_bytes: of those that say which numbers the parts hold;  channel_uses: numbers that it put on its way, once
-    for all who listen;  repeated: messages sent again, a part of one as that part;  due: messages that the same run
-    with the trigger off would have sent;  rounds: 1 where it sent anything;  seconds: simulated time from the start of
-    the run to the end of its round, 0.0 without a network.
+    for all who listen (over the air: that it received, once for all who sent);  repeated: messages sent again, a part
+    of one as that part;  due: messages that the same run with the trigger off would have sent;  rounds: 1 where it sent
+    anything;  seconds: simulated time from the start of the run to the end of its round, 0.0 without a network.
 
     The total over peers is their sum, but for `rounds` and `seconds`, of which the largest counts. 1 - messages / due
     is what the trigger saved: what a schedule leaves out is not its merit. Of bytes and seconds the run with the trigger

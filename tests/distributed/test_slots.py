@@ -34,6 +34,7 @@ SLOTS = {
     "signs of differences": {"codec": Choice("sign", {"block": 8})},
     "sparq whole": {"codec": Choice("top_k", {"share": 0.2}), "trigger": Choice("sparq", {"c": 1000.0, "growth": 0.5})},
     "shared places": {"codec": Choice("random_k", {"share": 0.2})},
+    "over the air": {"channel": Choice("over_the_air", {"snr": 10.0, "least_gain": 0.2, "refresh": 3})},
     "late": {"trigger": Choice("late", {"share": 0.5})},
 }
 

@@ -44,6 +44,7 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "bursts": {"channel": Choice("bursts", {"to_bad": 0.4, "to_good": 0.4})},
         "noise": {"channel": Choice("noise", {"sigma": 0.05})},
         "delay": {"channel": Choice("delay", {"by": 1, "jitter": 1})},
+        "over_the_air": {"channel": Choice("over_the_air", {"least_gain": 0.1})},
         "twice": {"channel": Choice("perfect", {"aggregations": 2})},
         "as often as noise allows": {"channel": Choice("noise", {"sigma": 0.3, "aggregations": "auto"})},
         "measured": {"network": Choice("links"), "trigger": Choice("efhc", {"r": 3e3, "bandwidth": "measured"})},
@@ -109,6 +110,10 @@ def refusal(name: str, slots: dict) -> str | None:
         return COPIES
     if channel.name == "delay" and name in NO_SILENCE:
         return NO_SILENCE[name]
+    if channel.name == "over_the_air" and name not in AVERAGED:
+        return "delivers sums of numbers"
+    if channel.name == "over_the_air" and name == "rolora":
+        return "exchanges another factor"
     if channel.params.get("aggregations", 1) != 1 and name not in AVERAGED:
         return "cannot mix more than once in a round"
     if "channel" in slots and wrapper in BALANCED:
