@@ -48,7 +48,7 @@ def _verdicts(found: Found) -> Section:
 
 
 def _results(found: Found) -> Section:
-    lines, present = [], {cell["method"] for cell in reported(found).values()}
+    lines, present = [], {cell["method"] for cell in reported(found).values() if cell["phase"] == "main"}
     for task in grid.TASKS:
         series = []
         for colour, method in enumerate(method for method in grid.METHODS if method in present):

@@ -465,6 +465,8 @@ def story() -> dict[str, dict]:
     found = {name: cell for name, cell in everything(phases=("core",)).items() if cell["phase"] == "rates"}
     found |= cells_with({"lora": [60, 50, 70], "ffa": [55, 45, 60], "tad5": [62, 52.5, 72.4], "tad15": [61, 51, 71]})
     found |= cells_with({"lora": [70, 72], "decaf": [80, 81]}, 0.1)
+    half = grid.Cell("ablations", "trec6", "lora-half", 0.02, 0, 2e-3, 1)
+    found[half.name] = result(half, 0.6)
     broken = grid.Cell("main", "trec6", "decaf", 0.02, 0, 2e-3, 1)
     return found | {broken.name: cells.describe(broken) | {"diverged": "peer 3 diverged in round 4"}}
 
@@ -480,6 +482,7 @@ def test_the_page_draws_what_the_cells_say():
     assert tad["mean"] == pytest.approx(2.3) and tad["lo"] == pytest.approx(1.643, abs=1e-3) and tad["hi"] > tad["mean"]
     (decaf,) = forest["trec6, p = 0.1"]
     assert (decaf["lo"], decaf["points"]) == (None, pytest.approx([10, 9]))
+    assert "lora-half" not in {line["name"] for line in drawn["Accuracy over connectivity"]["variants"][0]["series"]}
     over_p = {line["name"]: line for line in drawn["Accuracy over connectivity"]["variants"][0]["series"]}
     assert over_p["lora"]["x"] == [0.02, 0.1] and over_p["lora"]["y"] == pytest.approx([60, 71])
     (over_bytes,) = [v for v in drawn["Accuracy over bytes"]["variants"] if v["name"] == "trec6, p = 0.1"]
