@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
-
 
 def first_line(factory: Callable) -> str:
     """The first sentence of a factory's docstring: what `dfl list` prints."""
@@ -77,6 +75,7 @@ def by_link(field: str, given: object, peers: int | None, least: float = 0.0, mo
     if not isinstance(given, (str, list, tuple)):
         check_number(field, given, least, most)
         return lambda sender, receiver: given
+    import numpy as np  # here, as the command line reads this module before it knows what is wanted
     try:
         table = np.loadtxt(given, delimiter=",", ndmin=2) if isinstance(given, str) else np.array(given, dtype=float)
     except (OSError, ValueError) as error:

@@ -121,7 +121,8 @@ def test_dfl_imports_neither_launch_nor_tests():
 
 
 def test_help_and_those_who_only_read_runs_wait_for_no_torch():
-    program = ("import sys; from dfl.cli import make_parser; make_parser(); import dfl.config.topology, dfl.report.build; "
+    program = ("import sys; from dfl.cli import make_parser; make_parser(); "
+               "assert not {'numpy', 'pydantic', 'yaml'} & set(sys.modules); import dfl.config.topology, dfl.report.build; "
                "import dfl.report.live; "
                "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
