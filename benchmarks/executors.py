@@ -16,7 +16,9 @@ from dfl.adapters.attach import attach
 from dfl.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from dfl.slots import Plan
 from dfl.training.executors import Sequential, Stacked
-from dfl.training.hosted import DataStream, HostedPeers
+from dfl.training.hosted import HostedPeers
+from dfl.training.phase import ModelTrainer
+from dfl.training.stream import DataStream
 
 STEPS = 4
 
@@ -51,7 +53,7 @@ def measure(adapted, bundle, num_peers: int, batch_size: int, device, repeats: i
     for repeat in range(repeats + 1):
         for name, executor in executors.items():
             start = time.perf_counter()
-            peers.local_phase(repeat, plans, bundle.task, bundle.train, executor, [None] * num_peers)
+            ModelTrainer(peers, bundle.task, bundle.train, executor).run(peers.x, plans, [None] * num_peers, repeat)
             if repeat:  # the first is a warm-up
                 seconds[name].append((time.perf_counter() - start) / STEPS)
     best = {name: min(values) for name, values in seconds.items()}

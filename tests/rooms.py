@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/metrics"),
     "tests/launch/test_report_browser.py": ("dfl/report", "tests/launch/browser.py", "tests/made_up_runs.py"),
     "tests/real/test_real_runs.py": (
-        "launch/recipes", "dfl/tasks", "dfl/partition", "dfl/training/hosted.py", "dfl/run/loop.py", "dfl/training/executors.py"),
+        "launch/recipes", "dfl/tasks", "dfl/partition", "dfl/training", "dfl/run/loop.py"),
 }
 
 

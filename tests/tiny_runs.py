@@ -12,6 +12,7 @@ from dfl.run import build
 from dfl.run.runtime import start
 from dfl.run.train import train
 from dfl.slots import Plan
+from dfl.training.phase import ModelTrainer
 
 SENTENCES = [("good film", "yes"), ("bad film how what", "no"), ("not good", "no"), ("not bad the film", "yes"),
              ("the graph of peer is good", "yes"), ("a bad node and a bad array", "no")]
@@ -62,6 +63,13 @@ def make_run(config: configuration.Config):
     runtime = start(config)
     loaded = build.load(config, runtime.device)
     return build.assemble(config, runtime, loaded, topology), loaded
+
+
+def local_phase(run, t=0, plans=None, executor=None, peers=None):
+    """The local phase of round t, without what a rule adds to it: the losses (P,)."""
+    peers = peers or run.peers
+    trainer = ModelTrainer(peers, run.task, run.split, executor or run.executor)
+    return trainer.run(peers.x, plans or run.gossip.plans(t), [None] * len(peers.ids), t)
 
 
 def plans(peers, trains: frozenset[str]) -> list[Plan]:

@@ -9,7 +9,7 @@ and no folder; a process asks the topology for the rows of its own peers alone.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +23,10 @@ from dfl.engine.state import Tree, edge
 from dfl.methods import Method
 from dfl.rules.base import same_shape
 from dfl.slots import EXACT, Message, Plan, Round, State
+from dfl.training.base import AfterStep
 from dfl.transport.base import Arrived, Transport
 
 Inboxes = dict[int, dict[int, Message]]
-AfterStep = Callable[[int, Tensor, int], Tensor]
 REMEMBERED = ("trigger", "codec", "sent", "received", "channel", "delivered", "outgoing", "start", "clock")
 
 

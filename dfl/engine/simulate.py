@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dfl import extensions, methods
 from dfl.adapters.layout import Layout, pack, unpack
-from dfl.engine.gossip import AfterStep, Gossip
+from dfl.engine.gossip import Gossip
 from dfl.engine.ledger import Ledger, together, total
 from dfl.methods import Choice, Context, Method
 from dfl.metrics.measures import measure, seen
 from dfl.slots import Plan
+from dfl.training.base import AfterStep, Halt
 from dfl.training.masks import Held
 from dfl.transport import InProcess
 
@@ -78,9 +79,10 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     graph = topology if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
     transport = InProcess()
     gossip = Gossip(built, layout, graph, transport, range(len(x)), x, seed=seed)
+    trainer = OwnStep(layout, local_step)
     history, ledger = [], {}
     for t in range(rounds):
-        _train(x, layout, local_step, t, gossip.plans(t), gossip.after_step(t, lr=lr, local_steps=local_steps))
+        trainer.run(x, gossip.plans(t), gossip.corrections(), t, after_step=gossip.after_step(t, lr=lr, local_steps=local_steps))
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x
         report = gossip.round(t, x, lr=lr, local_steps=local_steps)
@@ -143,19 +145,30 @@ def _check_local_step(method: Method, local_step: LocalStep, slots: Mapping[str,
                          "(factors, t, trains, after_step), and call after_step() behind each of its steps") from None
 
 
-def _train(x: Tensor, layout: Layout, local_step: LocalStep, t: int, plans: Sequence[Plan],
-           after_step: AfterStep | None) -> None:
-    trains = plans[0].trains
-    trained = torch.zeros(x.shape, dtype=torch.bool)
-    for cut in layout.columns(trains):
-        trained[:, cut] = True
-    if plans[0].mask is not None:
-        trained &= torch.stack([plan.mask for plan in plans])
-    held, steps = Held(trained, x.clone()), itertools.count()
+class OwnStep:
+    """The caller's own local training: a `dfl.training.base.LocalTrainer`.
 
-    def behind_a_step() -> None:
-        k = next(steps)
-        x.copy_(torch.where(trained, torch.stack([after_step(row, x[row], k) for row in range(len(x))]), x))
+    It gives no losses and does not stop. Gradients are the caller's, and so is what a rule would add to them
+    (hetlora's penalty).
+    """
 
-    local_step(unpack(x, layout), t, trains, *([behind_a_step] if after_step else []))
-    held.put_back(x)
+    def __init__(self, layout: Layout, local_step: LocalStep):
+        self.layout, self.local_step = layout, local_step
+
+    def run(self, x: Tensor, plans: Sequence[Plan], corrections: Sequence[Tensor | None], t: int, *,
+            residuals: Tensor | None = None, after_step: AfterStep | None = None, halt: Halt | None = None) -> Tensor | None:
+        trains = plans[0].trains
+        trained = torch.zeros(x.shape, dtype=torch.bool)
+        for cut in self.layout.columns(trains):
+            trained[:, cut] = True
+        if plans[0].mask is not None:
+            trained &= torch.stack([plan.mask for plan in plans])
+        held, steps = Held(trained, x.clone()), itertools.count()
+
+        def behind_a_step() -> None:
+            k = next(steps)
+            x.copy_(torch.where(trained, torch.stack([after_step(row, x[row], k) for row in range(len(x))]), x))
+
+        self.local_step(unpack(x, self.layout), t, trains, *([behind_a_step] if after_step else []))
+        held.put_back(x)
+        return torch.full((len(x),), torch.nan)

@@ -31,8 +31,9 @@ from dfl.run.runtime import Runtime
 from dfl.seeds import derive
 from dfl.store.manifest import UnreadableError
 from dfl.training import executors
-from dfl.training.hosted import DataStream, HostedPeers
+from dfl.training.hosted import HostedPeers
 from dfl.training.starts import at_first_gradient
+from dfl.training.stream import DataStream
 from dfl.transport import Transport
 from dfl.transport.agreement import together
 

@@ -18,8 +18,10 @@ from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
 from dfl.metrics.measures import Seen, measure, seen
 from dfl.slots import Rule
+from dfl.training.base import DivergenceError, LocalTrainer
 from dfl.training.executors import Executor
-from dfl.training.hosted import DivergenceError, HostedPeers
+from dfl.training.hosted import HostedPeers
+from dfl.training.phase import ModelTrainer
 from dfl.transport.base import LOOK, SENT, Transport
 from dfl.transport.packet import Packet
 
@@ -59,6 +61,10 @@ class Run:
     @property
     def rule(self) -> Rule:
         return self.gossip.method.rule
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        return ModelTrainer(self.peers, self.task, self.split, self.executor)
 
     def rows(self) -> Rows:
         """What the model reads of the hosted peers now."""
@@ -190,8 +196,9 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
         if hooks.halt:
             hooks.halt.begin()
             halt = {"halt": hooks.halt}
-        losses = run.peers.local_phase(t, run.gossip.plans(t), run.task, run.split, run.executor, run.gossip.corrections(),
-                                       run.gossip.residuals(), after_step=run.gossip.after_step(t, **_told(run, t)), **halt)
+        after_step = run.gossip.after_step(t, **_told(run, t))
+        losses = run.trainer.run(run.peers.x, run.gossip.plans(t), run.gossip.corrections(), t, residuals=run.gossip.residuals(),
+                                 after_step=after_step, **halt)
         save = run.transport.rank == 0 and hooks.save_due()
         flag = _HALT if losses is None else _STOP if stop or hooks.halted() else _SAVE if save else _GO
     except DivergenceError as error:

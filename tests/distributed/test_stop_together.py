@@ -13,7 +13,7 @@ from dfl import config as configuration
 from dfl.metrics.evaluator import Evaluator
 from dfl.run import train as running
 from dfl.store.records import read_lines
-from dfl.training import hosted
+from dfl.training.phase import ModelTrainer
 from dfl.transport import watch
 
 pytestmark = pytest.mark.distributed
@@ -34,7 +34,7 @@ def tree(root, output, **fields) -> dict:
 def stopped_worker(rank: int, tree: dict, asked: int, step_seconds: list[float], where: str) -> tuple[int, float]:
     """`dfl train` with steps of so many seconds a process, or long evaluations; `asked` gets a signal in one. Status, and seconds
     from the signal."""
-    step, sums, sent = hosted.HostedPeers._step, Evaluator.sums, []
+    step, sums, sent = ModelTrainer._step, Evaluator.sums, []
 
     def slow(self, *args):
         if rank == asked and not sent:
@@ -54,7 +54,7 @@ def stopped_worker(rank: int, tree: dict, asked: int, step_seconds: list[float],
         return sums(self, rows, executor, halted)
 
     if where == "steps":
-        hosted.HostedPeers._step = slow
+        ModelTrainer._step = slow
     else:
         Evaluator.sums = slow_sums
     started = time.monotonic()

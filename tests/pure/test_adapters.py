@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_runs import make_config, make_run, write_data
+from tiny_runs import local_phase, make_config, make_run, write_data
 from transformers import AutoModelForSequenceClassification
 
 from dfl.adapters.layout import a_view, b_view
@@ -269,7 +269,7 @@ class TestMoments:
     def states(self, folder, tmp_path, policy):
         run, _ = make_run(configure(folder, tmp_path / "run", "unequal ranks", lora__rank=2, lora__alpha=4.0, lora__rslora="false",
                                     train__state="carried", train__at_refactor=policy))
-        run.peers.local_phase(0, run.gossip.plans(0), run.task, run.split, run.executor, [None] * 4)
+        local_phase(run)
         before = run.peers.snapshot()
         from dfl.run.loop import _exchange
         _exchange(run, 0)

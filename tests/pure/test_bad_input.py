@@ -230,21 +230,21 @@ DIVERGES = {"train__optimizer": "sgd", "train__lr": 1e30, "train__clip": None, "
 
 def poison(monkeypatch, peer, t):
     """The loss of one peer is NaN from the first step of round t on, as an overflow would leave it."""
-    from dfl.training.hosted import HostedPeers
-    phase = HostedPeers._step
+    from dfl.training.phase import ModelTrainer
+    whole = ModelTrainer._step
 
-    def step(self, now, k, active, *rest):
-        losses = phase(self, now, k, active, *rest)
+    def step(self, phase, k, active, *rest):
+        losses, peers = whole(self, phase, k, active, *rest), self.peers
         for place, row in enumerate(active):
-            if self.ids[row] == peer and now == t:
+            if peers.ids[row] == peer and phase.t == t:
                 losses[place] = float("nan")
-                self.x[row] = float("nan")
-                for parameter in self.params[row].values():
-                    for value in self.optimizer.state.get(parameter, {}).values():
+                peers.x[row] = float("nan")
+                for parameter in peers.optimizer.params[row].values():
+                    for value in peers.optimizer.torch.state.get(parameter, {}).values():
                         value.fill_(float("nan"))
         return losses
 
-    monkeypatch.setattr(HostedPeers, "_step", step)
+    monkeypatch.setattr(ModelTrainer, "_step", step)
 
 
 def finite_checkpoint(output):

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from dfl.seeds import derive
-from dfl.training import hosted as peers
+from dfl.training import phase
 from dfl.training.dropout import PeerDropout
 from dfl.training.executors import Sequential, Stacked, choose
-from dfl.training.hosted import DataStream, HostedPeers
+from dfl.training.hosted import HostedPeers
+from dfl.training.stream import DataStream
 
 # what dfl.training.executors says of it at import, pytest forgets
 pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey")
@@ -57,9 +58,8 @@ def local_phase(root, kind, executor, *, t=0, rounds=1, trains=ALL, data="data.c
     for row, peer in zip(run.peers.x, run.peers.ids, strict=True):
         row += 0.1 * torch.randn(len(row), generator=torch.Generator().manual_seed(peer))
     for s in range(t, t + rounds):
-        plans = tiny_runs.plans(run.peers, trains & frozenset(run.peers.params[0]))
-        losses = run.peers.local_phase(s, plans, run.task, run.split, run.executor,
-                                       [None] * len(run.peers.ids))
+        plans = tiny_runs.plans(run.peers, trains & frozenset(run.peers.optimizer.params[0]))
+        losses = tiny_runs.local_phase(run, s, plans)
     return losses, run.peers.g.clone(), run.peers.x.clone()
 
 
@@ -159,7 +159,7 @@ def test_masks_do_not_depend_on_who_else_is_hosted_nor_on_the_global_generator(r
         streams = [DataStream(loaded.parts[p], 4, 0, p) for p in hosted]
         peers = HostedPeers(hosted, loaded.adapted, streams, config.train, seed=0, device=torch.device("cpu"))
         for t in range(2):
-            peers.local_phase(t, tiny_runs.plans(peers, frozenset({"A", "B"})), run.task, run.split, executor, [None] * len(hosted))
+            tiny_runs.local_phase(run, t, tiny_runs.plans(peers, frozenset({"A", "B"})), executor, peers)
         return dict(zip(hosted, peers.x.clone(), strict=True))
 
     everybody = rows([0, 1, 2, 3], 1)
@@ -289,5 +289,5 @@ def test_the_global_generator_is_seeded_as_torch_does_and_cheaper(monkeypatch):
     torch.manual_seed(7)
     wanted = torch.rand(3)
     monkeypatch.setattr(traceback, "format_stack", lambda *given: pytest.fail("a stack was formatted"))
-    peers._seed_global(7, torch.device("cpu"))
+    phase._seed_global(7, torch.device("cpu"))
     assert torch.equal(torch.rand(3), wanted)

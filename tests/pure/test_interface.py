@@ -21,7 +21,7 @@ from dfl.cli import main
 from dfl.config import resolve
 from dfl.run.callbacks import CallbackError
 from dfl.run.train import train as run_to_the_end
-from dfl.training.hosted import DivergenceError
+from dfl.training.base import DivergenceError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from one_round import build
-from tiny_runs import make_config, make_run, write_data
+from tiny_runs import local_phase, make_config, make_run, write_data
 from toy import LR, PEERS, Toy
 
 import topologies
@@ -27,7 +27,7 @@ def test_only_the_active_factor_moves(pieces, rule, optimizer):
     run, _ = make_run(config)
     for t in range(4):
         before, trains = run.peers.x.clone(), run.gossip.plans(t)[0].trains
-        run.peers.local_phase(t, run.gossip.plans(t), run.task, run.split, Sequential(), [None] * 4)
+        local_phase(run, t, executor=Sequential())
         for group, cut in run.peers.layout.groups.items():
             if cut.stop > cut.start:
                 assert torch.equal(before[:, cut], run.peers.x[:, cut]) == (group not in trains), (t, group)

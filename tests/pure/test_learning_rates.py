@@ -29,7 +29,7 @@ def make_run(root, output, **fields):
 
 
 def local_phase(run, t=0, trains=BOTH):
-    run.peers.local_phase(t, tiny_runs.plans(run.peers, trains), run.task, run.split, Sequential(), [None] * len(run.peers.ids))
+    tiny_runs.local_phase(run, t, tiny_runs.plans(run.peers, trains), Sequential())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -89,10 +89,10 @@ def test_peers_with_other_numbers_of_steps_keep_their_schedules(root, tmp_path):
              "partition": "{name: quantity, skew: 1.0}"}
     run = make_run(root, tmp_path / "run", train__lr_ratio__B=4, **given)
     assert len({run.peers.steps(row) for row in range(4)}) > 1
-    assert {(g["steps"], g["ratio"]) for g in run.peers.optimizer.param_groups} == {
+    assert {(g["steps"], g["ratio"]) for g in run.peers.optimizer.torch.param_groups} == {
         (run.peers.steps(row), ratio) for row in range(4) for ratio in (1.0, 4.0)}
     local_phase(run)
-    rates = {(group["steps"], group["ratio"]): group["lr"] for group in run.peers.optimizer.param_groups}
+    rates = {(group["steps"], group["ratio"]): group["lr"] for group in run.peers.optimizer.torch.param_groups}
     assert all(rates[steps, 4.0] == 4 * rates[steps, 1.0] < 4 * run.config.train.lr for steps, _ in rates)
 
 

@@ -49,8 +49,8 @@ def test_a_model_without_numbers_has_the_layout_of_the_one_that_is_read(root, tm
     # what is certain is what the peers hold
     parts = {part.name: part for part in preflight.ready(config, run.topology, torch.device("cpu"), runtime.Place())[1]}
     assert parts["adapters of 4 peers"].size == parts["their gradients"].size == 4 * run.peers.x.numel()
-    run.peers.local_phase(0, run.gossip.plans(0), run.task, run.split, run.executor, [None] * 4)
-    moments = sum(value.numel() for state in run.peers.optimizer.state.values() for value in state.values() if value.dim())
+    tiny_runs.local_phase(run)
+    moments = sum(value.numel() for state in run.peers.optimizer.torch.state.values() for value in state.values() if value.dim())
     assert parts["their moments (adamw)"].size == 4 * moments
     kept = parts.get("residuals beside the adapters", memory.Part("", 0)).size
     assert kept == (8 * 4 * run.rule.residual.size if run.rule.residual else 0)

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from one_round import Built, build, gossip
 from test_rules import LAYOUT, NUM, activation, assert_same, complete, mix_once, random_rows, ring, simulated
-from tiny_runs import adapter_digests, make_config, make_run, write_data
+from tiny_runs import adapter_digests, local_phase, make_config, make_run, write_data
 from torch.func import functional_call
 
 from dfl.adapters.layout import a_view, b_view, make_layout
@@ -214,7 +214,7 @@ def test_what_is_masked_out_moves_neither_in_value_nor_in_moments(pieces, optimi
     peers = run.peers
     for t in range(4):
         before, moments = peers.snapshot()
-        peers.local_phase(t, run.gossip.plans(t), run.task, run.split, executor, [None] * 4)
+        local_phase(run, t, executor=executor)
         after, new = peers.snapshot()
         for i in range(4):
             mask = run.gossip.plans(t)[i].mask

@@ -16,8 +16,8 @@ from dfl.run.evaluation import evaluate_run
 from dfl.run.loop import Hooks, evaluate, run_rounds
 from dfl.run.runtime import start
 from dfl.store.checkpoints import latest
-from dfl.training.hosted import DataStream
 from dfl.training.starts import gradient_products, leading_directions
+from dfl.training.stream import DataStream
 
 QUIET = Hooks(lambda record: None, lambda: None, lambda: False)
 SB = {"method": "fed_sb", "lora__adapter": "sb", "lora__start": "gradient", "train__lr": 0.05, "model__dropout": 0.0,

@@ -1,0 +1,188 @@
+"""The local phase of `dfl train`: every hosted peer takes its steps of a round on the one base model."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfl.adapters.attach import Rows
+from dfl.seeds import derive
+from dfl.slots import Plan
+from dfl.training.base import AfterStep, DivergenceError, Halt
+from dfl.training.dropout import PeerDropout
+from dfl.training.executors import Executor, autocasts
+from dfl.training.hosted import HostedPeers, Part
+from dfl.training.masks import Held
+
+
+class _Phase(NamedTuple):
+    """What all steps of a phase have in common. held: what masks leave out."""
+
+    t: int
+    trains: frozenset[str]
+    corrections: Sequence[Tensor | None]
+    part: Part
+    held: Held | None
+    after_step: AfterStep | None
+    halt: Halt | None
+
+
+class ModelTrainer:
+    """Trains hosted peers on the examples of `split`: a `dfl.training.base.LocalTrainer`.
+
+    Batches, dropout and what else is random follow from (seed, peer, t). A phase that `halt` has stopped goes on with
+    the next call of `run`, also in another process, from what `HostedPeers.state_tensors` gave. Who gives `halt` has to
+    call `HostedPeers.end_phase`: until then a phase that is done can be saved as well, as another process may have
+    stopped in its own.
+    """
+
+    def __init__(self, peers: HostedPeers, task: Any, split: Any, executor: Executor):
+        self.peers, self.task, self.split, self.executor = peers, task, split, executor
+        self.generators = [torch.Generator(peers.device) for _ in peers.ids]
+
+    def run(self, x: Tensor, plans: Sequence[Plan], corrections: Sequence[Tensor | None], t: int, *,
+            residuals: Tensor | None = None, after_step: AfterStep | None = None, halt: Halt | None = None) -> Tensor | None:
+        """As the protocol has it; x are the peers' own rows. What a mask leaves out keeps its moments as well."""
+        peers, trains, masks = self.peers, plans[0].trains, [plan.mask for plan in plans]
+        assert x is peers.x
+        rows, part = peers.rows(residuals), peers.begin_phase(trains, masks[0] is not None)
+        # what is left out has the values of the start still
+        held = None if masks[0] is None else Held(torch.stack(masks), x.clone(), part.held)
+        phase = _Phase(t, trains, corrections, part, held, after_step, halt)
+        peers.adapted.model.train()
+        for index in self.executor.groups(len(peers.ids)):
+            if not self._train(phase, rows, index):
+                self._check_finite(phase)
+                return None
+        if held:
+            held.put_back_moments(peers.optimizer.moments(), peers.ids, peers.layout)
+        peers.adapted.model.eval()
+        self._check_finite(phase)
+        if halt is None:
+            peers.end_phase()
+        return part.means
+
+    def _train(self, phase: _Phase, rows: Rows, index: list[int]) -> bool:
+        """The steps of the rows `index`, which go through the model together; False when halted before the last."""
+        peers, done = self.peers, phase.part.done
+        unfinished = [row for row in index if done[row] < peers.steps(row)]
+        if not unfinished:
+            return True
+        self._seed(phase, index)
+        reads = peers.adapted.reads(phase.trains)
+        with self.executor.bound(peers.adapted, rows, peers.factors.gradients, index, reads) as forward:
+            # peers that come from several processes may have stopped at different steps: those behind catch up first
+            for k in range(min(done[row] for row in unfinished), max(map(peers.steps, index))):
+                active = [row for row in index if done[row] <= k < peers.steps(row)]
+                if phase.halt and phase.halt(sum(peers.steps(row) - number for row, number in enumerate(done))):
+                    self._keep_generators(phase, index)
+                    return False
+                self._count(phase, k, active, self._step(phase, k, active, forward))
+        return True
+
+    def _count(self, phase: _Phase, k: int, active: list[int], losses: Tensor) -> None:
+        self._after_step(phase, k, active)
+        steps = torch.tensor([self.peers.steps(row) for row in active], device=self.peers.device)
+        phase.part.means[active] += losses / steps
+        if k == 0:
+            phase.part.first[active] = losses
+        for row in active:
+            phase.part.done[row] = k + 1
+
+    def _seed(self, phase: _Phase, rows: list[int]) -> None:
+        """The generators for the steps of these rows: from the seed, or as they were when the rows stopped."""
+        peers = self.peers
+        for row in rows:
+            self.generators[row].manual_seed(derive(peers.seed, "local", peers.ids[row], phase.t))
+        # what draws from the global generator (stochastic depth) must not depend on the hosting either
+        _seed_global(derive(peers.seed, "global", peers.ids[rows[0]], phase.t), peers.device)
+        for row in rows:
+            kept = phase.part.generators[row]
+            if kept:
+                self.generators[row].set_state(kept["own"])
+                torch.set_rng_state(kept["global"])
+                if "device" in kept:
+                    torch.cuda.set_rng_state(kept["device"], peers.device)
+            phase.part.generators[row] = {}
+
+    def _keep_generators(self, phase: _Phase, rows: list[int]) -> None:
+        device = self.peers.device
+        for row in rows:
+            if 0 < phase.part.done[row] < self.peers.steps(row):
+                on_device = {"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+                phase.part.generators[row] = {"own": self.generators[row].get_state(), "global": torch.get_rng_state(),
+                                              **on_device}
+
+    def _step(self, phase: _Phase, k: int, active: list[int], forward) -> Tensor:
+        """Step k of the rows `active`: their losses."""
+        peers, train = self.peers, self.peers.train
+        peers.factors.zero_gradients(active)
+        peers.factors.refresh()
+        total = torch.zeros(len(active), device=peers.device)
+        for micro in range(train.accumulation):
+            batch = self._collate(active, [(phase.t * peers.steps(row) + k) * train.accumulation + micro for row in active])
+            with self._autocast(), PeerDropout([self.generators[row] for row in active]):
+                output = forward(self.task.inputs(batch), active)
+            losses = self.task.losses(output, batch, len(active))
+            (losses.sum() / train.accumulation).backward()
+            total += losses.detach() / train.accumulation
+        peers.factors.pull_back()
+        self._correct_and_clip(phase, active)
+        peers.optimizer.step(phase.t, k, active, phase.trains)
+        return total
+
+    def _collate(self, active: list[int], numbers: list[int]) -> dict[str, Tensor]:
+        streams = self.peers.streams
+        chosen = np.concatenate([streams[row].batch(number) for row, number in zip(active, numbers, strict=True)])
+        batch = self.task.collate([self.split.features[i] for i in chosen])
+        return {key: value.to(self.peers.device, non_blocking=True) for key, value in batch.items()}
+
+    def _autocast(self):
+        device = self.peers.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=autocasts(self.peers.train.autocast, device))
+
+    def _correct_and_clip(self, phase: _Phase, active: list[int]) -> None:
+        g, clip = self.peers.g, self.peers.train.clip
+        for row in active:
+            if phase.corrections[row] is not None:
+                g[row] += phase.corrections[row]
+        if phase.held:  # what is not trained does not count for the norm
+            phase.held.clear(g)
+        if clip is None:
+            return
+        mine = g if len(active) == len(g) else g[active]
+        squares = sum(mine[:, cut].square().sum(1) for cut in self.peers.layout.columns(phase.trains))
+        factor = (clip / (squares.sqrt() + 1e-6)).clamp_max(1.0)
+        if len(active) == len(g):
+            g.mul_(factor[:, None])
+        else:
+            for row, value in zip(active, factor, strict=True):
+                g[row].mul_(value)
+
+    def _after_step(self, phase: _Phase, k: int, active: list[int]) -> None:
+        x = self.peers.x
+        for row in active if phase.after_step else ():
+            changed = phase.after_step(row, x[row], k)
+            for cut in self.peers.layout.columns(phase.trains):
+                x[row, cut] = changed[cut]
+        if phase.held:
+            phase.held.put_back(x)
+
+    def _check_finite(self, phase: _Phase) -> None:
+        means, first, x = phase.part.means, phase.part.first, self.peers.x
+        bad = (~(torch.isfinite(means) & torch.isfinite(x).all(1))).nonzero().flatten().tolist()
+        if bad:
+            peer, at_start = self.peers.ids[bad[0]], not bool(torch.isfinite(first).all())
+            self.peers.end_phase()
+            raise DivergenceError(f"peer {peer} diverged in round {phase.t + 1}: mean training loss {float(means[bad[0]])}",
+                                  peer, at_start)
+
+
+def _seed_global(seed: int, device: torch.device) -> None:
+    """torch.manual_seed; on the CPU without the seeds of other kinds of device, each of which keeps a trace of its caller."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
