@@ -18,6 +18,8 @@ from dfl.training.factors import Factors
 from dfl.training.optimizer import PeerOptimizer, learning_rate
 from dfl.training.stream import DataStream
 
+# the first parts of the names of `state_tensors`; gossip has others
+SLOTS = ("moments", "part", "generator", "part_start", "part_held")
 Snapshot = tuple[Tensor, dict[str, Tensor]]  # rows (P, D), and moments by "peer.group.key"
 
 
@@ -134,8 +136,8 @@ class HostedPeers:
             found |= {f"part.{peer}.done": torch.tensor([part.done[row]]), f"part.{peer}.start": part.start[0][row],
                       f"part.{peer}.losses": torch.stack([part.means[row], part.first[row]])}
             found |= {f"generator.{peer}.{name}": value for name, value in part.generators[row].items()}
-        found |= {f"start.{name}": value for name, value in part.start[1].items()}
-        return found | {f"held.{name}": value for name, value in part.held.items()}
+        found |= {f"part_start.{name}": value for name, value in part.start[1].items()}
+        return found | {f"part_held.{name}": value for name, value in part.held.items()}
 
     def load_state(self, saved: dict[str, Tensor], last_trained: frozenset[str]) -> None:
         """Put back what `state_tensors` gave, for the peers hosted here; `last_trained` of a part: by its round."""
@@ -155,6 +157,6 @@ class HostedPeers:
             start[row] = parts[f"{peer}.start"].to(self.device)
         generators = [{name.partition(".")[2]: value for name, value in slots.get("generator", {}).items()
                        if name.partition(".")[0] == str(peer)} for peer in self.ids]
-        begun, held = ({name: value.to(self.device) for name, value in slots.get(slot, {}).items()} for slot in ("start", "held"))
+        begun, held = ({name: value.to(self.device) for name, value in slots.get(slot, {}).items()} for slot in SLOTS[-2:])
         return Part([int(parts[f"{peer}.done"]) for peer in self.ids], losses[:, 0].clone(), losses[:, 1].clone(),
                     (start, begun), held, generators)

@@ -9,11 +9,12 @@ import torch
 import topologies
 from dfl import methods, simulate
 from dfl.adapters.layout import a_view, b_view, make_layout, pack, unpack
-from dfl.engine.gossip import Gossip
+from dfl.engine.gossip import REMEMBERED, Gossip
 from dfl.engine.simulate import OwnStep
 from dfl.methods import Context
 from dfl.run.loop import Hooks, run_rounds
 from dfl.slots import Plan
+from dfl.training import hosted
 from dfl.training.base import LocalTrainer
 from dfl.training.phase import ModelTrainer
 from dfl.transport import InProcess
@@ -112,3 +113,13 @@ def test_what_a_plan_leaves_out_stays_in_a_callers_step():
     trained = torch.zeros_like(masks)
     trained[:, layout.groups["B"]] = masks[:, layout.groups["B"]]
     assert torch.equal(x, 1.0 + trained) and losses.isnan().all()
+
+
+def test_what_peers_and_gossip_have_saved_is_told_apart_by_its_name(tmp_path):
+    """One file holds both; a name that both use would be read back as the other's."""
+    root = tiny_runs.make_folder(tmp_path)
+    run, _ = tiny_runs.make_run(tiny_runs.make_config(root / "bert", root / "data.csv", tmp_path / "run", train__state="carried"))
+    run.trainer.run(run.peers.x, run.gossip.plans(0), [None] * 4, 0, halt=lambda left: left == 3)
+    slots = {name.partition(".")[0] for name in run.peers.state_tensors()}
+    assert slots <= set(hosted.SLOTS) and {"moments", "part", "generator"} <= slots
+    assert not set(hosted.SLOTS) & {"rule", "x", "pending", "bases", *REMEMBERED, *run.gossip.state}
