@@ -212,8 +212,8 @@ def test_a_checkpoint_with_other_bases_is_refused(folder, tmp_path):
 class OtherCompany:
     """A transport whose process 0 hosts two peers that start elsewhere."""
 
-    def gather(self, rows):
-        return torch.cat([torch.full((2, 1), 1, dtype=rows.dtype), rows])
+    def spread(self, data):
+        return bytes(len(data))
 
     def agree(self, value):
         return value
@@ -221,9 +221,10 @@ class OtherCompany:
 
 def test_other_bases_are_refused_before_the_first_round(folder, tmp_path):
     run, loaded = make_run(configure(folder, tmp_path / "run"))
-    check_same_start(run.peers, loaded.bundle, run.transport)
+    check_same_start(run.peers, loaded.bundle, run.transport, 4)
+    run.peers.ids = [2, 3, 4, 5]
     with pytest.raises(ValueError, match="peer 2 starts from other bases, another core or head than peer 0"):
-        check_same_start(run.peers, loaded.bundle, OtherCompany())
+        check_same_start(run.peers, loaded.bundle, OtherCompany(), 6)
 
 
 @pytest.mark.parametrize("fields, said", [
