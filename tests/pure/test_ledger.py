@@ -1,5 +1,6 @@
 """What is counted of a round: closed forms, by peer."""
 
+import documents
 import pytest
 import torch
 from cases import NUM, Case, start_rows
@@ -81,3 +82,12 @@ def test_a_peer_is_counted_wherever_it_is_hosted(name):
     assert sorted(report.ledger) == list(range(NUM))
     assert report.messages == sum(one.messages for one in report.ledger.values())
     assert report.message_bytes == sum(one.total_bytes for one in report.ledger.values())
+
+
+def test_the_example_of_the_document(capsys):
+    """It saves what it says to save, at the same disagreement but for a little."""
+    exec(documents.block("python", "messages saved"), {})
+    always, event = capsys.readouterr().out.splitlines()
+    assert always.startswith("0% of 960 messages saved")
+    saved, apart = int(event.split("%")[0]), [float(line.split()[-1]) for line in (always, event)]
+    assert 20 <= saved < 100 and apart[1] < 2 * apart[0] + 0.5
