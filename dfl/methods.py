@@ -296,6 +296,7 @@ def check_differences(method: Method, filled: Mapping[str, Choice]) -> None:
     why = ("its messages mean something in their own round alone" if rule.dated else "it sends compressed differences itself"
            if rule.lossless else "each mix turns the frame of its factors (decaf: unless gauge own)" if rule.changes_basis
            else "it exchanges twice in a round" if rule.exchanges > 1 else "what a peer keeps has to leave it whole" if rule.columns
+           else "it adds what mixing did in the last round, and what is left out for later makes that grow" if rule.remembers
            else "its message is not its row" if not (rule.averages or rule.of_rows) else None)
     if why:
         raise ValueError(f"codec.name = {name!r} sends differences to what was known before, which {whole} cannot have: {why}; "

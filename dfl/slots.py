@@ -111,6 +111,7 @@ class Rule(NamedTuple):
     dated: a message means something in its own round alone, so that none can be held back.
     lossless: no message may be lost or held back, since both ends keep copies that have to stay equal.
     conserves: no message may be lost, since what the peers keep has to cancel, or to sum to the same, over all of them.
+    remembers: it adds what mixing did in the last round, so that a codec may round its messages, but leave nothing for later.
     columns: it divides by a mass that travels too, so that the columns of W have to sum to one and not the rows.
     check(topology): ValueError for one that the rule cannot use.
     of_rows: messages are groups of the rows as they are, and `mix` knows nothing beside them and the weights: it may be asked what
@@ -138,6 +139,7 @@ class Rule(NamedTuple):
     dated: bool = False
     lossless: bool = False
     conserves: bool = False
+    remembers: bool = False
     columns: bool = False
     check: Callable[[object], None] = lambda topology: None
     of_rows: bool = False

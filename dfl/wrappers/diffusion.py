@@ -69,7 +69,7 @@ def _diffusion(name: str, rule: Rule, layout: Layout, half: bool) -> Rule:
             memory[cut] = out[cut] - x[cut]
         return out, {**inner, MEMORY: memory}
 
-    return rule._replace(init=init, send=send, mix=mix, linear=False, conserves=True,
+    return rule._replace(init=init, send=send, mix=mix, linear=False, conserves=True, remembers=True,
                          check=all_of(rule.check, doubly_stochastic(name), _stable(name, half)))
 
 

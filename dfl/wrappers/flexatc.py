@@ -181,7 +181,8 @@ def _template(name: str, rule: Rule, layout: Layout, member: str, chi: float, p:
         return out, {DUAL: dual, SHIFT: shift, BEGUN: begun}
 
     return rule._replace(init=init, send=send, mix=mix, after_step=after_step, speaks=speaks, exchanges=one.exchanges,
-                         linear=False, conserves=True, facts={**rule.facts, **({"coin_probability": p} if p < 1 else {})},
+                         linear=False, conserves=True, remembers=True,
+                         facts={**rule.facts, **({"coin_probability": p} if p < 1 else {})},
                          check=all_of(rule.check, doubly_stochastic(name), _stable(name, one, speaks, share)))
 
 

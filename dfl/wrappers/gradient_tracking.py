@@ -93,6 +93,5 @@ def _tracking(name: str, rule: Rule, layout: Layout, momentum: float) -> Rule:
         kept = {START: out.clone(), LAST: at_round(round.t), OFFSET: offset, **({BUFFER: buffer} if momentum else {})}
         return out, {**inner, **kept}
 
-    # not linear any more: what is mixed is W x, but a learning rate of zero leaves the offsets where they are
     return rule._replace(init=init, send=send, mix=mix, after_step=after_step, conserves=True,
                          check=all_of(rule.check, doubly_stochastic(name)))
