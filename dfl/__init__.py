@@ -1,6 +1,7 @@
 """Decentralised gossip fine-tuning of LoRA factors: no server, no all-reduce."""
 
 from importlib import import_module
+from typing import Any
 
 from dfl.run.callbacks import Callback
 
@@ -10,7 +11,7 @@ __all__ = ["Callback", "Result", "Simulation", "simulate", "train"]
 _LATER = {"Result": "result", "Simulation": "engine.simulate", "simulate": "engine.simulate", "train": "interface"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(f"dfl.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,10 +8,11 @@ into the tables (`dfl.codecs.CODECS["mine"] = mine`). A rule is a method of its 
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from dfl.plugins import first_line
 
@@ -50,7 +51,7 @@ def adopt_rules() -> None:
             METHODS[name] = Row(name)
 
 
-def _made(group: str, point: EntryPoint):
+def _made(group: str, point: EntryPoint) -> Any:
     try:
         found = point.load()
     except Exception as error:  # whatever their code does
@@ -62,7 +63,7 @@ def _made(group: str, point: EntryPoint):
     return found if isinstance(found, Entry) else Entry(found, first_line(found))
 
 
-def _tables() -> dict[str, dict[str, Callable]]:
+def _tables() -> dict[str, dict[str, Any]]:
     from dfl.adapters.kinds import KINDS
     from dfl.methods import SLOTS
     from dfl.metrics import METRICS

@@ -1,8 +1,8 @@
 """Named methods of the literature: which rule, which schedule. A user types the name, and may still fill each slot himself."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from dfl.plugins import check_parameters, did_you_mean, first_line, lookup, para
 from dfl.rules import RULES
 from dfl.schedules import SCHEDULES
 from dfl.schedules.groups import groups_of
-from dfl.slots import Channel, Codec, Guard, Network, Rule, Schedule, Trigger
+from dfl.slots import Channel, Codec, Guard, Mixing, Network, Rule, Schedule, Trigger
 from dfl.triggers import TRIGGERS
 from dfl.wrappers import WRAPPERS
 
@@ -61,8 +61,9 @@ METHODS: dict[str, Row] = {
     "hira": Row("hira", adapter="hira"),
     "local": Row("average", "alone", about="Train alone, never mix: the baseline that gossip has to beat."),
 }
-SLOTS = {"schedule": SCHEDULES, "rule": RULES, "trigger": TRIGGERS, "codec": CODECS, "channel": CHANNELS, "guard": GUARDS,
-         "wrapper": WRAPPERS, "network": NETWORKS}
+SLOTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "schedule": SCHEDULES, "rule": RULES, "trigger": TRIGGERS, "codec": CODECS, "channel": CHANNELS, "guard": GUARDS,
+    "wrapper": WRAPPERS, "network": NETWORKS}
 _OF_A_ROW = ("rule", "schedule")  # the slots that a method fills
 DEFAULTS = {"trigger": "always", "codec": "none", "channel": "perfect", "guard": "norm", "wrapper": "none", "network": "none"}
 
@@ -102,10 +103,10 @@ class Context(NamedTuple):
     peers: int | None = None
     rank: int | None = None  # the largest
     weights: Mapping | None = None  # the frozen weight of every adapted layer
-    topology: object | None = None
+    topology: Mixing | None = None
     rounds: int | None = None
 
-    def known(self, factory) -> dict[str, object]:
+    def known(self, factory: Callable[..., Any]) -> dict[str, object]:
         given = {name: value for name, value in self._asdict().items() if name != "head" and value is not None}
         return {name: value for name, value in given.items() if name in parameters(factory)}
 
@@ -143,11 +144,12 @@ def fill(name: str, params: Mapping[str, object] = {}, slots: Mapping[str, Choic
     return filled
 
 
-def _own(factory) -> set[str]:
+def _own(factory: Callable[..., Any]) -> set[str]:
     return set(parameters(factory)) - OF_THE_RUN
 
 
-def _unknown(name: str, key: str, value: object, allowed: list[str], filled: Mapping[str, Choice], slots) -> ValueError:
+def _unknown(name: str, key: str, value: object, allowed: list[str], filled: Mapping[str, Choice],
+             slots: Collection[str]) -> ValueError:
     """A parameter of the method that neither its rule nor its schedule takes; one of a slot of the user's belongs there."""
     elsewhere = [slot for slot in _OF_A_ROW if slot in slots and key in _own(SLOTS[slot][filled[slot].name])]
     hint = f"; {elsewhere[0]}.{key} is one of {filled[elsewhere[0]].name!r}" if elsewhere else did_you_mean(key, allowed)
@@ -178,7 +180,7 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
         raise ValueError(f"{whose_rule(name, slots)} cannot mix peers of unequal ranks {sorted(set(context.ranks))}; allowed: "
                          f"{', '.join(able)}, or one lora.rank")
 
-    def make(slot: str, *arguments):
+    def make(slot: str, *arguments: object) -> Any:
         factory = SLOTS[slot][filled[slot].name]
         try:
             return factory(*arguments, **filled[slot].params, **context.known(factory))
@@ -196,7 +198,7 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
     return method
 
 
-def _as_the_method_s(text: str, slot: str, factory) -> str:
+def _as_the_method_s(text: str, slot: str, factory: Callable[..., Any]) -> str:
     """An error's text: the user knows the parameter of a slot that he has not filled as one of the method."""
     names = "|".join(map(re.escape, _own(factory)))
     return re.sub(rf"\b{slot}\.({names})\b", r"method.\1", text) if slot in _OF_A_ROW and names else text
@@ -272,10 +274,10 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
         raise ValueError(f"channel.payload = 'difference' is to what was told before, but {method.name!r} exchanges another factor "
                          "from round to round; allowed: payload model")
     if channel.air is not None:
-        why = ("a trigger" if not method.trigger.always else "a codec" if not method.codec.exact
-               else "a rule that needs each message by itself" if not (rule.linear and rule.averages) else None)
-        if why:
-            raise ValueError(f"channel.name = {name!r} delivers sums of numbers, which {why} cannot have; allowed with it: trigger "
+        cannot = ("a trigger" if not method.trigger.always else "a codec" if not method.codec.exact
+                  else "a rule that needs each message by itself" if not (rule.linear and rule.averages) else None)
+        if cannot:
+            raise ValueError(f"channel.name = {name!r} delivers sums of numbers, which {cannot} cannot have; allowed with it: trigger "
                              "always, codec none, a method that averages rows")
     if channel.aggregations != 1 and not (rule.linear and filled["wrapper"].name == "none"):
         raise ValueError(f"channel.aggregations: {whole} cannot mix more than once in a round; allowed: 1, or a method that "
@@ -323,7 +325,7 @@ def check_partial(method: Method, filled: Mapping[str, Choice]) -> None:
                          "other numbers in every round; allowed: trigger always, or codec.memory differences")
 
 
-def check_topology(method: Method, topology, slots: Mapping[str, Choice] = {}) -> None:
+def check_topology(method: Method, topology: Any, slots: Mapping[str, Choice] = {}) -> None:
     """ValueError where W(t) changes but the rule needs one that does not, or needs equal rows and has others, where rows do
     not sum to one (what does not say which sums do passes), where links that go one way are to be answered, and for what
     the rule itself refuses."""

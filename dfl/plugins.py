@@ -2,18 +2,18 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 
 def first_line(factory: Callable) -> str:
     """The first sentence of a factory's docstring: what `dfl list` prints."""
-    return inspect.getdoc(factory).split("\n")[0].strip()
+    return (inspect.getdoc(factory) or "").split("\n")[0].strip()
 
 
-def did_you_mean(name: str, known) -> str:
-    close = get_close_matches(str(name), list(known), n=1)
+def did_you_mean(name: str, known: Iterable[object]) -> str:
+    close = get_close_matches(str(name), [str(one) for one in known], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -69,7 +69,7 @@ def check_number(field: str, value: object, least: float = 0.0, most: float = ma
         raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number from {least:g}{upto}")
 
 
-def by_link(field: str, given: object, peers: int | None, least: float = 0.0, most: float = math.inf) -> Callable[[int, int], float]:
+def by_link(field: str, given: Any, peers: int | None, least: float = 0.0, most: float = math.inf) -> Callable[[int, int], float]:
     """(sender, receiver) -> the number of a link, from one for all, a matrix [receiver][sender] or a file of one,
     comma-separated. ValueError for what is none, has another size than `peers`, or is out of range."""
     if not isinstance(given, (str, list, tuple)):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
+    from dfl.config import Config
+
 
 @dataclass(frozen=True)
 class Result:
@@ -23,13 +25,13 @@ class Result:
 
     folder: Path
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
         if not (self.folder / "recipe.yaml").is_file():
             raise ValueError(f"{str(self.folder)!r} holds no run (no recipe.yaml in it)")
 
     @cached_property
-    def config(self):
+    def config(self) -> "Config":
         """The resolved configuration, a `dfl.config.Config`."""
         from dfl.store.runs import read_config
         return read_config(self.folder)

@@ -6,9 +6,10 @@ random is a function of a key. A peer's state in a slot is a flat dictionary of 
 Shape suffixes: D numbers of a peer's row, M numbers of a part of a message, K integers beside the parts.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,16 @@ from dfl.adapters.layout import Layout
 
 State = dict[str, Tensor]
 EXACT = -1  # under this id an inbox holds the receiver's own message as it is, where others know it rounded or from before
+
+
+class Mixing(Hashable, Protocol):
+    """Who receives from whom, and how strongly: what `topologies.build` makes, or somebody's own."""
+
+    @property
+    def num_peers(self) -> int: ...
+
+    def matrix(self, t: int) -> np.ndarray:
+        """W(t), float64 (N, N)."""
 
 
 class Message(NamedTuple):
@@ -144,7 +155,7 @@ class Rule(NamedTuple):
     check: Callable[[object], None] = lambda topology: None
     of_rows: bool = False
     readable: Callable[[Message, Message, Round], bool] | None = None
-    index: frozenset[str] = frozenset()
+    index: frozenset[str] = frozenset()  # type: ignore[assignment]  # the method of tuples of that name is not used
     facts: Mapping[str, object] = {}
 
 

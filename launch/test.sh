@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and tests, in an environment of their own. Arguments go to pytest instead: bash launch/test.sh tests/pure -k rules
+# Style, types and tests, in an environment of their own. Arguments go to pytest instead: bash launch/test.sh tests/pure -k rules
 #
 # Without arguments: all tests but those of launchers, and of these a short core and what a change of the last day makes due
 # (tests/README.md). With --all alone, or DFL_TEST_ALL=1: everything.
@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment demo,data,vision,topologies,trackers,test
 "$VENV/bin/ruff" check .
+"$VENV/bin/mypy"
 export HF_HUB_OFFLINE=1
 due=(--due)
 if [ -n "${DFL_TEST_ALL:-}" ] || [ "$*" = --all ]; then

@@ -1,7 +1,7 @@
 """Over the air: what the neighbours of a peer send at once adds up on its way."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import networkx
 import numpy as np
@@ -17,7 +17,7 @@ FADINGS = ("rayleigh", "none")
 
 def over_the_air(*, payload: str = "difference", snr: float = 20.0, fading: str = "rayleigh", least_gain: float = 0.0,
                  misalignment: float = 0.0, gamma: float = 1.0, decay: float = 0.0,
-                 refresh: int = 10, topology=None) -> Channel:
+                 refresh: int = 10, topology: Any = None) -> Channel:
     """Add up what neighbours send at once, as analogue radio does, with noise (over-the-air gossip).
 
     Peer i wants sum_j w_ij v_j of its neighbours. Each sends s_j = (v_j - mean v_j) / sd v_j with the precoder b_ij =

@@ -4,7 +4,7 @@ from dfl.channels.repeats import how_often
 from dfl.slots import Channel, Link, Message, State
 
 
-def perfect(*, aggregations: int = 1) -> Channel:
+def perfect(*, aggregations: int | str = 1) -> Channel:
     """Deliver everything as it was sent.
 
     aggregations: how often peers exchange and mix in one round: W(t)^J, at J times the bytes.

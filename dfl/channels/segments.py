@@ -75,7 +75,7 @@ def _segmented(chance: Chance, count: int, mode: str, attempts: int, sigma: floa
             return None, state
         probability, state = chance(link, state)
         draws = np.random.Generator(np.random.Philox(link.key)).random((tries, count)) < probability
-        failed = draws.all(0)
+        failed = np.asarray(draws.all(0))
         if mode == "retransmit":
             sent = np.where(failed, tries, 1 + draws.argmin(0)).mean()
             state = state | {"sent": torch.tensor(sent, dtype=torch.float64)}
@@ -126,7 +126,7 @@ def _stale(message: Message, lost: Mapping[str, Tensor], state: State) -> tuple[
     for name, part in message.parts.items():
         before, missing = state.get(f"part.{name}"), state.get(f"never.{name}")
         now = lost.get(name)
-        if before is None or before.shape != part.shape or now is None:
+        if before is None or missing is None or before.shape != part.shape or now is None:
             parts[name], left = part, now
         else:
             parts[name], left = torch.where(now, before, part), now & missing

@@ -1,5 +1,7 @@
 """A few bits a number, with a scale for every block of them and a memory of what rounding took."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ ROUNDINGS = ("nearest", "random")
 
 
 def int8(*, block: int = 256, rounding: str = "nearest", memory: str = "feedback", gamma: float | None = None,
-         topology=None) -> Codec:
+         topology: Any = None) -> Codec:
     """Rounded to one of 255 levels of its block of numbers, what is left is added to the next message (error feedback).
 
     s = max |m + e| / 127 by block;  q = round((m + e) / s);  e <- m + e - s q, so that the mean over time of what is
@@ -26,7 +28,7 @@ def int8(*, block: int = 256, rounding: str = "nearest", memory: str = "feedback
 
 
 def int4(*, block: int = 64, rounding: str = "nearest", memory: str = "feedback", gamma: float | None = None,
-         topology=None) -> Codec:
+         topology: Any = None) -> Codec:
     """Rounded to one of 15 levels of its block of numbers, what is left is added to the next message (error feedback).
 
     As int8 with s = max |m + e| / 7: half a byte an element and 4 a block. With feedback the error of a message is that
@@ -36,7 +38,7 @@ def int4(*, block: int = 64, rounding: str = "nearest", memory: str = "feedback"
     return _integers(4, block, rounding, memory, gamma, topology)
 
 
-def _integers(bits: int, block: int, rounding: str, memory: str, gamma: float | None, topology) -> Codec:
+def _integers(bits: int, block: int, rounding: str, memory: str, gamma: float | None, topology: Any) -> Codec:
     check_count("codec.block", block)
     check_choice("codec.rounding", rounding, ROUNDINGS)
     if memory == "none" and rounding == "nearest":

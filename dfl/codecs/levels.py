@@ -1,6 +1,7 @@
 """Signs, and levels of a block's norm."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dfl.slots import Codec
 OF_NORMAL = 2 / math.pi  # ||v||_1² / (M ||v||²) of normal numbers: what their signs keep
 
 
-def sign(*, block: int = 256, memory: str = "differences", gamma: float | None = None, topology=None) -> Codec:
+def sign(*, block: int = 256, memory: str = "differences", gamma: float | None = None, topology: Any = None) -> Codec:
     """One bit a number: the signs of a block of the difference, and the mean of its absolute values (CHOCO with sign).
 
     C(v) = sign(v) mean |v| by block; omega = ||v||_1² / (M ||v||²), 2 / pi for normal numbers and never below 1 / block.
@@ -35,7 +36,8 @@ def sign(*, block: int = 256, memory: str = "differences", gamma: float | None =
     return remembering(Compressor(pack, unpack, OF_NORMAL), memory, ("differences", "feedback"), gamma, topology)
 
 
-def qsgd(*, levels: int = 16, block: int = 256, memory: str = "differences", gamma: float | None = None, topology=None) -> Codec:
+def qsgd(*, levels: int = 16, block: int = 256, memory: str = "differences", gamma: float | None = None,
+         topology: Any = None) -> Codec:
     """Rounded at random to one of a few levels of its block's norm, right on average (QSGD), of the difference (CHOCO).
 
     C(v) = ||v|| sign(v) l / s with l one of the two whole numbers beside s |v| / ||v|| by block, the nearer more often: E C(v) = v,
@@ -52,6 +54,7 @@ def qsgd(*, levels: int = 16, block: int = 256, memory: str = "differences", gam
     shrink = levels if memory == "none" else levels * (1 + spread)
 
     def pack(name: str, values: Tensor, seed: int | None) -> Tensor:
+        assert seed is not None  # draws: the engine gives one
         padded = torch.nn.functional.pad(values.float(), (0, -len(values) % block)).view(-1, block)
         scales = torch.linalg.vector_norm(padded, dim=1)
         exact = padded.abs() * (levels / torch.where(scales > 0, scales, torch.ones_like(scales)))[:, None]

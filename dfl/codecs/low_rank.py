@@ -1,7 +1,7 @@
 """The leading directions of each matrix."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Matrices(NamedTuple):
 
 
 def low_rank(*, components: int = 1, memory: str = "differences", gamma: float | None = None, layout: Layout | None = None,
-             topology=None) -> Codec:
+             topology: Any = None) -> Codec:
     """The best rank-k part of each matrix of the difference: of every A, B, core and matrix of the head (after PowerGossip).
 
     C(D) = U U^T D, U (m, k) the leading left directions of D (m, n), m <= n; omega = k / m at the least. 4 k (m + n) bytes a
@@ -77,7 +77,8 @@ def low_rank(*, components: int = 1, memory: str = "differences", gamma: float |
 
 def matrices(layout: Layout, group: str) -> list[Matrices]:
     """The matrices of a group of the layout, by shape."""
-    start, found = layout.groups[group].start, {}
+    start = layout.groups[group].start
+    found: dict[Any, Any] = {}
     if group in FACTORS:
         for pair in layout.pairs:
             shape = (pair.rank, pair.d_in) if group == "A" else (pair.d_out, pair.rank)

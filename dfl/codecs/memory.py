@@ -15,7 +15,7 @@ Yuan, Zhang, Zhang, Liu 2019, arXiv 1907.07346 (DeepSqueeze).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Compressor(NamedTuple):
     draws: str = ""
 
 
-def remembering(compressor: Compressor, memory: str, allowed: Sequence[str], gamma: float | None, topology, *,
+def remembering(compressor: Compressor, memory: str, allowed: Sequence[str], gamma: float | None, topology: Any, *,
                 rounds: bool = False) -> Codec:
     """A codec of a compressor with a memory, one of `allowed`. gamma: the step of a mix, None: found for the topology (`step_size`).
 

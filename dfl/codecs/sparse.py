@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dfl.plugins import check_share
 from dfl.slots import Codec
 
 
-def top_k(*, share: float = 0.01, memory: str = "differences", gamma: float | None = None, topology=None) -> Codec:
+def top_k(*, share: float = 0.01, memory: str = "differences", gamma: float | None = None, topology: Any = None) -> Codec:
     """The largest numbers of each part and their places, the rest of the difference in later rounds (CHOCO with top-k).
 
     C(v) = v at its k = ceil(share M) largest |v_m|, zero elsewhere; omega = k / M at the least. 4 k bytes of values, and of
@@ -55,7 +56,7 @@ def top_k(*, share: float = 0.01, memory: str = "differences", gamma: float | No
     return codec._replace(counts=counts)
 
 
-def random_k(*, share: float = 0.01, memory: str = "none", gamma: float | None = None, topology=None) -> Codec:
+def random_k(*, share: float = 0.01, memory: str = "none", gamma: float | None = None, topology: Any = None) -> Codec:
     """The same random numbers of each part at all peers, drawn anew every round: values alone travel, and a seed.
 
     C(v) = v at k = ceil(share M) places that are a function of the seed and the round; omega = k / M. 4 k bytes of values and 8

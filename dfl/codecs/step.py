@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ LARGEST = 256  # peers whose W is asked for its eigenvalues
 NUM_TRIAL, ROUNDS_TRIAL = 256, 150
 
 
-def step_size(compressor, memory: str, gamma: float | None, topology, rounds: bool) -> float:
+def step_size(compressor: Any, memory: str, gamma: float | None, topology: Any, rounds: bool) -> float:
     """gamma, or a step that makes consensus converge fast. 1 for mere rounding, and for numbers that all peers share.
 
     Found: of those in GRID the one with the smallest radius (`radius`) over the eigenvalues of W but 1. ValueError for a step
@@ -28,7 +29,7 @@ def step_size(compressor, memory: str, gamma: float | None, topology, rounds: bo
     return found(compressor.kept, memory, eigenvalues(topology))
 
 
-def eigenvalues(topology) -> tuple[complex, ...]:
+def eigenvalues(topology: Any) -> tuple[complex, ...]:
     """Those of W but 1; of a graph that changes, or of more than LARGEST peers, ends of an interval."""
     if topology is None or getattr(topology, "period", None) != 1 or not 1 < topology.num_peers <= LARGEST:
         return UNKNOWN
@@ -76,7 +77,7 @@ def _squared(m: np.ndarray) -> np.ndarray:
     return np.einsum("...ij,...kl->...ikjl", m, m.conj()).reshape(*m.shape[:-2], 4, 4)
 
 
-def check_by_trial(compressor, memory: str, gamma: float, topology) -> None:
+def check_by_trial(compressor: Any, memory: str, gamma: float, topology: Any) -> None:
     """ValueError where peers that start apart, and do nothing but mix random numbers with this step, are not closer after a while.
 
     On the run's own W, NUM_TRIAL numbers a peer; not asked of a graph of more than LARGEST peers.
@@ -103,5 +104,5 @@ def check_by_trial(compressor, memory: str, gamma: float, topology) -> None:
                          f"{t + 1} rounds than before; allowed: less, such as {good:.3g}")
 
 
-def _through(compressor, row: torch.Tensor, seed: int) -> torch.Tensor:
+def _through(compressor: Any, row: torch.Tensor, seed: int) -> torch.Tensor:
     return compressor.unpack("trial", compressor.pack("trial", row, seed if compressor.draws else None), len(row)).to(row)

@@ -117,7 +117,7 @@ def own_names(tree: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             inside = inside.get(section) if isinstance(inside, Mapping) else None
         if isinstance(inside, Mapping) and last in inside:
-            raise _both(key, value, own, inside[last])
+            raise _both(key, value, own or "", inside[last])
     return apply(named, pairs)
 
 

@@ -36,14 +36,15 @@ def refusal(error: ValidationError) -> ValueError:
     return wrong(first.field, first.value, ", or ".join(filter(None, kinds)))
 
 
-def wrong(field: str, value: Any, allowed: str) -> ValueError:
+def wrong(field: str, value: Any, allowed: str | None) -> ValueError:
     return ValueError(f"{field} = {plain(value)!r} is not allowed; allowed: {allowed}")
 
 
-def _read(error: dict[str, Any]) -> _Found:
+def _read(error: Any) -> _Found:
     kind, value = error["type"], error["input"]
     unknown = kind in ("extra_forbidden", "invalid_key")
-    field, section = "", Config
+    field = ""
+    section: Any = Config
     for step in error["loc"][:-1] if unknown else error["loc"]:
         if isinstance(step, int):
             field += f"[{step}]"

@@ -10,7 +10,7 @@ import yaml
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error: of two `train:` sections the first would be lost silently."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:
             if keys.count(key.value) > 1 and key.tag != "tag:yaml.org,2002:merge":

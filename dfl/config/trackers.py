@@ -1,5 +1,6 @@
 """The trackers that a run can report to, and whether they are installed."""
 
+from collections.abc import Iterable
 from importlib import import_module
 
 from dfl.plugins import did_you_mean
@@ -7,7 +8,7 @@ from dfl.plugins import did_you_mean
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 
 
-def check_trackers(names) -> None:
+def check_trackers(names: Iterable[str]) -> None:
     """ValueError for a tracker we do not know or that is not installed."""
     for name in names:
         if name == "none":

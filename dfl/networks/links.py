@@ -1,6 +1,7 @@
 """Links with a bandwidth and a latency."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dfl.plugins import by_link, check_number
 from dfl.slots import Link, Network
@@ -27,7 +28,7 @@ def links(*, bandwidth: float | Sequence | str = 6.25e6, latency: float | Sequen
     return Network(seconds, lambda t, peer, local_steps: local_steps * steps(peer), timed=True)
 
 
-def by_peer(field: str, given: float | Sequence[float], peers: int | None):
+def by_peer(field: str, given: Any, peers: int | None) -> Callable[[int], float]:
     """peer -> its number, from one for all or one for each."""
     if not isinstance(given, (list, tuple)):
         check_number(field, given)

@@ -1,6 +1,6 @@
 """What rules share: averages over an inbox, groups of a row as parts of a message, checks of parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ BOTH = frozenset({"A", "B"})
 
 def weighted_mean(values: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
     """sum_j w_j m_j of tensors by peer, accumulated in ascending peer id: the same bits however peers are hosted."""
-    total = None
+    total: Tensor | None = None
     for peer in sorted(values):
         value, weight = values[peer], float(weights[peer])
         total = value * weight if total is None else total.add_(value, alpha=weight)
+    assert total is not None, "nobody is in the inbox, not even the peer itself"
     return total
 
 
@@ -34,7 +35,7 @@ def mean_of_groups(out: Tensor, layout: Layout, groups: Iterable[str], inbox: In
             torch.mul(part, weight, out=cut) if place == 0 else cut.add_(part, alpha=weight)
 
 
-def send_groups(layout: Layout):
+def send_groups(layout: Layout) -> Callable[[Tensor, State, Round], tuple[Message, State]]:
     """A rule's `send` whose message is the groups that the plan has exchanged."""
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
         return Message(parts_of(x, layout, round.plan.sends)), state

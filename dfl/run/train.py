@@ -33,7 +33,8 @@ from dfl.transport.stopping import Halt, Stopped, StopSignal
 STOPPED = 75
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = (),
+def train(config: Config, *, resume: bool = False, overwrite: bool = False,
+          callbacks: Sequence[Callback | type[Callback]] = (),
           spread: bool = False) -> int:
     """Run a configuration to its end (or to a signal); the exit status. Process 0 writes the run folder and prints the table.
 

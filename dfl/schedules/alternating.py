@@ -7,11 +7,12 @@ exactly zero.
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from dfl.plugins import check_choice, check_count
 from dfl.schedules.groups import Groups
 from dfl.schedules.phases import Phases
-from dfl.slots import Plan, Schedule
+from dfl.slots import Mixing, Plan, Schedule
 from topologies import spectrum
 
 # a frozen factor's disagreement falls to a tenth; chosen on the toy, `benchmarks/intervals.py`
@@ -55,7 +56,7 @@ def _sends(exchange: str) -> str:
 
 
 def automatic(groups: Groups, *, T: int | str | Sequence[int] = "auto", pattern: str | None = None, exchange: str = "both",
-              theta: float = THETA, cap: int | None = None, ends: Sequence[int] = (), topology=None,
+              theta: float = THETA, cap: int | None = None, ends: Sequence[int] = (), topology: Mixing | None = None,
               rounds: int | None = None) -> Schedule:
     """Train B and A in turn, with phases that the topology decides: sparser graphs get longer ones (TAD-LoRA).
 
@@ -76,7 +77,7 @@ def automatic(groups: Groups, *, T: int | str | Sequence[int] = "auto", pattern:
     return schedule._replace(facts={**facts, "reason": "given in the recipe"})
 
 
-def _by_topology(topology, rounds: int | None, theta: float, cap: int | None,
+def _by_topology(topology: Mixing | None, rounds: int | None, theta: float, cap: int | None,
                  ends: Sequence[int]) -> tuple[Phases, dict[str, object]]:
     """The phases, and what the log says of them. ValueError where a parameter is none, or the topology does not mix."""
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1:
@@ -99,11 +100,11 @@ def _by_topology(topology, rounds: int | None, theta: float, cap: int | None,
 
 
 @lru_cache(maxsize=8)
-def _contraction(topology) -> float:
+def _contraction(topology: Any) -> float:
     return spectrum.contraction(topology)
 
 
-def chosen_phases(T: object, pattern: object, *, default: object = None, also: str = "") -> dict[str, object]:
+def chosen_phases(T: Any, pattern: object, *, default: object = None, also: str = "") -> dict[str, object]:
     """What was chosen, for the log. ValueError for intervals or patterns that are none, and for both at once."""
     if pattern is None:
         check_interval("schedule.T", T, also)

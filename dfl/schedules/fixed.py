@@ -1,10 +1,12 @@
 """The same in every round: both factors, B over a frozen A, A alone, nothing at all."""
 
+from typing import Any
+
 from dfl.schedules.groups import NOTHING, Groups
 from dfl.slots import Plan, Schedule
 
 
-def _always(plan: Plan, sends: str, **facts) -> Schedule:
+def _always(plan: Plan, sends: str, **facts: Any) -> Schedule:
     return Schedule(lambda t, peer: plan, sends, **facts)
 
 

@@ -6,7 +6,7 @@ from dfl.adapters.layout import Layout
 from dfl.plugins import check_choice
 from dfl.slots import Plan
 
-BOTH, NOTHING = frozenset({"A", "B"}), frozenset()
+BOTH, NOTHING = frozenset({"A", "B"}), frozenset[str]()
 HEADS = ("frozen", "mixed", "local")
 
 

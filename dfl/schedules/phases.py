@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dfl.seeds import derive
+from dfl.slots import Mixing
 
 # up to so many peers the product of all W is formed; beyond, what it does to PROBES random vectors
 EXACT_PEERS, PROBES = 512, 64
@@ -29,7 +30,7 @@ class Phases:
     with a relative error of c of about sqrt(2 / 64) or less.
     """
 
-    def __init__(self, mixing, ends: Sequence[int], theta: float, cap: int | None = None):
+    def __init__(self, mixing: Mixing, ends: Sequence[int], theta: float, cap: int | None = None):
         bounds = list(zip([0, *ends], ends, strict=False))
         self._stretches = [_Stretch(mixing, start, stop, theta, cap or max(1, (stop - start) // 4)) for start, stop in bounds]
 
@@ -40,7 +41,7 @@ class Phases:
 class _Stretch:
     """The phases of the rounds start .. stop - 1, found as they are asked for."""
 
-    def __init__(self, mixing, start: int, stop: int, theta: float, cap: int):
+    def __init__(self, mixing: Mixing, start: int, stop: int, theta: float, cap: int):
         self.mixing, self.start, self.stop, self.theta, self.cap = mixing, start, stop, theta, cap
         self._found: list[str] = []
         self._last: int | None = None
@@ -88,7 +89,7 @@ def squared(x: np.ndarray) -> float:
     return float(np.square(x).sum())
 
 
-def times(mixing, t: int, x: np.ndarray, transposed: bool = False) -> np.ndarray:
+def times(mixing: Mixing, t: int, x: np.ndarray, transposed: bool = False) -> np.ndarray:
     """W(t) x, or its transpose times x, for x (n, K); sparse where there are many peers and the topology has its W so."""
     if mixing.num_peers > EXACT_PEERS and hasattr(mixing, "entries"):
         entries = mixing.entries(t)

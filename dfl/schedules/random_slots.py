@@ -4,7 +4,7 @@ Slot l is row l of A and column l of B: a module of rank 1.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def one_rank(layout: Layout, rank: int | None, field: str) -> int:
     return ranks.pop() if ranks else rank or 0
 
 
-def check_slots(field: str, slots: object, rank: int, peers: int | None) -> None:
+def check_slots(field: str, slots: Any, rank: int, peers: int | None) -> None:
     """ValueError unless `slots` is none, a whole number from 1 to `rank` (0: not known) or a list of them, one a peer."""
     if slots is None:
         return

@@ -9,7 +9,7 @@ below are its own. Nothing else is ever removed, nothing without a marker, nothi
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 # what process 0 leaves in the folder of a run that a callback has ended
@@ -73,7 +73,7 @@ def marked(folder: Path, kind: str = "run") -> bool:
         return False
 
 
-def is_plain_name(name) -> bool:
+def is_plain_name(name: object) -> bool:
     """Whether a name can only be that of something directly inside a folder."""
     return isinstance(name, str) and name not in ("", ".", "..", STATE) and not re.search(r"[/\\\0]", name)
 
@@ -178,7 +178,7 @@ def made_by_report(path: Path) -> bool:
     return REPORT_MARK.encode() in raw[:1000] + raw[-100:]
 
 
-def _folders(parent: Path, matches) -> list[Path]:
+def _folders(parent: Path, matches: Callable[[str], object]) -> list[Path]:
     """The real directories directly in one."""
     if parent.is_symlink() or not parent.is_dir():
         return []

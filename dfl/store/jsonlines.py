@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def scan(raw: bytes, name: str = "metrics.jsonl") -> Found:
 def _lines(raw: bytes) -> list[_Line]:
     """The lines that are not blank. A round out of order between two that are in order is no record: one of its digits is another."""
     found = list(_split(raw))
-    rounds = [line.record["round"] if line.record is not None else None for line in found]
+    rounds: list[Any] = [line.record["round"] if line.record is not None else None for line in found]
     for at in range(1, len(found) - 1):
         before, this, after = rounds[at - 1:at + 2]
         if None not in (before, this, after) and before < after and not before < this < after and this != before + 1:

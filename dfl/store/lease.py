@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from dfl.store.directory import STATE
 from dfl.transport.agreement import together
+from dfl.transport.base import Transport
 
 HEARTBEAT_SECONDS = 5.0
 # an owner that cannot be seen from here (another host, another container) counts as dead after this time without a heartbeat: twelve
@@ -144,7 +145,8 @@ class Lease:
 
     def __init__(self, folder: Path, number: int, token: str, made: tuple[Path, ...] = ()):
         self.folder, self.number, self.token, self.made = folder, number, token, made
-        self._path, self._ended, self._thread = _path(folder, number), threading.Event(), None
+        self._path, self._ended = _path(folder, number), threading.Event()
+        self._thread: threading.Thread | None = None
 
     def beat(self) -> None:
         """Begin to show that this process lives."""
@@ -190,7 +192,7 @@ class Lease:
             pass
 
 
-def hold(folder: Path, transport) -> Lease:
+def hold(folder: Path, transport: Transport) -> Lease:
     """The lease on a run directory for all processes of a run; process 0 has it and shows the heartbeat.
 
     ValueError on all of them when a living run has it, and where a process does not see what process 0 has written.

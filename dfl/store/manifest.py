@@ -11,7 +11,7 @@ Only the files that it names are read; whatever else lies in the folder is nobod
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ def _count(value: Any, name: str, least: int) -> int:
     return value
 
 
-def missing_adapter(names, peers: int) -> str | None:
+def missing_adapter(names: Collection[str], peers: int) -> str | None:
     """The first of the adapters of so many peers that is not among the names; None where all are."""
     wanted = (f"peer-{peer}/adapter_model.safetensors" for peer in range(peers))
     return next((name for name in wanted if name not in names), None)

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dfl.store.directory import all_records
 from dfl.store.jsonlines import rewind, scan
@@ -38,7 +39,7 @@ class JsonLines:
         self._file.close()
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """JSON has no infinity and no NaN: null stands for both."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}

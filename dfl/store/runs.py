@@ -1,7 +1,7 @@
 """Run directories as they lie on disk, finished or not: what is readable is read, what is not is named."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class RunData:
                    default=self.config.get("peers", 0) if isinstance(self.config.get("peers"), int) else 0)
 
 
-def mapping(value) -> dict:
+def mapping(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
@@ -120,7 +120,9 @@ def read_all(folders: list[Path]) -> tuple[list[RunData], list[str]]:
 
     ValueError names a folder that is neither.
     """
-    runs, notes, seen = [], [], set()
+    runs: list[RunData] = []
+    notes: list[str] = []
+    seen: set[Path] = set()
     for folder in map(Path, folders):
         listed = list(_sweep(folder, notes)) if is_sweep(folder) else [(folder, None)]
         for path, name in listed:
@@ -140,7 +142,7 @@ def _sweep(folder: Path, notes: list[str]) -> Iterator[tuple[Path, str]]:
             notes.append(f"{entry.name}: has not begun")
 
 
-def read_config(output: Path, overrides=()) -> Config:
+def read_config(output: Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration a run was started with."""
     if not (output / "recipe.yaml").is_file():
         raise ValueError(f"{str(output)!r} holds no run (no recipe.yaml in it)")

@@ -19,7 +19,7 @@ MANIFEST, VERSION = "sweep.json", 2
 class SweepRun(NamedTuple):
     """A run of a sweep. `state`: finished, failed, begun (at work, or interrupted) or waiting; `done` of `rounds` are saved."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # the method of tuples of that name is not used
     name: str
     fields: dict[str, Any]
     output: Path
@@ -72,7 +72,9 @@ def _from_1(manifest: dict) -> dict:
 
 
 def with_state(run: SweepRun) -> SweepRun:
-    done, rounds, baseline = 0, None, None
+    done: int = 0
+    rounds: Any = None
+    baseline = None
     recipe = read_recipe(run.output)
     if recipe is not None:
         done, rounds, baseline = _saved(run.output), recipe["train"]["rounds"], recipe.get("baseline")

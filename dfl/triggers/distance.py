@@ -12,7 +12,7 @@ from dfl.adapters.layout import Layout, Pair
 def distance(parts: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensor:
     """||m - m^|| over all parts by the root of their number of elements, float64."""
     squares = sum((part.double() - before[name].double()).square().sum() for name, part in parts.items())
-    return (squares / max(1, sum(part.numel() for part in parts.values()))).sqrt()
+    return torch.as_tensor(squares / max(1, sum(part.numel() for part in parts.values())), dtype=torch.float64).sqrt()
 
 
 def product_distance(parts: Mapping[str, Tensor], before: Mapping[str, Tensor], layout: Layout) -> float:

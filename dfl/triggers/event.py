@@ -1,6 +1,8 @@
 """Speak when there is something to say: event-triggered gossip."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +44,18 @@ def event(*, threshold: float = 1.0, decay: str = "sqrt", norm: str = "factors",
     def limit(t: int) -> float:
         return threshold / {"sqrt": math.sqrt(t + 1), "inverse": t + 1, "constant": 1}[decay]
 
-    def moved(parts, before) -> float:
-        return product_distance(parts, before, layout) if norm == "product" else float(distance(parts, before))
+    def moved(parts: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> float:
+        if norm != "product":
+            return float(distance(parts, before))
+        assert layout is not None  # the run gives it
+        return product_distance(parts, before, layout)
 
     return held_until(moved, lambda round: limit(round.t), max_silence, common_start=start == "common", pairs=norm == "product",
                       facts={"threshold": threshold, "decay": decay, "norm": norm, "max_silence": max_silence})
 
 
-def held_until(moved, limit, max_silence: int | None, **traits) -> Trigger:
+def held_until(moved: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float], limit: Callable[[Round], float],
+               max_silence: int | None, **traits: Any) -> Trigger:
     """A trigger that speaks where moved(parts, parts last sent) >= limit(round), and at the latest after `max_silence` rounds."""
     common = traits.get("common_start", False)
 

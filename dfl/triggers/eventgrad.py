@@ -27,6 +27,7 @@ def eventgrad(*, horizon: float = 1.0, initial: int = 30, layout: Layout | None 
         return torch.stack([torch.linalg.vector_norm(message.parts[part][columns].double()) for part, columns in cuts]).cpu()
 
     def tensors(message: Message) -> dict[str, tuple[str, slice]]:
+        assert layout is not None  # the run gives it
         return {f"{part}{k}": (part, cut) for part in message.parts for k, cut in enumerate(_cuts(layout, part))}
 
     def init(message: Message) -> State:

@@ -3,10 +3,13 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dfl.plugins import check_choice, check_number
 from dfl.slots import Message, Round, State, Trigger
 from dfl.triggers.distance import distance
+
+Decide = Callable[[Message, State, Round], tuple[bool, State]]
 
 MEASURED = "measured"
 
@@ -69,11 +72,11 @@ def random_gossip(*, probability: float | None = None, peers: int | None = None)
     return _linked(lambda message, state, round: (random.Random(round.key).random() < chance, state), facts={"probability": chance})
 
 
-def _linked(decide, **traits) -> Trigger:
+def _linked(decide: Decide, **traits: Any) -> Trigger:
     return Trigger(lambda message: _sent(message), decide, holds=False, answers=True, greets=True, **traits)
 
 
-def _moved(scale: Callable[[Round], float]):
+def _moved(scale: Callable[[Round], float]) -> Decide:
     """Whether a message has moved by scale(round) / sqrt(t + 1) since it was last broadcast."""
     def decide(message: Message, state: State, round: Round) -> tuple[bool, State]:
         before = {name: part for name, part in state.items() if name in message.parts and part.shape == message.parts[name].shape}
@@ -93,7 +96,7 @@ def check_positive(field: str, value: object) -> None:
         raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number above 0")
 
 
-def bandwidths(field: str, given: object, peers: int | None, words: Sequence[str] = ()) -> Callable[[int], float]:
+def bandwidths(field: str, given: Any, peers: int | None, words: Sequence[str] = ()) -> Callable[[int], float]:
     """The bandwidth of each peer, from one number or one for each."""
     if isinstance(given, str):
         check_choice(field, given, words)

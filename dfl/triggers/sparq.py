@@ -1,5 +1,9 @@
 """SPARQ-SGD: a threshold on what has changed, at every H-th round."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from dfl.plugins import check_count, check_number
 from dfl.slots import Trigger
 from dfl.triggers.distance import distance
@@ -21,7 +25,7 @@ def sparq(*, c: float = 1.0, growth: float = 0.0, every: int = 1, max_silence: i
     if max_silence is not None:
         check_count("trigger.max_silence", max_silence)
 
-    def moved(parts, before) -> float:
+    def moved(parts: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> float:
         return float(distance(parts, before)) * sum(part.numel() for part in parts.values()) ** 0.5
 
     return held_until(moved, lambda round: (c * (round.t + 1) ** growth) ** 0.5 * round.lr, max_silence,

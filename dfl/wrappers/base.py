@@ -5,6 +5,7 @@ are nobody else's business, and in a round that does not train a group what is k
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,13 +73,13 @@ def mean_of_parts(inbox: Inbox, prefix: str, group: str, round: Round) -> Tensor
     return weighted_mean({j: message.parts[prefix + group] for j, message in inbox.items()}, round.weights)
 
 
-def _declared(topology, name: str):
+def _declared(topology: object, name: str) -> Any:
     return getattr(topology, name, None)
 
 
 def doubly_stochastic(name: str) -> Callable[[object], None]:
     """ValueError for a topology whose columns, or rows, do not sum to one: what the peers keep would not cancel."""
-    def check(topology) -> None:
+    def check(topology: Any) -> None:
         sums = _declared(topology, "sums")
         if sums is None:  # a sequence from outside may not tell
             w = np.asarray(topology.matrix(0))
@@ -91,7 +92,7 @@ def doubly_stochastic(name: str) -> Callable[[object], None]:
 
 
 def all_of(*checks: Callable[[object], None]) -> Callable[[object], None]:
-    def check(topology) -> None:
+    def check(topology: object) -> None:
         for one in checks:
             one(topology)
     return check
