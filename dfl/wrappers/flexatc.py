@@ -143,7 +143,8 @@ def _template(name: str, rule: Rule, layout: Layout, member: str, chi: float, p:
 
     def after_step(x: Tensor, state: State, round: Round, k: int) -> Tensor:
         out, groups = x.clone(), layout.present(round.plan.trains)
-        for group in groups:
+        # a round in which the schedule exchanges nothing would take the same correction off once more
+        for group in groups if round.plan.sends else ():
             cut = layout.groups[group]
             out[cut] -= share / round.local_steps * state[SHIFT][cut]
         if prox is not None:

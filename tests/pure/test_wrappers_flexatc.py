@@ -10,7 +10,8 @@ from dfl.adapters.layout import a_view, b_view, make_layout
 from dfl.engine.gossip import Gossip
 from dfl.engine.simulate import Rows
 from dfl.methods import Choice, Context, build
-from dfl.slots import Plan, Round
+from dfl.schedules import SCHEDULES
+from dfl.slots import Plan, Round, Schedule
 from dfl.transport import InProcess
 from dfl.wrappers.flexatc import best_probability, coin, members
 from dfl.wrappers.proximal import make_prox
@@ -69,6 +70,18 @@ def test_two_exchanges_are_two_messages():
         assert descend(Choice("flexatc", {"member": member}), "ring", rounds=1, lr=0.1).measures[0]["edges"] == messages
     assert {name: member.exchanges for name, member in members(1.0).items()} == {
         "ed": 1, "aug_dgm": 2, "next": 2, "extra": 1, "diging": 2, "dgd": 1}
+
+
+def test_rounds_in_which_a_schedule_exchanges_nothing_take_nothing_off(monkeypatch):
+    """Seven rounds in eight are silent: the correction of one exchange is taken off once, or disagreement would grow."""
+    def one_in_eight(groups):
+        """Exchange in every eighth round."""
+        both, alone = SCHEDULES["both"](groups), SCHEDULES["alone"](groups)
+        return Schedule(lambda t, peer: (alone if t % 8 < 7 else both).plan(t, peer))
+    monkeypatch.setitem(SCHEDULES, "one_in_eight", one_in_eight)
+    given = {"topology": "ring", "rounds": 240, "lr": 0.01, "d": 3, "schedule": "one_in_eight"}
+    assert descend("led", **given).rms < descend("none", **given).rms
+    assert descend("gradient_tracking", **given).rms < 0.5 * descend("none", **given).rms
 
 
 class TestSkipping:
