@@ -221,12 +221,14 @@ class Codec(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A way on which one message goes. key: a seed of its own for every (sender, receiver, round, aggregation)."""
+    """A way on which one message goes. key: a seed of its own for every (sender, receiver, round, aggregation). held:
+    the receiver keeps what came before, and both ends know what did not come."""
 
     sender: int
     receiver: int
     t: int
     key: int
+    held: bool = False
 
 
 class Channel(NamedTuple):

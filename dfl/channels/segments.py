@@ -82,7 +82,7 @@ def _segmented(chance: Chance, count: int, mode: str, attempts: int, sigma: floa
         lost = _masks(message, failed)
         if mode == "additive":
             return _noisy(message, lost, sigma, link.key), state
-        if mode == "stale":
+        if mode == "stale" and not link.held:  # else the receiver does it, and its sender has to know what is missing
             return _stale(message, lost, state)
         if mode in ("substitute_own", "retransmit") and failed.all():
             return None, state

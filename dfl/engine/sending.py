@@ -206,7 +206,7 @@ class Sending:
         self._wait(arrived, t)
         if not self.method.trigger.answers:
             return arrived
-        # the next exchange may overwrite what came with this one
+        # the next exchange may overwrite what came with this one; what a channel will lose is answered as well, as it was sent
         arrived = {peer: {j: copies.packet_of(copies.state_of(packet)) for j, packet in inbox.items()}
                    for peer, inbox in arrived.items()}
         answers = {}
@@ -265,7 +265,7 @@ class Sending:
         return self._start(key.partition("/")[0]) if found is None else copies.message_of(found)
 
     def link(self, sender: int, receiver: int, t: int, k: int = 0) -> Link:
-        return Link(sender, receiver, t, derive(self.seed, "channel", sender, receiver, *_when(t, k)))
+        return Link(sender, receiver, t, derive(self.seed, "channel", sender, receiver, *_when(t, k)), self.held)
 
     def _stamped(self, packets: Mapping[int, Packet]) -> dict[int, Packet]:
         """With the simulated time at which each sender sends."""

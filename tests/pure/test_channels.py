@@ -140,6 +140,22 @@ class TestSegments:
         heart, x = heads(("segments", {"rate": str(tmp_path / "rates.csv")}))
         assert heart.round(0, x).lost == 2 * PEERS
 
+    @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "additive"])
+    def test_under_a_trigger_both_ends_know_what_arrived_and_the_mean_stays(self, mode):
+        """On a graph that changes, with rows that move: the receiver keeps what came before, and the rest is sent again."""
+        topology = topologies.build("edge_activation", PEERS, base="complete", p=0.3, seed=2)
+        heart, x = heads(("segments", {"rate": 0.4, "count": 3, "mode": mode, "attempts": 2}), topology=topology,
+                         trigger=("event", {"threshold": 0.6, "decay": "constant"}))
+        for t in range(30):
+            x += 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(t), dtype=x.dtype)
+            mean = x.mean(0)
+            heart.round(t, x)
+            torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=1e-14)
+            for key, held in heart.state["received"].items():
+                receiver, sender = key.split("/")
+                assert torch.equal(held["part.head"], heart.state["delivered"][f"{sender}/{receiver}"]["part.head"])
+        assert len(heart.state["received"]) > 2 * PEERS
+
     def test_bursts_have_the_mean_and_the_length_that_are_said(self):
         deliver, state, lost = CHANNELS["bursts"](to_bad=0.1, to_good=0.25, loss=0.8).deliver, {}, []
         bad = []
