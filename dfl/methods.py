@@ -120,6 +120,9 @@ def fill(name: str, params: Mapping[str, object] = {}, slots: Mapping[str, Choic
     A parameter of the method goes to the rule or schedule that takes it, to both where both do; a slot that the user fills
     himself takes his own parameters alone. ValueError names what nobody takes.
     """
+    if name in RULES and name not in METHODS:
+        raise ValueError(f"method.name = {name!r} is a rule, not a method: give it as rule, beside a method; allowed: "
+                         f"{', '.join(METHODS)}")
     row = lookup("method.name", METHODS, name)
     filled = {slot: Choice(default) for slot, default in DEFAULTS.items()}
     filled |= {"rule": Choice(row.rule), "schedule": Choice(row.schedule)}

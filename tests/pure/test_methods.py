@@ -80,6 +80,11 @@ def test_what_does_not_go_together_is_refused_by_slot_and_reason(slots, said):
         end_of("tad", **slots)
 
 
+def test_a_rule_that_is_no_method_is_told_from_one():
+    with pytest.raises(ValueError, match="method.name = 'average' is a rule, not a method: give it as rule, beside a method"):
+        methods.fill("average")
+
+
 def test_a_schedule_that_makes_the_method_keeps_it_under_another_rule():
     """RoLoRA exchanges one factor alone, from which no rule makes products."""
     with pytest.raises(ValueError, match="exchanges 'active', which rule 'decaf' cannot mix"):
