@@ -84,7 +84,7 @@ def test_equal_data_from_one_start_are_plain_descent(wrapper):
 def test_through_a_codec_of_differences_tracking_is_beer_and_motef_and_stays_exact(wrapper, lr):
     """A fifth of the numbers at a step of 0.2, d = 20: plain gossip ends at 1.256 there."""
     top = Choice("top_k", {"share": 0.2, "gamma": 0.2})
-    assert descend(wrapper, "ring", rounds=500, lr=lr, d=20, codec=top).rms < 0.01
+    assert descend(wrapper, "ring", rounds=300, lr=lr, d=20, codec=top).rms < 0.05
 
 
 class TestRefusals:
