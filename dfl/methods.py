@@ -198,6 +198,7 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
     check_trigger(method, filled, context.ranks is not None)
     check_channel(method, filled)
     check_codec(method, filled)
+    check_guard(method, filled, context.ranks is not None)
     return method
 
 
@@ -293,6 +294,21 @@ def check_codec(method: Method, filled: Mapping[str, Choice]) -> None:
         check_differences(method, filled)
     elif method.codec.partial:
         check_partial(method, filled)
+
+
+def check_guard(method: Method, filled: Mapping[str, Choice], unequal: bool) -> None:
+    """ValueError for a guard that weighs or replaces messages, with a rule that does not average them."""
+    rule, guard, whole = method.rule, method.guard, _whole(method, filled)
+    if guard.screen is None:
+        return
+    why = ("its messages are not averaged with weights" if not rule.averages else "its messages have many lengths"
+           if unequal or rule.readable is not None else "what its peers keep has to cancel over all of them" if rule.conserves
+           else "what a peer keeps has to leave it whole" if rule.columns
+           else "only the sum of its messages arrives" if method.channel.air is not None
+           else "it does not average numbers as they are" if guard.numbers and not rule.linear else None)
+    if why:
+        raise ValueError(f"guard.name = {filled['guard'].name!r} gives messages other weights or values, which {whole} cannot have: "
+                         f"{why}; allowed: norm, finite, or a method that averages, such as lora")
 
 
 def check_differences(method: Method, filled: Mapping[str, Choice]) -> None:

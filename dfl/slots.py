@@ -283,6 +283,11 @@ class Guard(NamedTuple):
 
     norms: of each part of each message that the receiver holds, {peer: {part: norm}}, its own among them, not finite where a number is
     not; x_D: its row, to compare with.
+    screen(inbox, round, x_D) -> (inbox, weights): what is mixed in place of the messages that are left, the receiver's own among
+    them, and of its row of W(t); the ids stay, the weights sum to one. None: nothing else. numbers: it goes number by number, so that
+    messages have to be rows as they are.
     """
 
     rejects: Callable[[Mapping[int, Mapping[str, float]], int, Tensor], list[int]]
+    screen: Callable[[Inbox, Round, Tensor], tuple[dict[int, Message], dict[int, float]]] | None = None
+    numbers: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from dfl.channels.air import over_the_air
+from dfl.channels.attack import attack
 from dfl.channels.delay import delay
 from dfl.channels.lossy import lossy
 from dfl.channels.noise import noise
@@ -11,4 +12,4 @@ from dfl.channels.segments import bursts, segments
 from dfl.slots import Channel
 
 CHANNELS: dict[str, Callable[..., Channel]] = {"perfect": perfect, "lossy": lossy, "segments": segments, "bursts": bursts,
-                                               "noise": noise, "delay": delay, "over_the_air": over_the_air}
+                                               "noise": noise, "delay": delay, "over_the_air": over_the_air, "attack": attack}

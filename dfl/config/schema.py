@@ -201,7 +201,7 @@ class Config(Section):
     codec: Plugin = said(Plugin("none"), "how a message becomes bytes")
     channel: Plugin = said(Plugin("perfect"), "what the way does to it")
     network: Plugin = said(Plugin("none"), "how long things take, on a simulated clock")
-    guard: Plugin = said(Plugin("norm"), "what may enter a peer's mix: norm, or finite alone")
+    guard: Plugin = said(Plugin("norm"), "what may enter a peer's mix, and how much of it")
     wrapper: Plugin = said(Plugin("none"), "an optimiser across peers")
     partition: Plugin = said(Plugin("iid"), "who holds which examples")
     train: TrainConfig = TrainConfig()

@@ -202,7 +202,7 @@ class Gossip(Sending):
             inbox = {j: message for j, message in inbox.items() if j not in out}
             if self.method.channel.aggregations is None and k == 0:
                 seen[peer] = repeats.look(own, {j: message for j, message in inbox.items() if copies.same_lengths(message, own)})
-            inboxes[peer], rounds[row] = self._complete(inbox, own, spoken, round, out, k)
+            inboxes[peer], rounds[row] = self._complete(inbox, own, spoken, round, out, k, self._common_scale(x[row], row))
         return inboxes, lost, tuple(rejected), seen
 
     def _told(self, arrived: Arrived, spoken: Spoken, messages: Mapping[int, Message],
@@ -264,14 +264,15 @@ class Gossip(Sending):
         return copies.patched(message, self._copy("received", key)) if self.held else message
 
     def _complete(self, inbox: dict[int, Message], own: Message, spoken: Spoken, round: Round,
-                  rejected: Sequence[int], k: int) -> tuple[dict[int, Message], Round]:
+                  rejected: Sequence[int], k: int, x: Tensor) -> tuple[dict[int, Message], Round]:
         """The inbox with one message for every weight, before `mix` sees it.
 
         Who is silent is where it was when it last spoke to this peer; who never did, and whose message was lost or
         rejected, gives its weight to the receiver. Where what the others take the peer's own message for is not what it
         is, because it was rounded or held back, a rule that averages mixes own + sum_j w_ij (m_j - m_i as j has it), the
         sum times the codec's step, which keeps the mean; any other rule takes what everybody got this round, or its own
-        message as it is where nobody got one.
+        message as it is where nobody got one. A guard that weighs or replaces messages does so when all are there. x: the
+        peer's row.
         """
         weights, peer, public = dict(round.weights), round.peer, spoken.public[round.peer]
         moved = self.method.codec.update is not None  # then its copies have followed already
@@ -300,6 +301,8 @@ class Gossip(Sending):
         averages = self.method.rule.averages
         alone = not inbox  # then it keeps what it has, whatever others know of it
         inbox[peer] = own if same or alone or not (averages or moved or self.method.trigger.always) else public
+        if self.method.guard.screen is not None and not alone:
+            inbox, weights = self.method.guard.screen(inbox, round._replace(weights=weights), x)
         if averages and (known or not same) and len(inbox) > 1:
             inbox[EXACT] = own
             step = self.method.codec.gamma

@@ -58,6 +58,10 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "silent, int8, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "codec": CODEC_SETTINGS["int8"],
                                 "channel": Choice("lossy", {"rate": 0.3})},
         "silent, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("lossy", {"rate": 0.3})},
+        "clipped": {"guard": Choice("clipped")}, "median": {"guard": Choice("median")},
+        "krum": {"guard": Choice("krum", {"tolerate": 0, "average": 2})},
+        "clipped, sign": {"guard": Choice("clipped", {"radius": 0.5}), "codec": CODEC_SETTINGS["sign"]},
+        "attack": {"channel": Choice("attack", {"kind": "ipm", "by": [2]})},
         "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["int8"]},
         "tracking, top_k": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["top_k"]}}
 PARAMETERS = {"adaptive_consensus": {"gamma": 0.5}, "proxskip": {"p": 0.5}}
@@ -82,6 +86,9 @@ ONE_WAY = {"push_sum", "push_diging"}
 HELD = {"event", "sparq", "eventgrad"}  # triggers that hold messages back
 PAIRS = {"lora", "replicate", "adf", "tad"}  # those of them that send A and B in every round
 STATIC = {"fedex_choco"}
+# what a guard that weighs messages cannot go with
+WEIGHED = {"lora_a2", "plora", "fedrot", "flora_na", "hetlora", "fedex_choco", "flora"}
+MANY_LENGTHS = {"florist", "fedhl"}
 
 
 def refusal(name: str, slots: dict) -> str | None:
@@ -119,7 +126,13 @@ def refusal(name: str, slots: dict) -> str | None:
     if "channel" in slots and wrapper in BALANCED:
         return CANCELS
     setting = next((setting for setting, choice in CODEC_SETTINGS.items() if choice == slots.get("codec")), None)
-    return codec_refusal(name, setting) if setting else None
+    if setting and codec_refusal(name, setting):
+        return codec_refusal(name, setting)
+    if "guard" in slots and name in WEIGHED | MANY_LENGTHS:
+        return "not averaged with weights" if name in WEIGHED else "many lengths"
+    if slots.get("guard", Choice("norm")).name == "median" and name not in AVERAGED:
+        return "does not average numbers as they are"
+    return None
 
 
 TOLD = {"lr": 0.01, "local_steps": 2}
