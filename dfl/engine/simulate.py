@@ -60,7 +60,8 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     params: the method's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
-    lr, local_steps: what `local_step` uses, for methods that have to know.
+    lr, local_steps: what `local_step` uses, for methods that have to know. What a rule would add to the gradients of
+        local steps (the penalty of `hetlora`) it does not see.
 
     ValueError where method, parameter, topology and factors do not fit each other; TypeError where peers hold different
     values of a factor that the method takes for common (FFA's A).
