@@ -201,7 +201,7 @@ class TestRanks:
         ({"method": "lora"}, "method.name = 'lora' cannot mix peers of unequal ranks"),
         ({"method": "ffa"}, "cannot mix peers of unequal ranks"),
         ({"lora__rank": "[1, 2]"}, "lora.rank = [1, 2] is not allowed; allowed: one value, or a list of 4"),
-        ({"lora__rank": "[1, 2, 0, 4]"}, "lora.rank = (1, 2, 0, 4) is not allowed"),
+        ({"lora__rank": "[1, 2, 0, 4]"}, "lora.rank[2] = 0 is not allowed; allowed: a whole number from 1"),
         ({"lora__rank": "{choices: [2], budget_mb: 3}"}, "give exactly one of them"),
         ({"lora__rank": "{choices: [2, 4], weights: [1]}"}, "lora.rank.weights"),
         ({"lora__rank": "{budget_mb: 0.000001}", "lora__alpha": 16.0, "lora__rslora": "false"}, "does not hold rank 1"),
