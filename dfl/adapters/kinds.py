@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dfl.adapters.cores import Core, blocks
-from dfl.adapters.peft_layers import ADAPTER, DORA, HIRA, LORA, PeftLayers
+from dfl.adapters.peft_layers import ADAPTER, DORA, HIRA, LORA, Layer, PeftLayers
 from dfl.config import LoraConfig
 from dfl.plugins import lookup
 
@@ -24,7 +24,7 @@ class Beside(NamedTuple):
     """
 
     shape: Callable[[int, int], tuple[int, ...]]
-    parameter: Callable[[nn.Module], nn.Parameter]
+    parameter: Callable[[Layer], nn.Parameter]
     start: Callable[[Tensor], Tensor]
 
 

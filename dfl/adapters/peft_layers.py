@@ -15,6 +15,7 @@ from dfl.adapters.layout import Layout, a_view, b_view, join, join_rows
 from dfl.config import LoraConfig
 
 ADAPTER = "default"
+Layer = Any  # a module that PEFT has put in the place of a linear one: its attributes are by adapter
 
 
 class Saved(NamedTuple):
@@ -41,8 +42,8 @@ class PeftLayers(NamedTuple):
     """
 
     config: Callable[[LoraConfig, Mapping[str, Any]], Any]
-    factors: Callable[[nn.Module], tuple[nn.Parameter, nn.Parameter]]
-    prepare: Callable[[nn.Module, int, float], None]
+    factors: Callable[[Layer], tuple[nn.Parameter, nn.Parameter]]
+    prepare: Callable[[Layer, int, float], None]
     scaling: Callable[[float, int, bool], float]
     save: Callable[[Saved, Mapping[str, Tensor], Any], dict[str, Tensor]]
 
@@ -57,15 +58,15 @@ def _hira_config(lora: LoraConfig, shared: Mapping[str, Any]):
     return peft.HiraConfig(hira_dropout=lora.dropout, **shared)
 
 
-def _lora_factors(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def _lora_factors(module: Layer) -> tuple[nn.Parameter, nn.Parameter]:
     return module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
 
 
-def _hira_factors(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def _hira_factors(module: Layer) -> tuple[nn.Parameter, nn.Parameter]:
     return module.hira_A[ADAPTER], module.hira_B[ADAPTER]
 
 
-def _prepare_lora(module: nn.Module, rank: int, scaling: float) -> None:
+def _prepare_lora(module: Layer, rank: int, scaling: float) -> None:
     module.r[ADAPTER], module.scaling[ADAPTER] = rank, scaling
 
 
@@ -84,7 +85,7 @@ def joined(model: Saved, tensors: Mapping[str, Tensor], config: Any) -> dict[str
              for layout, x in parts]
     layout = join(model.layouts, slots)
     row = join_rows(layout, model.layouts, model.rows, 1, slots)[0]
-    found = {}
+    found: dict[str, Tensor] = {}
     for pair in layout.pairs:
         a, b = a_view(row, pair), b_view(row, pair)
         b[:, slots[0]:] /= model.scale  # the residual has the layout's scaling, the adapter the peer's

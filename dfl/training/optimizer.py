@@ -43,8 +43,8 @@ class PeerOptimizer:
         train = self.train
         if train.optimizer == "sgd":
             return torch.optim.SGD(flat, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True)
-        return torch.optim.AdamW(flat, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
-                                 fused=True)
+        return torch.optim.AdamW(flat, lr=train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps,
+                                 weight_decay=train.weight_decay, fused=True)
 
     def ratio(self, group: str) -> float:
         """The rate of a group of trained numbers over `learning_rate`."""

@@ -153,7 +153,7 @@ class ModelTrainer:
         if clip is None:
             return
         mine = g if len(active) == len(g) else g[active]
-        squares = sum(mine[:, cut].square().sum(1) for cut in self.peers.layout.columns(phase.trains))
+        squares = sum((mine[:, cut].square().sum(1) for cut in self.peers.layout.columns(phase.trains)), mine.new_zeros(len(mine)))
         factor = (clip / (squares.sqrt() + 1e-6)).clamp_max(1.0)
         if len(active) == len(g):
             g.mul_(factor[:, None])
