@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--due", action="store_true",
-                     help="of the tests of launchers only the core and what tests/rooms.py says is due")
+                     help="without tests for the night, and of those of launchers only the core and what tests/rooms.py says is due")
 
 
 def pytest_report_header(config):

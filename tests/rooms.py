@@ -45,9 +45,10 @@ def due(root: Path = ROOT, rooms: dict[str, tuple[str, ...]] = ROOMS) -> list[st
 
 
 def split(items: list, due: list[str]) -> tuple[list, list]:
-    """Those of pytest's items that run, and those that rest: not in the core, and of a file that is not due."""
+    """Those of pytest's items that run, and those that rest: for the night, or not in the core and of a file that is not due."""
     resting = {ROOT / test for test in ROOMS} - {ROOT / test for test in due}
-    rests = [item.path in resting and not item.get_closest_marker("core") for item in items]
+    rests = [bool(item.get_closest_marker("nightly")) or (item.path in resting and not item.get_closest_marker("core"))
+             for item in items]
     return ([item for item, rest in zip(items, rests, strict=True) if not rest],
             [item for item, rest in zip(items, rests, strict=True) if rest])
 

@@ -5,9 +5,10 @@ import os
 import pytest
 
 # a file goes to one worker as a whole: a long one that came last would keep one of them busy alone (launch/test.sh)
-LONGEST = ("test_toy_oracle", "test_codecs", "test_golden", "test_adapters", "test_topologies_conformance", "test_checkpoint",
-           "test_export", "test_rules_residual", "test_rules_aggregation", "test_executors", "test_tasks_docstrings",
-           "test_topologies_tables", "test_tasks_models", "test_tasks_real", "test_rules_resume", "test_bad_input")
+LONGEST = ("test_grid", "test_toy_oracle", "test_codecs", "test_golden", "test_adapters",
+           "test_topologies_conformance", "test_checkpoint", "test_export", "test_rules_residual",
+           "test_rules_aggregation", "test_executors", "test_tasks_docstrings", "test_topologies_tables",
+           "test_tasks_models", "test_tasks_real", "test_rules_resume", "test_bad_input")
 
 
 def pytest_collection_modifyitems(items):

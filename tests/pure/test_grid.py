@@ -135,6 +135,20 @@ def refusal(name: str, slots: dict) -> str | None:
     return None
 
 
+# What always runs: every method in a few settings, a few methods in every setting (one a kind: what travels, whether it is an
+# average, whether messages may be late or lost), and every refusal. All other cells are for the night (tests/README.md).
+ALWAYS = {"lora", "rolora", "decaf", "fedhl", "fed_sb"}
+ALWAYS_IN = {"event", "lossy", "segments, stale", "silent, int8, lossy", "delay", "top_k"}
+
+
+def cells(settings: dict[str, dict]) -> list:
+    def always(name: str, setting: str) -> bool:
+        return name in ALWAYS or setting in ALWAYS_IN or refusal(name, settings[setting]) is not None
+
+    return [pytest.param(name, setting, id=f"{name}-{setting}", marks=[] if always(name, setting) else [pytest.mark.nightly])
+            for name, setting in product(EVERY, settings)]
+
+
 TOLD = {"lr": 0.01, "local_steps": 2}
 
 
@@ -173,8 +187,7 @@ def plain_run(name: str):
     return whole(name, {})
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name, limit", cells(LIMITS))
 def test_a_limit_case_is_the_run_without_it(name, limit):
     slots = LIMITS[limit]
     if refusal(name, slots):
@@ -187,7 +200,7 @@ def test_a_limit_case_is_the_run_without_it(name, limit):
     assert name == "local" or sum(report.messages for report in reports) > 0
 
 
-@pytest.mark.parametrize("name, setting", list(product(EVERY, REAL)))
+@pytest.mark.parametrize("name, setting", cells(REAL))
 def test_a_real_setting_is_finite_and_resumes_to_the_same_bits(name, setting):
     slots = REAL[setting]
     if refusal(name, slots):

@@ -34,6 +34,8 @@ def test_of_a_file_that_is_not_due_only_the_core_runs():
     kept, resting = rooms.split(items, due=[other])
     assert resting == items[:1] and kept == items[1:]
     assert rooms.split(items, due=list(ROOMS)) == (items, [])
+    night = [item("tests/pure/test_grid.py"), item("tests/pure/test_grid.py", "nightly"), item(other, "nightly")]
+    assert rooms.split(night, due=list(ROOMS)) == (night[:1], night[1:])
 
 
 class History:
