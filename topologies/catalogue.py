@@ -70,7 +70,7 @@ def _refuse_disconnected(name: str, links: Links) -> None:
         alone = int((links.in_degree == 0).sum())
         kind = "strongly connected" if links.directed else "connected"
         raise ValueError(
-            f"topology {name!r} is not {kind} ({len(links.sender)} arcs, {alone} of {links.num_peers} peers hear nobody), "
+            f"topology {name!r} is not {kind} ({len(links.sender)} arcs, {alone} of {links.num_peers} peers receive from nobody), "
             "so consensus cannot be reached; say allow_disconnected=True if that is wanted"
         )
 

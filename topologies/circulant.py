@@ -1,4 +1,4 @@
-"""Mixtures of cyclic shifts: i hears i - offset (mod n). Doubly stochastic whatever the offsets, and so among survivors."""
+"""Mixtures of cyclic shifts: i receives from i - offset (mod n). Doubly stochastic whatever the offsets, and so among survivors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Circulant:
 class Shifts(Topology):
     """W(t) = own I + sum_k weight_k P^offset_k, with P the cyclic shift.
 
-    A peer that is away is skipped: its receiver hears the next peer behind it on the same cycle. Each shift stays a
+    A peer that is away is skipped: its receiver takes the message of the next peer behind it on the same cycle. Each shift stays a
     permutation of those who are there, so W stays doubly stochastic.
     """
 
@@ -52,7 +52,7 @@ class Shifts(Topology):
         return np.fft.fft(first)
 
     def _senders(self, offset: int, alive) -> np.ndarray:
-        """(n,) whom each peer hears through one shift; itself if away."""
+        """(n,) whom each peer receives from through one shift; itself if away."""
         ids = np.arange(self.num_peers)
         senders = (ids - offset) % self.num_peers
         if alive is None:

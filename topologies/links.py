@@ -1,4 +1,4 @@
-"""Who hears whom in one round, as arrays: the sparse form of a graph that everything else is computed from."""
+"""Who receives from whom in one round, as arrays: the sparse form of a graph that everything else is computed from."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Links:
         return np.searchsorted(j * self.num_peers + i, high * self.num_peers + low)
 
     def senders(self, i: int) -> np.ndarray:
-        """Ascending ids of the peers that ``i`` hears, itself excluded."""
+        """Ascending ids of the peers that ``i`` receives from, itself excluded."""
         return self.sender[self.start[i] : self.start[i + 1]]
 
     def keep(self, mask: np.ndarray) -> Links:
@@ -114,7 +114,7 @@ class Links:
         return not self.components().any()
 
     def adjacency(self) -> np.ndarray:
-        """Dense 0/1 float64 (n, n); entry [i, j] says that i hears j."""
+        """Dense 0/1 float64 (n, n); entry [i, j] says that i receives from j."""
         A = np.zeros((self.num_peers, self.num_peers))
         A[self.receiver, self.sender] = 1.0
         return A

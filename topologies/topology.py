@@ -61,7 +61,7 @@ class Topology(ABC):
         return self.entries(t, alive).row(i)
 
     def _column(self, t: int, j: int, alive: np.ndarray | None) -> list[int]:
-        """Who hears j; for symmetric W, whom j hears."""
+        """Who receives from j; for symmetric W, from whom j receives."""
         if self.symmetric:
             return [i for i in self._row(t, j, alive) if i != j]
         return self.entries(t, alive).column(j).tolist()
@@ -147,7 +147,7 @@ class GraphTopology(Topology):
     def links(self, t: int) -> Links: ...
 
     def senders(self, t: int, i: int) -> np.ndarray:
-        """Ascending ids of those that i hears in round t; overridden where that needs no other peer's links."""
+        """Ascending ids of those that i receives from in round t; overridden where that needs no other peer's links."""
         return self.links(t).senders(i)
 
     def _entries(self, t, alive):

@@ -100,7 +100,7 @@ def forest(title: str, text: str, variants: Sequence[dict], choose: str = "show"
 
 
 def frame(w: np.ndarray) -> str:
-    """The links of W (n, n) as bits: bit i n + j says that i hears j."""
-    heard = w != 0
-    np.fill_diagonal(heard, False)
-    return base64.b64encode(np.packbits(heard.ravel()).tobytes()).decode()
+    """The links of W (n, n) as bits: bit i n + j says that i receives from j."""
+    received = w != 0
+    np.fill_diagonal(received, False)
+    return base64.b64encode(np.packbits(received.ravel()).tobytes()).decode()

@@ -11,7 +11,7 @@ def training_line(record: dict) -> str:
     """What a round trained and sent, in short."""
     parts = [f"loss {record['train_loss']['mean']:.3f}", f"trains {record['trains']}", f"edges {record['edges']}"]
     if "measures" in record:
-        parts.append(f"apart {record['measures']['consensus_distance']:.3g}")
+        parts.append(f"distance {record['measures']['consensus_distance']:.3g}")
     return "  ".join(parts)
 
 

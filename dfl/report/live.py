@@ -82,7 +82,7 @@ def status_line(run: RunData, metric: str) -> str:
     parts += [f"loss {loss:.3f}"] if loss is not None else []
     parts += [f"trains {last['trains']}"] if last.get("trains") else []
     distance = number(measured[-1], "measures", "consensus_distance") if measured else None
-    parts += [f"apart {distance:.3g}"] if distance is not None else []
+    parts += [f"distance {distance:.3g}"] if distance is not None else []
     if evaluated(run, metric):
         latest = evaluated(run, metric)[-1]
         values = [show(number(latest, "eval", metric, key)) for key in ("mean", "min", "max")]

@@ -53,11 +53,11 @@ def _graph(topology, shown: list[int], frames: list[str], rounds: list[int]) -> 
     place = positions(topology)
     repeats = {None: "", 1: " It is the same in every round."}.get(topology.period, f" It repeats after {topology.period} rounds.")
     thinned = f" {len(shown)} of {len(rounds)} rounds, evenly." if len(shown) < len(rounds) and not topology.period else ""
-    arcs = "" if topology.symmetric else " A dot lies near the peer that hears."
-    return {"kind": "graph", "title": "Who hears whom, round by round", "peers": topology.num_peers,
+    arcs = "" if topology.symmetric else " A dot lies near the receiver."
+    return {"kind": "graph", "title": "Who receives from whom, round by round", "peers": topology.num_peers,
             "directed": not topology.symmetric,
-            "text": f"Topology {topology.name} on {topology.num_peers} peers. A line is a link with a weight in W(t); peers that hear "
-                    f"nobody are hollow.{arcs}{repeats}{thinned}",
+            "text": f"Topology {topology.name} on {topology.num_peers} peers. A line is a link with a weight in W(t); peers that "
+                    f"receive from nobody are hollow.{arcs}{repeats}{thinned}",
             "positions": [[charts.clean(v) for v in place[i]] for i in range(topology.num_peers)], "rounds": shown, "frames": frames}
 
 
@@ -66,7 +66,7 @@ def _weights(mean: np.ndarray, shown: list[int]) -> dict | None:
     others = mean[~np.eye(num, dtype=bool)]
     text = (f"Mean of W over {'one round' if len(shown) == 1 else f'{len(shown)} rounds'}. On average a peer keeps "
             f"{mean.diagonal().mean():.2f} for itself; "
-            + (f"{(others == 0).mean():.0%} of all ordered pairs of peers never heard each other directly." if num > 1 else
+            + (f"{(others == 0).mean():.0%} of all ordered pairs of peers never received from each other directly." if num > 1 else
                "there is only one peer."))
     peers = [f"peer {i}" for i in range(num)]
     return charts.heat("Weight given to each peer", text,
@@ -77,10 +77,11 @@ def _degrees(run: RunData, shown: list[int], degrees: np.ndarray) -> dict | None
     alone = (degrees == 0).sum(1)
     messages = [(r["round"], r.get("edges")) for r in run.records if isinstance(r.get("edges"), int)]
     points = [(t, row.mean(), row.min(), row.max()) for t, row in zip(shown, degrees, strict=True)]
-    text = (f"In a round a peer hears {degrees.mean():.2f} others on average; in {(alone > 0).mean():.0%} of the rounds somebody "
-            "hears nobody. Messages are those that were sent.")
+    text = (f"In a round a peer receives from {degrees.mean():.2f} others on average; in {(alone > 0).mean():.0%} of the rounds "
+            "somebody receives from nobody. Messages are those that were sent.")
     lonely = charts.series("without a neighbour", list(zip(shown, alone, strict=True)))
-    variants = [charts.variant("peers heard", "neighbours of a peer (mean, least to most)", [charts.series("neighbours", points)]),
+    numbers = charts.series("neighbours", points)
+    variants = [charts.variant("peers received from", "neighbours of a peer (mean, least to most)", [numbers]),
                 charts.variant("peers without a neighbour", "peers", [lonely]),
                 charts.variant("messages sent", "messages in the round", [charts.series("messages", messages)])]
     return charts.lines("Connectivity", text, variants)

@@ -226,16 +226,16 @@ function drawGraph(chart, state, svg, width) {
     const along = chart.positions.map((p) => p[k]), low = Math.min(...along), high = Math.max(...along);
     return low < high ? scale(low, high, room, size - room, false) : () => size / 2;
   });
-  const place = chart.positions.map((p) => [left + at[0](p[0]), at[1](p[1])]), hears = bits(chart.frames[state.frame]);
+  const place = chart.positions.map((p) => [left + at[0](p[0]), at[1](p[1])]), receives = bits(chart.frames[state.frame]);
   const degree = new Array(n).fill(0), links = [];
   for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) {
-    if (!hears(i * n + j)) continue;
+    if (!receives(i * n + j)) continue;
     degree[i]++;
     if (chart.directed || i < j) links.push([j, i]);
   }
   const draw = (some) => some.map(([j, i]) => `M${place[j].map((v) => v.toFixed(1)).join(" ")}L${place[i].map((v) => v.toFixed(1)).join(" ")}`).join("");
   make(svg, "path", { d: draw(links), stroke: colour(1), "stroke-width": n > 40 ? 0.8 : 1.6, fill: "none", opacity: links.length > 400 ? 0.45 : 0.85 });
-  if (chart.directed && n <= 40) for (const [j, i] of links) {  // a dot near the receiver: who hears whom
+  if (chart.directed && n <= 40) for (const [j, i] of links) {  // a dot near the receiver: Who receives from whom
     const share = 0.8, [a, b] = [place[j], place[i]];
     make(svg, "circle", { cx: a[0] + (b[0] - a[0]) * share, cy: a[1] + (b[1] - a[1]) * share, r: 2.2, fill: colour(1) });
   }
@@ -244,9 +244,9 @@ function drawGraph(chart, state, svg, width) {
     if (radius > 7) { const text = make(svg, "text", { x, y: y + 4, "text-anchor": "middle" }, i); text.style.fill = degree[i] ? "var(--ground)" : "var(--ink)"; }
   });
   const alone = degree.filter((v) => !v).length;
-  state.said = [["round", chart.rounds[state.frame]], [chart.directed ? "arcs" : "links", links.length], ["peers that hear nobody", alone]];
-  const neighbours = (i) => [...Array(n).keys()].filter((j) => hears(i * n + j));
-  return { stops: place.map((_, i) => i), peers: place, star: (i) => draw(neighbours(i).map((j) => [j, i])), read: (i) => [...state.said, [`peer ${i} hears`, neighbours(i).join(", ") || "nobody"]] };
+  state.said = [["round", chart.rounds[state.frame]], [chart.directed ? "arcs" : "links", links.length], ["peers that receive from nobody", alone]];
+  const neighbours = (i) => [...Array(n).keys()].filter((j) => receives(i * n + j));
+  return { stops: place.map((_, i) => i), peers: place, star: (i) => draw(neighbours(i).map((j) => [j, i])), read: (i) => [...state.said, [`peer ${i} receives from`, neighbours(i).join(", ") || "nobody"]] };
 }
 
 const DRAW = { lines: drawLines, bars: drawBars, heat: drawHeat, forest: drawForest, graph: drawGraph };
@@ -296,9 +296,9 @@ function numbers(chart, state, box) {
     titles(["", variant.x, "from", "to", "pairs"]);
     for (const row of variant.rows) line([row.name, row.mean, row.lo, row.hi, row.pairs]);
   } else {
-    titles(["round", "peer hears"]);
-    const hears = bits(chart.frames[state.frame]), n = chart.peers;
-    for (let i = 0; i < n; i++) line([`${chart.rounds[state.frame]}: ${i}`, [...Array(n).keys()].filter((j) => hears(i * n + j)).join(", ") || "nobody"]);
+    titles(["round", "peer receives from"]);
+    const receives = bits(chart.frames[state.frame]), n = chart.peers;
+    for (let i = 0; i < n; i++) line([`${chart.rounds[state.frame]}: ${i}`, [...Array(n).keys()].filter((j) => receives(i * n + j)).join(", ") || "nobody"]);
   }
 }
 

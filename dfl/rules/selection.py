@@ -102,7 +102,7 @@ def plora(layout: Layout, *, slots: int | Sequence[int] | None = None, seed: int
     that the layers of a slot are trained together and each sends the same share.
     slots: how many a peer trains, r_j: a whole number from 1 to R, or a list with one a peer (unequal resources); none: half of R.
 
-    With the complete graph and equal weights this is the server's method where peers start a round alike: all hear the same
+    With the complete graph and equal weights this is the server's method where peers start a round alike: all receive the same
     trainers, so that they end it alike. W = I changes nothing, slots = R is `lora`, a consensus is a fixed point. Who did not train
     a slot gives its own value no weight: the network mean of a slot is kept (W doubly stochastic) only in rounds in which all train
     it, and moves towards the trainers else. Weights that are not negative never widen the range of values over the peers.

@@ -151,7 +151,7 @@ def test_round_line_shows_what_the_round_measured():
     assert report.round_line(record, "accuracy") == "loss 0.512  trains A+B  edges 8"
     record |= {"measures": {"consensus_distance": 0.012345}, "eval": evaluation([0.5, 1.0], 0.75)}
     assert report.round_line(record, "accuracy").endswith(
-        "edges 8  apart 0.0123  accuracy 0.7500 (0.5000 to 1.0000), consensus 0.7500")
+        "edges 8  distance 0.0123  accuracy 0.7500 (0.5000 to 1.0000), consensus 0.7500")
 
 
 def test_columns_are_aligned():

@@ -108,13 +108,13 @@ def test_the_graph_is_that_of_the_recipe(tmp_path):
     topology = {"name": "edge_activation", "base": "complete", "p": 0.3}
     run = write_run(tmp_path / "run", [record(t) for t in range(1, 7)], peers=7, topology=topology, seed=5)
     _, found, _ = report(run)
-    graph = chart(found, "Who hears whom, round by round")
+    graph = chart(found, "Who receives from whom, round by round")
     built = build_topology(from_dict(read_run(run).config))
     for t, frame in zip(graph["rounds"], graph["frames"], strict=True):
         bits = np.unpackbits(np.frombuffer(base64.b64decode(frame), np.uint8))[:49].reshape(7, 7)
-        heard = built.matrix(t - 1) != 0
-        np.fill_diagonal(heard, False)
-        assert (bits == heard).all()
+        received = built.matrix(t - 1) != 0
+        np.fill_diagonal(received, False)
+        assert (bits == received).all()
     assert graph["rounds"] == [1, 2, 3, 4, 5, 6] and len(set(graph["frames"])) > 1
     mean = np.mean([built.matrix(t) for t in range(6)], axis=0)
     np.testing.assert_allclose(np.array(chart(found, "Weight given to each peer")["variants"][0]["values"]), mean, rtol=1e-5)

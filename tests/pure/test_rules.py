@@ -23,7 +23,7 @@ class Promise(NamedTuple):
     """A row of the table: what the network mean under a doubly stochastic W keeps, and parameters to build the rule with.
 
     factors: of A and B, linearly; model: of E + B A; product: of B A while the rank suffices; nothing. turns: in round 0 every peer
-    changes the basis of its factors, heard or not, with the same product B A. draws: what a peer does is drawn by its number.
+    changes the basis of its factors, received from or not, with the same product B A. draws: what a peer does is drawn by its number.
     """
 
     keeps: str
@@ -148,7 +148,7 @@ def test_the_mean_is_kept(name):
     if keeps == "nothing":
         pytest.skip("the rule does not promise it")
     w = ring()
-    if keeps == "product":  # exact as long as the rank suffices: one nonzero direction a peer, at most two are heard
+    if keeps == "product":  # exact as long as the rank suffices: one nonzero direction a peer, at most two are received
         for pair in LAYOUT.pairs:
             b_view(x, pair)[..., 1:] = 0
         w = pairing()

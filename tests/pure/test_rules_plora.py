@@ -95,7 +95,7 @@ def test_each_slot_is_averaged_over_those_who_trained_it(slots, w):
             for pair in WIDE.pairs:
                 assert torch.equal(a_view(got, pair)[i, left], a_view(x, pair)[i, left])
                 assert torch.equal(b_view(got, pair)[i][:, left], b_view(x, pair)[i][:, left])
-    # one peer trains all, and on the complete graph all hear it
+    # one peer trains all, and on the complete graph all receive it
     assert (unheard > 0) != (slots == COUNTS and (w > 0).all())
 
 

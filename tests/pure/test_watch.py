@@ -38,7 +38,7 @@ def test_a_frame_says_how_far_a_run_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = once(write_run(tmp_path / "run", RECORDS, rounds=10), capsys)
     # twelve seconds a round, eight rounds to go
-    assert "2/10, left 1:36" in text and "loss 0.500  trains A+B  apart 1.5" in text
+    assert "2/10, left 1:36" in text and "loss 0.500  trains A+B  distance 1.5" in text
     assert "accuracy 0.5000 (0.4000 to 0.6000)  consensus 0.5500  sent 0.0 MB" in text
     assert [line.split() for line in text.splitlines()[-4:]] == [
         ["mean", "0.5000", "0.5000", "▁█"], ["consensus", "0.5500", "0.5500", "▁█"], ["0", "0.4000", "0.4000", "▁█"],
@@ -117,7 +117,7 @@ def test_lines_follow_a_run_from_before_it_begins_through_a_resume_to_its_end(tm
     lines = JsonLines(folder / "metrics.jsonl")
     lines.write(record(0, [0.1, 0.1]))
     lines.write(record(1, [0.2, 0.4]))
-    until("round 1/4  loss 1.000  trains A+B  apart 3  accuracy 0.3000 (0.2000 to 0.4000)  sent 0.0 MB  left 0:36")
+    until("round 1/4  loss 1.000  trains A+B  distance 3  accuracy 0.3000 (0.2000 to 0.4000)  sent 0.0 MB  left 0:36")
     lines.write(record(2, [0.3, 0.4]))
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"round": 3, "eval"')  # torn by a kill
@@ -139,7 +139,7 @@ def test_a_pipe_gets_plain_lines_through_the_command(tmp_path):
     run = write_run(tmp_path / "run", RECORDS)
     done = subprocess.run([sys.executable, "-m", "dfl", "watch", str(run)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout == ("round 2/2  loss 0.500  trains A+B  apart 1.5  accuracy 0.5000 (0.4000 to 0.6000)  consensus 0.5500  "
+    assert done.stdout == ("round 2/2  loss 0.500  trains A+B  distance 1.5  accuracy 0.5000 (0.4000 to 0.6000)  consensus 0.5500  "
                            "sent 0.0 MB\n")
 
 
