@@ -35,9 +35,7 @@ def tree_of(root, output, **fields) -> dict:
 def end_of(output: Path) -> tuple:
     """What has to be the same: adapters, state, records but for the clock and the traffic."""
     state = {name: value.numpy().tobytes() for name, value in read_state(latest(output), range(4)).items()}
-    kept = ("round", "train_loss_peers", "edges", "measures", "eval")
-    lines = [{key: line.get(key) for key in kept} for line in records.read_lines(output / "metrics.jsonl")]
-    return tiny_runs.adapter_digests(output), state, lines
+    return tiny_runs.adapter_digests(output), state, list(map(tiny_runs.lasting, records.read_lines(output / "metrics.jsonl")))
 
 
 @pytest.fixture(scope="module")
