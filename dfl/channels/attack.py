@@ -1,6 +1,7 @@
 """Poisoned messages, for experiments with guards: what some peers say reaches the others as an attacker would have it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def attack(*, kind: str = "sign_flip", by: Sequence[int] = (0,), strength: float
     return Channel(lambda: {}, deliver, fill=fill, facts={"attack": kind, "attack_by": sorted(poisoned)})
 
 
-def check_peers(by: object, peers: int | None) -> frozenset[int]:
+def check_peers(by: Any, peers: int | None) -> frozenset[int]:
     """ValueError for peers that are none."""
     good = isinstance(by, (list, tuple)) and len(by) > 0 and all(isinstance(j, int) and not isinstance(j, bool) and j >= 0 for j in by)
     if not good or (peers is not None and max(by) >= peers):

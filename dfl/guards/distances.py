@@ -1,5 +1,7 @@
 """How far messages are from each other: as numbers, or as the products that their factors make."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ METRICS = ("factors", "product")
 FACTORS = ("A", "B")
 
 
-def inner_products(inbox: Inbox, own: int, x: Tensor, layout: Layout, metric: str) -> Tensor:
+def inner_products(inbox: Inbox, own: int, x: Tensor, layout: Layout | None, metric: str) -> Tensor:
     """<m_a - m_own, m_b - m_own> of J messages in ascending id, (J, J) float64: the own row and column are zero.
 
     factors: over all numbers. product: of sum_l s_l² <B A, B' A'>, from Gram matrices of J R x J R, and of all that is neither A nor B
@@ -19,14 +21,15 @@ def inner_products(inbox: Inbox, own: int, x: Tensor, layout: Layout, metric: st
     """
     peers, others = sorted(inbox), inbox[own].parts
     total = torch.zeros(len(peers), len(peers), dtype=torch.float64, device=x.device)
-    by_product = metric == "product" and layout.has("A") and any(name in others for name in FACTORS)
+    compared = layout if metric == "product" and any(name in others for name in FACTORS) else None
+    by_product = compared is not None and compared.has("A")
     for name in others:
         if not (by_product and name in FACTORS):
             rows = torch.stack([inbox[j].parts[name] - others[name] for j in peers]).double()
             total = total + rows @ rows.mT
-    if by_product:
-        rows = torch.stack([with_parts(x, inbox[j].parts, layout) for j in peers])
-        for pairs in layout.shapes():
+    if compared is not None and by_product:
+        rows = torch.stack([with_parts(x, inbox[j].parts, compared) for j in peers])
+        for pairs in compared.shapes():
             found = products(gram_tables(stack_a(rows, pairs), stack_b(rows, pairs)))
             found = (found * scalings(pairs, x).square()[:, None, None]).sum(0)
             k = peers.index(own)
@@ -34,7 +37,7 @@ def inner_products(inbox: Inbox, own: int, x: Tensor, layout: Layout, metric: st
     return total
 
 
-def with_parts(x: Tensor, parts, layout: Layout) -> Tensor:
+def with_parts(x: Tensor, parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The row (D,) with the factors of a message in place of its own."""
     row = x.clone()
     for name in FACTORS:

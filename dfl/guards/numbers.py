@@ -15,7 +15,7 @@ from dfl.guards.distances import inner_products, squared_distances
 from dfl.guards.norm import norm
 from dfl.guards.weights import checked, closest
 from dfl.plugins import check_choice
-from dfl.slots import Guard, Inbox, Round
+from dfl.slots import Guard, Inbox, Message, Round
 
 SCREENS = ("trimmed", "median", "krum", "bulyan")
 
@@ -65,7 +65,8 @@ def bridge(*, screen: str = "trimmed", tolerate: int = 1, layout: Layout | None 
         return rows[found[0]] if found else None
 
     def by_bulyan(rows: Tensor, own: int, distances: Tensor) -> Tensor | None:
-        left, chosen = list(range(len(rows))), []
+        left = list(range(len(rows)))
+        chosen: list[int] = []
         if len(rows) < 4 * tolerate + 3:
             return None
         while len(chosen) < len(rows) - 2 * tolerate:
@@ -95,14 +96,14 @@ def middle(rows: Tensor) -> Tensor:
 def _numbers(combine: Callable[[Tensor, int, Tensor], Tensor | None]) -> Guard:
     """A guard that puts combine(rows (J, M), index of the own, squared distances (J, J)) -> (M,) in place of the mean; None: too few
     messages."""
-    def screen(inbox: Inbox, round: Round, x: Tensor):
+    def screen(inbox: Inbox, round: Round, x: Tensor) -> tuple[dict[int, Message], dict[int, float]]:
         peers, own = sorted(inbox), inbox[round.peer]
         distances = squared_distances(inner_products(inbox, round.peer, x, None, "factors"))
         parts = {name: combine(torch.stack([inbox[j].parts[name] for j in peers]), peers.index(round.peer), distances)
                  for name in own.parts}
         if any(part is None for part in parts.values()):
             return dict(inbox), {j: float(j == round.peer) for j in peers}
-        found = own._replace(parts=parts)
+        found = own._replace(parts={name: part for name, part in parts.items() if part is not None})
         rest = sum(weight for j, weight in round.weights.items() if j != round.peer)
         if not rest:
             return dict(inbox), dict(round.weights)

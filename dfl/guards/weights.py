@@ -11,7 +11,7 @@ from dfl.adapters.layout import Layout, make_layout
 from dfl.guards.distances import METRICS, inner_products, squared_distances
 from dfl.guards.norm import norm
 from dfl.plugins import check_choice, check_count, check_number
-from dfl.slots import Guard, Inbox, Round
+from dfl.slots import Guard, Inbox, Message, Round
 
 
 def clipped(*, radius: float | None = None, tolerate: int = 1, metric: str = "product", layout: Layout | None = None) -> Guard:
@@ -27,7 +27,7 @@ def clipped(*, radius: float | None = None, tolerate: int = 1, metric: str = "pr
         check_number("guard.radius", radius)
     layout = checked(tolerate, metric, layout)
 
-    def screen(inbox: Inbox, round: Round, x: Tensor):
+    def screen(inbox: Inbox, round: Round, x: Tensor) -> tuple[dict[int, Message], dict[int, float]]:
         peers, weights = sorted(inbox), dict(round.weights)
         distances = inner_products(inbox, round.peer, x, layout, metric).diagonal().clamp_min(0).sqrt()
         others = distances[[k for k, j in enumerate(peers) if j != round.peer]]
@@ -55,7 +55,7 @@ def krum(*, tolerate: int = 1, average: int = 1, metric: str = "factors", layout
     check_count("guard.average", average)
     layout = checked(tolerate, metric, layout)
 
-    def screen(inbox: Inbox, round: Round, x: Tensor):
+    def screen(inbox: Inbox, round: Round, x: Tensor) -> tuple[dict[int, Message], dict[int, float]]:
         chosen = closest(squared_distances(inner_products(inbox, round.peer, x, layout, metric)), tolerate)[:average]
         peers = sorted(inbox)
         if not chosen:
@@ -78,7 +78,7 @@ def geometric_median(*, steps: int = 8, smoothing: float = 0.1, metric: str = "f
         raise ValueError("guard.smoothing = 0 is not allowed; allowed: a number above 0")
     layout = checked(1, metric, layout)
 
-    def screen(inbox: Inbox, round: Round, x: Tensor):
+    def screen(inbox: Inbox, round: Round, x: Tensor) -> tuple[dict[int, Message], dict[int, float]]:
         peers = sorted(inbox)
         inner = inner_products(inbox, round.peer, x, layout, metric)
         given = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=inner.device)
