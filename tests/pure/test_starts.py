@@ -233,7 +233,7 @@ def test_other_bases_are_refused_before_the_first_round(folder, tmp_path):
     ({"lora__adapter": "dora", "method": "lora"}, "is for lora.adapter = 'sb' or 'ravan', got 'dora'; allowed with it: kaiming"),
     ({"lora__start": "pissa"}, "lora.start = 'pissa' is for lora.adapter = 'lora', got 'sb'; allowed with it: kaiming, gradient"),
     ({"lora__start": "svd"}, "lora.start = 'svd' is not allowed; allowed: kaiming, pissa, olora, gradient"),
-    ({"lora__start_samples": 0}, "lora.start_samples = 0 is not allowed; allowed: a positive number"),
+    ({"lora__start_samples": 0}, "lora.start_samples = 0 is not allowed; allowed: a whole number from 1"),
     ({"lora__start_step": -1.0}, "lora.start_step = -1.0 is not allowed; allowed: zero or a positive number"),
     ({"lora__start": "kaiming", "lora__start_step": 0.1}, "lora.start_step = 0.1 is the step of lora.start = 'gradient', got")])
 def test_what_does_not_fit_is_refused(folder, tmp_path, fields, said):
