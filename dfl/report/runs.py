@@ -92,7 +92,7 @@ def spent(run: RunData) -> dict[int, tuple[float, float]]:
 
 # what a record holds beside measurements of peers and rule
 _BOOKKEEPING = {"round", "lr", "rates", "edges", "message_bytes", "wire_bytes", "control_bytes", "measured_bytes", "rejected_senders",
-                "train_loss", "train_loss_peers", "seconds", "trains", "eval", "measures", "layers"}
+                "train_loss", "train_loss_peers", "seconds", "trains", "eval", "measures", "layers", "ledger", "hosted"}
 
 
 def scalars(record: dict) -> dict[str, float | None]:

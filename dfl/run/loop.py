@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip, Report
+from dfl.engine.ledger import Ledger
 from dfl.metrics.consensus import consensus_rows
 from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 # a diverged peer is _DIVERGED + its id, and the number of peers more when it began the round with factors that were bad already
 _GO, _SAVE, _STOP, _HALT, _DIVERGED = 0, 1, 2, 3, 4
 _SECONDS = ("local", "encode", "exchange", "mix")
-_COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "edges", "rejected", "rejected_sender")
+_COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "edges", "lost", "rejected", "rejected_sender", *Ledger._fields)
+_LARGEST = ("rounds", "seconds")  # of a ledger, the largest over peers counts; else their sum
 
 
 @dataclass
@@ -296,7 +298,7 @@ def _round_record(run: Run, t: int, pending: Pending) -> dict:
     """Numbers of all processes; lists are of the hosted peers. Seconds are those of the slowest process, bytes those sent by all since
     the record before."""
     names, table = (*_COLUMNS, *_state_names(run)), pending.table
-    table[0, 5:5 + len(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
+    table[0, _columns(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
     stacked = torch.stack([table.sum(0), table.amin(0), table.amax(0)])
     total, least, most = (dict(zip(names, row, strict=True)) for row in run.transport.summary(stacked).tolist())
     now, num_peers = t / run.config.train.rounds, run.config.peers
@@ -305,7 +307,8 @@ def _round_record(run: Run, t: int, pending: Pending) -> dict:
             **({"rates": rates} if set(rates.values()) != {lr} else {}),
             "train_loss": {"mean": total["train_loss"] / num_peers, "min": least["train_loss"], "max": most["train_loss"]},
             **_hosted(run), "train_loss_peers": table[:, 0].tolist(),
-            **{name: int(total[name]) for name in ("edges", "message_bytes", *SENT, "rejected")},
+            **{name: int(total[name]) for name in ("edges", "message_bytes", *SENT, "lost", "rejected")},
+            "ledger": {name: (most if name in _LARGEST else total)[name] for name in Ledger._fields},
             **_rejections(run, t, table), "seconds": {name: most[name] for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **{name: total[name] / num_peers for name in names[len(_COLUMNS):]}}
@@ -326,21 +329,31 @@ def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Report) -> T
     state_names = _state_names(run)
     table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
     table[:, 0] = losses.cpu()
-    table[:, 1:5] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s], dtype=torch.float64)
-    table[0, 8:10] = torch.tensor([traffic.message_bytes, traffic.messages])
+    table[:, _columns(_SECONDS)] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s],
+                                                dtype=torch.float64)
+    table[0, _columns(("message_bytes", "edges", "lost"))] = torch.tensor(
+        [traffic.message_bytes, traffic.messages, traffic.lost], dtype=torch.float64)
+    number, first = _columns(("rejected", "rejected_sender"))
     for receiver, sender in reversed(traffic.rejected):
         row = run.peers.ids.index(receiver)
-        table[row, 10] += 1
-        table[row, 11] = sender + 1  # the first of them; zero: none
+        table[row, number] += 1
+        table[row, first] = sender + 1  # the first of them; zero: none
+    for row, peer in enumerate(run.peers.ids):
+        if peer in traffic.ledger:
+            table[row, _columns(Ledger._fields)] = torch.tensor(traffic.ledger[peer], dtype=torch.float64)
     states = [run.gossip.state["rule"][str(peer)] for peer in run.peers.ids]
     for column, name in enumerate(state_names, len(_COLUMNS)):
         table[:, column] = torch.stack([state[name] for state in states]).cpu()
     return table
 
 
+def _columns(names: Sequence[str]) -> list[int]:
+    return [_COLUMNS.index(name) for name in names]
+
+
 def _rejections(run: Run, t: int, table: Tensor) -> dict[str, object]:
     """Whose messages the hosted peers have rejected: the first sender at each receiver. A warning names a sender once."""
-    senders = table[:, 11].long()
+    senders = table[:, _COLUMNS.index("rejected_sender")].long()
     for receiver, sender in zip(run.peers.ids, (senders - 1).tolist(), strict=True):
         if sender >= 0 and sender not in run.distrusted:
             logger.warning("dfl: WARNING: peer %d rejected the message of peer %d in round %d: it is not finite, or far larger than "

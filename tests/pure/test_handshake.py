@@ -21,6 +21,9 @@ class Seen(InProcess):
     def __init__(self, *others, rank=0):
         self.others, self.rank, self.size = others, rank, 1 + len(others)
 
+    def agree(self, value):
+        return max(value, *(bool(other(b"")) for other in self.others))
+
     def share(self, data):
         return [data, *(other(data) for other in self.others)] if self.rank == 0 else [*(o(data) for o in self.others), data]
 
