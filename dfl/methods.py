@@ -274,15 +274,15 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
     if channel.delays and not method.trigger.always and method.trigger.holds:
         raise ValueError(f"channel.name = {name!r} delays messages: with trigger.name = {filled['trigger'].name!r} no peer would know "
                          "what its neighbours hold; allowed: trigger always, or a channel without delay")
-    if channel.static and method.schedule.sends == "active":
-        raise ValueError(f"channel.payload = 'difference' is to what was told before, but {method.name!r} exchanges another factor "
-                         "from round to round; allowed: payload model")
     if channel.air is not None:
         cannot = ("a trigger" if not method.trigger.always else "a codec" if not method.codec.exact
                   else "a rule that needs each message by itself" if not (rule.linear and rule.averages) else None)
         if cannot:
             raise ValueError(f"channel.name = {name!r} delivers sums of numbers, which {cannot} cannot have; allowed with it: trigger "
                              "always, codec none, a method that averages rows")
+    if channel.static and method.schedule.sends == "active":
+        raise ValueError(f"channel.payload = 'difference' is to what was told before, but {method.name!r} exchanges another factor "
+                         "from round to round; allowed: payload model")
     if channel.aggregations != 1 and not (rule.linear and filled["wrapper"].name == "none"):
         raise ValueError(f"channel.aggregations: {whole} cannot mix more than once in a round; allowed: 1, or a method that "
                          "averages rows, without wrapper")

@@ -74,7 +74,8 @@ def test_the_round_for_readers_is_the_loops(interval, tmp_path):
 
 
 def test_the_simulator_example_runs(capsys):
-    exec(block("from dfl import simulate"), {})
+    (code,) = documents.blocks("dfl/rules/README.md", "python")
+    exec(code, {})
     assert float(capsys.readouterr().out) >= 0
 
 
