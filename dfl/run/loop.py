@@ -308,7 +308,7 @@ def _round_record(run: Run, t: int, pending: Pending) -> dict:
             "train_loss": {"mean": total["train_loss"] / num_peers, "min": least["train_loss"], "max": most["train_loss"]},
             **_hosted(run), "train_loss_peers": table[:, 0].tolist(),
             **{name: int(total[name]) for name in ("edges", "message_bytes", *SENT, "lost", "rejected")},
-            "ledger": {name: (most if name in _LARGEST else total)[name] for name in Ledger._fields},
+            "ledger": {name: _plain((most if name in _LARGEST else total)[name]) for name in Ledger._fields},
             **_rejections(run, t, table), "seconds": {name: most[name] for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **{name: total[name] / num_peers for name in names[len(_COLUMNS):]}}
@@ -345,6 +345,10 @@ def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Report) -> T
     for column, name in enumerate(state_names, len(_COLUMNS)):
         table[:, column] = torch.stack([state[name] for state in states]).cpu()
     return table
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value.is_integer() else value
 
 
 def _columns(names: Sequence[str]) -> list[int]:
