@@ -6,6 +6,7 @@ Four peers a process on a ring, D = 1 M: 8, 32 and 128 peers in 2, 8 and 32 proc
 share the cores of one machine. Process 0 is told apart from the one that does most, as none should be special.
 """
 
+import argparse
 import resource
 import tempfile
 import time
@@ -21,7 +22,9 @@ ROUNDS = 6
 
 def main() -> None:
     from stamp import write
-    rows = [case(num_peers) for num_peers in (8, 32, 128)]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peers", type=int, nargs="+", default=[8, 32, 128])
+    rows = [case(num_peers) for num_peers in parser.parse_args().peers]
     write("many_peers", {"hosted": HOSTED, "numbers_a_peer": 2 * LAYERS * RANK * WIDTH, "rank": RANK, "topology": "ring",
                          "rounds": ROUNDS}, {"cases": rows})
 
