@@ -69,6 +69,23 @@ def check_number(field: str, value: object, least: float = 0.0, most: float = ma
         raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number from {least:g}{upto}")
 
 
+def check_positive(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number above 0")
+
+
+def by_peer(field: str, given: Any, peers: int | None, check: Callable[[str, object], None] = check_number) -> Callable[[int], float]:
+    """peer -> its number, from one for all or one for each. ValueError for what `check` refuses, and for another number of them."""
+    if not isinstance(given, (list, tuple)):
+        check(field, given)
+        return lambda peer: given
+    for value in given:
+        check(field, value)
+    if peers is not None and len(given) != peers:
+        raise ValueError(f"{field} has {len(given)} numbers for {peers} peers; allowed: one number, or one for each peer")
+    return lambda peer: given[peer]
+
+
 def by_link(field: str, given: Any, peers: int | None, least: float = 0.0, most: float = math.inf) -> Callable[[int, int], float]:
     """(sender, receiver) -> the number of a link, from one for all, a matrix [receiver][sender] or a file of one,
     comma-separated. ValueError for what is none, has another size than `peers`, or is out of range."""

@@ -27,8 +27,7 @@ def packet_of(state: State) -> Packet:
 
 
 def state_of_message(message: Message) -> State:
-    return {f"part.{name}": part.clone() for name, part in message.parts.items()} | \
-        {f"meta.{name}": value for name, value in message.meta.items()}
+    return named(message._replace(parts={name: part.clone() for name, part in message.parts.items()}))
 
 
 def named(message: Message) -> State:

@@ -1,9 +1,8 @@
 """Links with a bandwidth and a latency."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from dfl.plugins import by_link, check_number
+from dfl.plugins import by_link, by_peer
 from dfl.slots import Link, Network
 
 SMALLEST = 1e-9  # bytes a second: a link of none would take for ever
@@ -26,15 +25,3 @@ def links(*, bandwidth: float | Sequence | str = 6.25e6, latency: float | Sequen
         return late(link.sender, link.receiver) + num_bytes / fast(link.sender, link.receiver)
 
     return Network(seconds, lambda t, peer, local_steps: local_steps * steps(peer), timed=True)
-
-
-def by_peer(field: str, given: Any, peers: int | None) -> Callable[[int], float]:
-    """peer -> its number, from one for all or one for each."""
-    if not isinstance(given, (list, tuple)):
-        check_number(field, given)
-        return lambda peer: given
-    for value in given:
-        check_number(field, value)
-    if peers is not None and len(given) != peers:
-        raise ValueError(f"{field} has {len(given)} numbers for {peers} peers; allowed: one number, or one for each peer")
-    return lambda peer: given[peer]

@@ -4,8 +4,8 @@ import csv
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from dfl.networks.links import SMALLEST, by_peer
-from dfl.plugins import check_number
+from dfl.networks.links import SMALLEST
+from dfl.plugins import by_peer, check_number
 from dfl.slots import Link, Network
 
 COLUMNS = ("round", "sender", "receiver", "bandwidth", "latency")

@@ -127,11 +127,12 @@ class Callbacks:
                 break
             if self.control.should_training_stop and not asked:
                 asked = name_of(callback)
-        said = [data.decode().partition("\n") for data in self.transport.share(f"{failure}\n{asked}".encode())]
-        for text, _, _ in said:
-            if text:
-                raise CallbackError(text) from error
-        self.asked_by = self.asked_by or next((asked for _, _, asked in said if asked), None)
+        if self.transport.agree(bool(failure or asked)):  # else nobody has anything to say
+            said = [data.decode().partition("\n") for data in self.transport.share(f"{failure}\n{asked}".encode())]
+            for text, _, _ in said:
+                if text:
+                    raise CallbackError(text) from error
+            self.asked_by = self.asked_by or next((asked for _, _, asked in said if asked), None)
         self.control.should_training_stop = self.asked_by is not None
 
     def saved(self, rounds: int, folder: Path) -> None:

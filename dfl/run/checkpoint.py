@@ -157,7 +157,7 @@ def choose(run: Path, transport) -> Path | None:
     """
     found = together(transport, lambda: _newest(run) if transport.rank == 0 else None)
     name, digest = (found.name, digest_of_file(found / NAME)) if found else ("", "")
-    name, digest = transport.share(f"{name} {digest}".encode())[0].decode().split(" ")
+    name, digest = transport.spread(f"{name} {digest}".encode()).decode().split(" ")
     if not name:
         return None
     folder = run / "checkpoints" / name

@@ -22,7 +22,7 @@ from dfl.run.runtime import Worker, choose_device, num_threads, place_from_envir
 from dfl.run.train import restore
 from dfl.seeds import derive
 from dfl.store import targets
-from dfl.store.records import finite, joined
+from dfl.store.records import finite, join
 from dfl.store.runs import read_config
 from dfl.store.targets import ADAPTER_CONFIG, Target
 from dfl.training.executors import autocasts
@@ -90,9 +90,9 @@ def _evaluate_run(config: Config, topology, folder: Path, data: str | None, name
 
 def _of_all(transport: Transport, result: dict, hosted: Sequence[int]) -> dict | None:
     """On process 0 the result with the values of all peers, None elsewhere."""
-    told = transport.share(json.dumps({"round": 0, "hosted": list(hosted), **result}).encode())
-    found = joined([[json.loads(text)] for text in told])[0]
-    return {key: value for key, value in found.items() if key != "round"} if transport.rank == 0 else None
+    told = transport.share(json.dumps({"hosted": list(hosted), **result}).encode())
+    first, *others = map(json.loads, told)
+    return join(first, others) if transport.rank == 0 else None
 
 
 def _load_file(config: Config, device: torch.device, names: list[str], file: str) -> Loaded:

@@ -194,7 +194,7 @@ def take_back(output: Path, lease: Lease) -> None:
 def check_shared(output: Path, transport, new: bool, lease: Lease) -> None:
     """ValueError on all processes unless all see what process 0 has just written: each will write its part of a checkpoint there."""
     path = output / "run.json"
-    expected = transport.share(hashlib.sha256(path.read_bytes()).digest() if transport.rank == 0 else b"")[0]
+    expected = transport.spread(hashlib.sha256(path.read_bytes()).digest() if transport.rank == 0 else b"")
 
     def see() -> None:
         until = time.monotonic() + SHARED_SECONDS

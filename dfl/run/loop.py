@@ -17,7 +17,7 @@ from dfl.engine.ledger import Ledger
 from dfl.metrics.consensus import consensus_rows
 from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
-from dfl.metrics.measures import Seen, measure, seen
+from dfl.metrics.measures import measure, seen
 from dfl.slots import Rule
 from dfl.training.base import DivergenceError, LocalTrainer
 from dfl.training.executors import Executor
@@ -269,9 +269,6 @@ class Look(NamedTuple):
         # cores are read as the factors that they make
         look = seen(adapted.factors(before.x), adapted.factors(run.peers.common_scale()), before.weights, before.own, adapted.lora,
                     before.kept, run.gossip.residuals(), run.rule.residual)
-        return self.measured(run, look)
-
-    def measured(self, run: Run, look: Seen) -> dict:
         found = {}
         if self.whole:
             found["measures"] = measure(run.transport, look, run.config.peers)

@@ -202,7 +202,7 @@ def hold(folder: Path, transport: Transport) -> Lease:
         # step by step, so that nobody takes process 0 for lost while it waits
         while not transport.agree(int(lease is not None)):
             lease = together(transport, lambda: next(steps) if steps is not None else None)
-        told = transport.share(f"{lease.number} {lease.token}".encode() if lease else b"")[0].decode().split()
+        told = transport.spread(f"{lease.number} {lease.token}".encode() if lease else b"").decode().split()
         lease = lease or Lease(folder, int(told[0]), told[1])
         together(transport, lambda: _see(lease))
     except BaseException:

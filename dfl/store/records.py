@@ -63,11 +63,12 @@ def joined(of_processes: list[list[dict]]) -> list[dict]:
     parts: dict[int, list[dict]] = {}
     for record in (record for records in rest for record in records):
         parts.setdefault(record["round"], []).append(record)
-    return [_joined(record, parts.get(record["round"], [])) for record in first]
+    return [join(record, parts.get(record["round"], [])) for record in first]
 
 
-def _joined(record: dict, parts: list[dict]) -> dict:
-    """Lists of values by peer are put in order; a peer of which nothing was written has None."""
+def join(record: dict, parts: list[dict]) -> dict:
+    """A record with those of other processes of the same round: lists of values by peer are put in order; a peer of which nothing
+    was written has None."""
     if "hosted" not in record:
         return record
     parts = [part for part in (record, *parts) if isinstance(part.get("hosted"), list)]

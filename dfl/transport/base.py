@@ -71,6 +71,12 @@ class Transport(Protocol):
         """Leave together."""
 
 
+def add_in_order(total: Tensor, rows: Tensor) -> None:
+    """Add rows (P, M) to a total (M,) one by one, each rounded as if it came alone."""
+    for row in rows:
+        total += row.to(total.device)
+
+
 def hosting(num_peers: int, num_processes: int) -> list[range]:
     """Which peers each process hosts: consecutive ids, as even as possible, the first processes one more."""
     if num_processes > num_peers:

@@ -7,6 +7,7 @@ around the ring of processes, in pieces, so that a process sends twice their len
 import torch
 from torch import Tensor
 
+from dfl.transport.base import add_in_order
 from dfl.transport.link import Link
 
 # what a transfer is, for its frames and for errors
@@ -59,7 +60,7 @@ class ControlPlane:
         """What each process gave, by process, on all of them."""
         sizes = self._table(torch.tensor([len(data)]))[:, 0].tolist()
         for process, size in enumerate(sizes):
-            self._check_size(process, size)
+            self.link.check_size(process, size, MOST)
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[:len(data)] = _tensor(data)
         return [bytes(row[:size].numpy()) for row, size in zip(self._table(mine), sizes, strict=True)]
@@ -79,7 +80,7 @@ class ControlPlane:
         """What process 0 gave, on all of them; what the others gave is not used. Along a binomial tree."""
         rank, size = self.link.rank, self.link.size
         length = self.agree(len(data) if rank == 0 else 0)
-        self._check_size(0, length)
+        self.link.check_size(0, length, MOST)
         told = _tensor(data) if rank == 0 else torch.empty(length, dtype=torch.uint8)
         step = 1
         while step < size:
@@ -100,36 +101,22 @@ class ControlPlane:
         result = torch.zeros(length, dtype=torch.float64, device=link.group.wire)
         pieces = [slice(start, min(start + PIECE, length)) for start in range(0, length, PIECE)]
         first, last = link.rank == 0, link.rank == link.size - 1
-        if link.size == 1:
-            for piece in pieces:
-                _add(result[piece], rows[:, piece])
-            return result.to(rows.device)
         ahead, behind = (link.rank + 1) % link.size, (link.rank - 1) % link.size
         for piece, before in zip([*pieces, None], [None, *pieces], strict=True):  # one is sent on while the next arrives
             outgoing = {} if before is None or last else {ahead: result[before]}
             self.summed += link.transfer(_SUM, outgoing, {} if piece is None or first else {behind: result[piece]})
             if piece is not None:
-                _add(result[piece], rows[:, piece])
-        stays = link.rank == link.size - 2  # the last but one passes nothing on: the last process has it
+                add_in_order(result[piece], rows[:, piece])
+        stays = link.size == 1 or link.rank == link.size - 2  # the last but one passes nothing on: the last process has it
         for piece, before in zip([*pieces, None], [None, *pieces], strict=True):
             source = piece if last else before
             outgoing = {} if source is None or stays else {ahead: result[source]}
             self.summed += link.transfer(_SUM, outgoing, {} if piece is None or last else {behind: result[piece]})
         return result.to(rows.device)
 
-    def _check_size(self, process: int, size: int) -> None:
-        """Before memory is asked for."""
-        if not 0 <= size <= MOST:
-            raise ConnectionError(f"{self.link.describe(process)} announced {size} bytes {self.link.when()}; allowed: up to {MOST}")
-
 
 def _summary(one: Tensor, other: Tensor) -> Tensor:
     return torch.stack([one[0] + other[0], torch.minimum(one[1], other[1]), torch.maximum(one[2], other[2])])
-
-
-def _add(total: Tensor, rows: Tensor) -> None:
-    for row in rows:  # in order, each rounded as if it came alone
-        total += row.to(total.device)
 
 
 def _tensor(data: bytes) -> Tensor:

@@ -140,7 +140,7 @@ class Distributed:
             told = {q: torch.tensor([len(frame)], device=self.wire) for q, frame in sent.items()}
             self._count(what, self.link.transfer(_SIZES, told, lengths))
             for q, found in lengths.items():
-                self._check_size(q, int(found), self._most(incoming[q]))
+                self.link.check_size(q, int(found), self._most(incoming[q]))
             return self.link.move(what, sent, {q: int(found) for q, found in lengths.items()}, self.wire)
         first = {q: frame[:self._room("sent", what, q)] for q, frame in sent.items()}
         received = {q: self.link.buffer("received", what, q, self._room("received", what, q), self.wire) for q in incoming}
@@ -176,11 +176,6 @@ class Distributed:
     def _room(self, kind: str, what: str, q: int) -> int:
         """The bytes that a frame to or from another process may have at once: by the last one, which both ends know."""
         return frames.room(self._lengths.get((kind, what, q), 0), self.wire)
-
-    def _check_size(self, process: int, size: int, most: int) -> None:
-        """Before memory is asked for."""
-        if not 0 <= size <= most:
-            raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self.link.when()}; allowed: up to {most}")
 
     def newly_sent(self) -> list[int]:
         before, self._told = self._told, [getattr(self, name) for name in SENT]

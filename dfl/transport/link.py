@@ -118,6 +118,11 @@ class Link:
         kinds = {"ValueError": ValueError, "Stopped": Stopped}
         return kinds.get(cause.error, ConnectionError)(cause.text + noticed)
 
+    def check_size(self, process: int, size: int, most: int) -> None:
+        """ConnectionError for an announcement of more, before memory is asked for."""
+        if not 0 <= size <= most:
+            raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self.when()}; allowed: up to {most}")
+
     def _held_up_by(self, missing: list[int]) -> list[int]:
         """Those that the missing wait for themselves, and so on; who waits for nobody holds up all."""
         found, seen, left = set(), {self.rank}, list(missing)

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dfl.plugins import check_choice, check_number
+from dfl.plugins import by_peer, check_choice, check_number, check_positive
 from dfl.slots import Message, Round, State, Trigger
 from dfl.triggers.distance import distance
 
@@ -33,7 +33,9 @@ def efhc(*, r: float = 50.0, bandwidth: float | Sequence[float] | str = 5000.0, 
         check_positive(f"trigger.{field}", value)
     if least > most:
         raise ValueError(f"trigger.least = {least} is more than trigger.most = {most}; allowed: least <= most")
-    of = None if bandwidth == MEASURED else bandwidths("trigger.bandwidth", bandwidth, peers, words=(MEASURED,))
+    if isinstance(bandwidth, str):
+        check_choice("trigger.bandwidth", bandwidth, (MEASURED,))
+    of = None if bandwidth == MEASURED else by_peer("trigger.bandwidth", bandwidth, peers, check_positive)
 
     def rho(round: Round) -> float:
         if of is not None:
@@ -89,22 +91,3 @@ def _moved(scale: Callable[[Round], float]) -> Decide:
 
 def _sent(message: Message) -> State:
     return {name: part.clone() for name, part in message.parts.items()}
-
-
-def check_positive(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{field} = {value!r} is not allowed; allowed: a number above 0")
-
-
-def bandwidths(field: str, given: Any, peers: int | None, words: Sequence[str] = ()) -> Callable[[int], float]:
-    """The bandwidth of each peer, from one number or one for each."""
-    if isinstance(given, str):
-        check_choice(field, given, words)
-    if not isinstance(given, (list, tuple)):
-        check_positive(field, given)
-        return lambda peer: given
-    for value in given:
-        check_positive(field, value)
-    if peers is not None and len(given) != peers:
-        raise ValueError(f"{field} has {len(given)} numbers for {peers} peers; allowed: one number, or one for each peer")
-    return lambda peer: given[peer]

@@ -33,6 +33,15 @@ def rate(round: Round, group: str) -> float:
     return round.rates.get(group, round.lr)
 
 
+def after_correction(x: Tensor, values: Tensor, layout: Layout, round: Round, factor: float = 1.0) -> Tensor:
+    """The row x (D,) behind a local step, with factor `values` (D,) added to its gradient in the groups that the round trains."""
+    out = x.clone()
+    for group in layout.present(round.plan.trains):
+        cut = layout.groups[group]
+        out[cut] -= rate(round, group) * factor * values[cut]
+    return out
+
+
 def num_steps(name: str, round: Round, state: State, last: str) -> int:
     """The peer's local steps since the exchange of round state[last]: of several rounds where some exchange nothing."""
     if round.local_steps < 1:

@@ -7,6 +7,7 @@ from dfl.adapters.layout import Layout
 from dfl.plugins import check_fraction
 from dfl.slots import Inbox, Message, Round, Rule, State
 from dfl.wrappers.base import (
+    after_correction,
     all_of,
     at_round,
     check_rates,
@@ -61,11 +62,7 @@ def _tracking(name: str, rule: Rule, layout: Layout, momentum: float) -> Rule:
         return {**rule.init(x), **own, **({BUFFER: torch.zeros_like(x)} if momentum else {})}
 
     def after_step(x: Tensor, state: State, round: Round, k: int) -> Tensor:
-        out = x.clone()
-        for group in layout.present(round.plan.trains):
-            cut = layout.groups[group]
-            out[cut] -= rate(round, group) * state[OFFSET][cut]
-        return out
+        return after_correction(x, state[OFFSET], layout, round)
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
         message, inner = rule.send(x, state, round)

@@ -6,7 +6,7 @@ from torch import Tensor
 from dfl.adapters.layout import Layout
 from dfl.plugins import check_fraction
 from dfl.slots import Inbox, Message, Round, Rule, State
-from dfl.wrappers.base import at_round, check_rates, check_rule, corrected, num_steps, rate
+from dfl.wrappers.base import after_correction, at_round, check_rates, check_rule, corrected, num_steps, rate
 
 START, LAST, BUFFER = (f"quasi_global.{name}" for name in ("start", "last", "buffer"))
 
@@ -31,11 +31,7 @@ def quasi_global(rule: Rule, *, layout: Layout, momentum: float = 0.9, keep: flo
         return {**rule.init(x), START: x.clone(), LAST: at_round(-1), BUFFER: torch.zeros_like(x)}
 
     def after_step(x: Tensor, state: State, round: Round, k: int) -> Tensor:
-        out = x.clone()
-        for group in layout.present(round.plan.trains):
-            cut = layout.groups[group]
-            out[cut] -= rate(round, group) * momentum * state[BUFFER][cut]
-        return out
+        return after_correction(x, state[BUFFER], layout, round, momentum)
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
         message, inner = rule.send(x, state, round)

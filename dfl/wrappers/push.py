@@ -10,6 +10,7 @@ from torch import Tensor
 from dfl.adapters.layout import GROUPS, Layout
 from dfl.slots import EXACT, Inbox, Message, Round, Rule, State
 from dfl.wrappers.base import (
+    after_correction,
     all_of,
     at_round,
     check_rates,
@@ -74,11 +75,7 @@ def push_diging(rule: Rule, *, layout: Layout) -> Rule:
                 OFFSET: torch.zeros_like(x)}
 
     def after_step(x: Tensor, state: State, round: Round, k: int) -> Tensor:
-        out = x.clone()
-        for group in layout.present(round.plan.trains):
-            cut = layout.groups[group]
-            out[cut] -= rate(round, group) * state[OFFSET][cut]
-        return out
+        return after_correction(x, state[OFFSET], layout, round)
 
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
         message, inner = rule.send(_pushed(x, state[START], state, layout, round), state, round)
