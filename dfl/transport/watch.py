@@ -26,7 +26,8 @@ class Watch:
         self.told = False  # somebody has been told to stop
         self.beats: dict[int, bytes] = {}  # the last of those that are waited for
         self.answers = 0  # of the store
-        self._awaited: tuple[int, ...] = ()
+        self._waiting: tuple[tuple[int, ...], float] = ((), 0.0)  # for whom, and since when
+        self._beats_told, self._next_beat, self._last_told = 0, 0.0, ()
         self._quiet: dict[int, float] = {}
         self._marks: dict[int, object] = {}
         self._at = 0.0
@@ -39,17 +40,22 @@ class Watch:
         self._ended.set()
 
     def _run(self) -> None:
-        beat, next_beat = 0, 0.0
         try:
             while not self._ended.is_set():
                 self.look(beats=self.answers % 4 == 0)
-                if self.clock() >= next_beat:
-                    beat, next_beat = beat + 1, self.clock() + BEAT_SECONDS
-                    self.store.set(self.key(self.rank), " ".join(map(str, (beat, *self._awaited))))
+                self.beat()
                 self.answers += 1
                 self._ended.wait(POLL_SECONDS)
         except RuntimeError:  # the store has gone: so has who held it, which the others' connections say
             pass
+
+    def beat(self) -> None:
+        """A heartbeat now and then, and at once when it has become clear for whom this process waits: others' time-outs may be short."""
+        now, (awaited, since) = self.clock(), self._waiting
+        waits = awaited if now - since >= POLL_SECONDS else ()
+        if now >= self._next_beat or waits != self._last_told:
+            self._beats_told, self._next_beat, self._last_told = self._beats_told + 1, now + BEAT_SECONDS, waits
+            self.store.set(self.key(self.rank), " ".join(map(str, (self._beats_told, *waits))))
 
     def key(self, process: int) -> str:
         """Where a process tells its heartbeats, and whom it waits for."""
@@ -63,15 +69,16 @@ class Watch:
                 self.told = True
             else:
                 self.told = self.store.check([f"{self.prefix}/stop"])
-        for process in self._awaited if beats else ():
+        for process in self._waiting[0] if beats else ():
             if self.store.check([self.key(process)]):
                 self.beats[process] = self.store.get(self.key(process))
 
     def begin(self, processes: Iterable[int]) -> None:
         """The main thread waits for these from now on."""
-        self._awaited = tuple(processes)
-        self._quiet = dict.fromkeys([*self._awaited, -1], 0.0)
-        self._marks, self._at = {}, self.clock()
+        awaited, now = tuple(processes), self.clock()
+        self._waiting = (awaited, now)
+        self._quiet = dict.fromkeys([*awaited, -1], 0.0)
+        self._marks, self._at = {}, now
 
     def silent(self) -> list[int]:
         """Those among the awaited that have shown no life for SILENT_SECONDS; asked again and again, about twice a second."""
@@ -81,9 +88,10 @@ class Watch:
         if not answered:  # then nobody's beats can be seen; -1 stands for the store
             late = self._quiet[-1] >= SILENT_SECONDS and self.holder is not None and self.holder != self.rank
             return [self.holder] if late else []
-        for process in self._awaited:
+        awaited = self._waiting[0]
+        for process in awaited:
             self._count(process, self.beats.get(process), gap)
-        return [process for process in self._awaited if self._quiet[process] >= SILENT_SECONDS]
+        return [process for process in awaited if self._quiet[process] >= SILENT_SECONDS]
 
     def _count(self, process: int, mark, gap: float) -> bool:
         """Whether there is another mark than the last time; for how long there has been none."""

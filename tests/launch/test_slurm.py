@@ -166,7 +166,7 @@ def test_sweep_is_an_array(slurm, place):
     submitted = slurm(*command, "--slurm")
     job = re.search(r"Submitted batch job (\d+)", submitted)[1]
     logs = [slurm.finish(f"{job}_{index}") for index in range(2)]
-    assert all("4 peers on 2 process(es)" in log for log in logs) and "rule lora" in logs[0] and "rule ffa" in logs[1]
+    assert all("4 peers on 2 process(es)" in log for log in logs) and "method lora" in logs[0] and "method ffa" in logs[1]
     folders = {path.parent.name: adapter_digests(path.parent) for path in (place / "runs/sweep").glob("*/run.json")}
     assert len(folders) == 2 and list(folders.values()).count(workplace.plain_digests(place)) == 1
     assert "needs sbatch --array=FIRST-LAST" in slurm.finish(slurm.submit(SWEEP, "sweep.yaml"), "FAILED")
@@ -206,7 +206,7 @@ def test_readme_under_slurm(tmp_path):
         finally:
             slurm_cluster.stop(Path(state))
         assert not slurm_cluster.job_processes(Path(state))
-    assert "rule tad" in next(place.glob("dfl-[0-9]*.log")).read_text() and len(adapter_digests(place / "runs/slurm")) == 5
+    assert "method tad" in next(place.glob("dfl-[0-9]*.log")).read_text() and len(adapter_digests(place / "runs/slurm")) == 5
     assert adapter_digests(place / "runs/srun") == adapter_digests(place / "runs/sweep/lora")
     written_out = max(place.glob("dfl-sweep-*_1.log"), key=lambda path: path.stat().st_mtime)
     assert written_out.read_text() == "run 1 (ffa) is finished: runs/sweep/ffa\n"

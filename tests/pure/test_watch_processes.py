@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfl.transport.watch import SILENT_SECONDS, Watch
+from dfl.transport.watch import BEAT_SECONDS, POLL_SECONDS, SILENT_SECONDS, Watch, waits_for
 
 
 class Store(dict):
@@ -63,6 +63,26 @@ def test_when_this_process_slept_so_did_the_others():
     case.now += 10 * SILENT_SECONDS
     assert case.pass_seconds(10) == []
     assert case.pass_seconds(SILENT_SECONDS) == [1, 2]
+
+
+def test_whom_a_process_waits_for_is_told_as_soon_as_it_lasts():
+    """Others may have a time-out shorter than the time between two beats, and name the one that holds up all."""
+    case = Case()
+
+    def told(after):
+        case.now += after
+        case.watch.beat()
+        return waits_for(case.store.get(case.watch.key(0)))
+
+    assert told(0.0) == [] and told(POLL_SECONDS) == [1, 2]
+    case.watch.begin([])
+    assert told(POLL_SECONDS) == []
+    for process in (1, 2, 1, 2):  # quick rounds tell nothing
+        case.watch.begin([process])
+        before = case.store.get(case.watch.key(0))
+        assert told(POLL_SECONDS / 2) == [] and case.store.get(case.watch.key(0)) == before
+    case.watch.begin([])
+    assert told(BEAT_SECONDS) == [] and case.store.get(case.watch.key(0)) != before  # it lives
 
 
 @pytest.mark.parametrize("who", ["asked", "told"])
