@@ -50,7 +50,7 @@ class Watch:
             pass
 
     def beat(self) -> None:
-        """A heartbeat now and then, and at once when it has become clear for whom this process waits: others' time-outs may be short."""
+        """A heartbeat now and then, and soon after whom this process waits for has changed: the time-out of others may be short."""
         now, (awaited, since) = self.clock(), self._waiting
         waits = awaited if now - since >= POLL_SECONDS else ()
         if now >= self._next_beat or waits != self._last_told:
