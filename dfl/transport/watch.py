@@ -27,7 +27,8 @@ class Watch:
         self.beats: dict[int, bytes] = {}  # the last of those that are waited for
         self.answers = 0  # of the store
         self._waiting: tuple[tuple[int, ...], float] = ((), 0.0)  # for whom, and since when
-        self._beats_told, self._next_beat, self._last_told = 0, 0.0, ()
+        self._beats_told, self._next_beat = 0, 0.0
+        self._last_told: tuple[int, ...] = ()
         self._quiet: dict[int, float] = {}
         self._marks: dict[int, object] = {}
         self._at = 0.0
