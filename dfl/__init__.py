@@ -8,7 +8,7 @@ from dfl.run.callbacks import Callback
 __all__ = ["Callback", "Result", "Simulation", "simulate", "train"]
 
 # what waits until it is asked for: torch takes seconds to import, and a command's help does not need it
-_LATER = {"Result": "result", "Simulation": "engine.simulate", "simulate": "engine.simulate", "train": "interface"}
+_LATER = {"Result": "result", "Simulation": "simulation", "simulate": "simulation", "train": "interface"}
 
 
 def __getattr__(name: str) -> Any:

@@ -88,6 +88,11 @@ class Method(NamedTuple):
     network: Network = Network()
 
     @property
+    def held(self) -> bool:
+        """Whether who is silent is taken to be where it was when it last spoke."""
+        return self.trigger.holds and not self.trigger.always
+
+    @property
     def facts(self) -> dict[str, object]:
         """What was chosen, for the log."""
         return {**self.schedule.facts, **self.rule.facts, **self.trigger.facts, **self.codec.facts, **self.channel.facts,
@@ -230,7 +235,7 @@ def check_slots(method: Method, filled: Mapping[str, Choice]) -> None:
 def check_trigger(method: Method, filled: Mapping[str, Choice], unequal: bool) -> None:
     """ValueError for a trigger that the other slots cannot have. unequal: peers have ranks of their own."""
     rule, trigger, name, whole = method.rule, method.trigger, filled["trigger"].name, _whole(method, filled)
-    if not trigger.always and trigger.holds and (rule.dated or rule.lossless or method.schedule.sends == "active"):
+    if method.held and (rule.dated or rule.lossless or method.schedule.sends == "active"):
         why = ("its messages mean something in their own round alone" if rule.dated else "its copies have to stay equal at both ends"
                if rule.lossless else "another factor is exchanged from round to round")
         raise ValueError(f"trigger.name = {name!r} holds messages back, which {whole} cannot have: {why}; "
@@ -271,7 +276,7 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
         why = "its messages mean something in their own round alone" if rule.dated else "another factor is exchanged in every round"
         raise ValueError(f"channel.name = {name!r} delays messages, which {whole} cannot have: {why}; allowed: a channel "
                          "without delay")
-    if channel.delays and not method.trigger.always and method.trigger.holds:
+    if channel.delays and method.held:
         raise ValueError(f"channel.name = {name!r} delays messages: with trigger.name = {filled['trigger'].name!r} no peer would know "
                          "what its neighbours hold; allowed: trigger always, or a channel without delay")
     if channel.air is not None:
@@ -339,7 +344,7 @@ def check_partial(method: Method, filled: Mapping[str, Choice]) -> None:
         raise ValueError(f"codec.name = {name!r} with this memory sends a part of the numbers a round, which {_whole(method, filled)} "
                          "cannot mix: it does not average numbers as they are; allowed: codec.memory differences, or a rule such as "
                          "average")
-    if not method.trigger.always and method.trigger.holds:
+    if method.held:
         raise ValueError(f"trigger.name = {filled['trigger'].name!r} holds messages back, but codec {name!r} with this memory sends "
                          "other numbers in every round; allowed: trigger always, or codec.memory differences")
 

@@ -93,7 +93,6 @@ class Schedule(NamedTuple):
 
 # what a schedule has exchanged: both factors in every round, the one that trains, B or A alone, cores, or nothing
 SENDS = ("pairs", "active", "B", "A", "core", "nothing")
-NEEDS = ("any", "static", "complete")
 Inbox = Mapping[int, Message]  # the message of each contributing peer, its own among them, by peer id
 
 

@@ -7,8 +7,8 @@ import torch
 
 from dfl import methods
 from dfl.engine.gossip import Gossip, Report
-from dfl.engine.simulate import Rows
 from dfl.methods import Choice, Context, Method
+from dfl.simulation import Rows
 from dfl.slots import Round
 from dfl.transport import InProcess
 

@@ -6,10 +6,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import tiny_models
+import torch
 import yaml
 
 from dfl import config as configuration
+from dfl.engine.gossip import Gossip
 from dfl.run import build
+from dfl.run.checkpoint import read_state
 from dfl.run.runtime import start
 from dfl.run.train import train
 from dfl.slots import Plan
@@ -64,6 +67,20 @@ def make_run(config: configuration.Config):
     runtime = start(config)
     loaded = build.load(config, runtime.device)
     return build.assemble(config, runtime, loaded, topology), loaded
+
+
+def rows_of(folder: Path, num_peers: int) -> torch.Tensor:
+    """X_ND of a checkpoint."""
+    state = read_state(folder, range(num_peers))
+    return torch.stack([state[f"x.{peer}"] for peer in range(num_peers)])
+
+
+def put_in(run, **slots) -> None:
+    """Give a run another method: other contents of some slots."""
+    old = run.gossip
+    run.gossip = Gossip(old.method._replace(**slots), old.layout, old.topology, old.transport, old.peers, run.peers.x, seed=old.seed,
+                        scale=old.scale)
+    run.gossip.restore(old.state)
 
 
 def local_phase(run, t=0, plans=None, executor=None, peers=None):

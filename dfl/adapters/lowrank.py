@@ -171,11 +171,6 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(r_left @ r_right.mT)
 
 
-def pair_distance(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
-    """||B A - B' A'||_F (...) in a core of 2R x 2R, for pairs of any leading batch; the ranks may differ."""
-    return product_norm(torch.cat([b, -other_b], -1), torch.cat([a, other_a], -2))
-
-
 def procrustes(cross: Tensor, strength: float = 1.0) -> Tensor:
     """The rotation R (..., R, R) nearest to `cross`, turned by only a part of its angles where `strength` < 1: float64.
 

@@ -29,7 +29,7 @@ def segments(*, rate: float | Sequence | str = 0.1, count: int = 10, mode: str =
     additive, what is in error arrives, with Gaussian noise of `sigma` on each number.
     Rows of the effective W sum to one but for zero_fill; the network mean is kept in expectation where rates are equal
     both ways, under substitute_own and retransmit. aggregations: exchanges a round, or auto, at most `most`
-    (`dfl.engine.repeats`). A message that means something only as a whole, or is not as long as the receiver's, is lost
+    (`dfl.channels.repeats`). A message that means something only as a whole, or is not as long as the receiver's, is lost
     with its first segment. Li, Lv, Ni, Zhao, Hossain, Poor 2024, arXiv 2405.12894; Ye, Liang, Li 2021, arXiv 2108.02397
     (Soft-DSGD, substitute_own); how the first handles what is lost is not known to us.
     """

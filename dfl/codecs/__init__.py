@@ -2,7 +2,7 @@
 
 A codec that rounds must not undo training: a peer that replaced its own number by the rounded mean would stay for ever
 where a round moves it by less than half the distance of two numbers. How the round prevents that is in
-`dfl.engine.gossip` (`_complete`); what codecs do about that which they leave out in `dfl.codecs.memory`.
+`dfl.engine.receiving` (`complete`); what codecs do about that which they leave out in `dfl.codecs.memory`.
 """
 
 from collections.abc import Callable

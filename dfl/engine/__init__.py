@@ -1,1 +1,1 @@
-"""The heart: one round of gossip for the peers that a process hosts, and the simulator around it."""
+"""The heart: one round of gossip for the peers that a process hosts."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -191,9 +190,3 @@ def read_state(folder: Path, peers: Sequence[int]) -> dict[str, Tensor]:
     if missing:
         raise UnreadableError(f"checkpoint {folder} lacks peer {min(missing)}")
     return found
-
-
-def rows_of(folder: Path, num_peers: int) -> Tensor:
-    """X_ND of a checkpoint."""
-    state = read_state(folder, range(num_peers))
-    return torch.stack([state[f"x.{peer}"] for peer in range(num_peers)])

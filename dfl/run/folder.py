@@ -26,7 +26,7 @@ from dfl.run.loop import Run
 from dfl.run.runtime import Runtime
 from dfl.run.trackers import Trackers
 from dfl.store.checkpoints import complete
-from dfl.store.directory import TRACKERS, all_records, clear, files, in_the_way, mark, marked, records_of, written
+from dfl.store.directory import OF_TRACKERS, all_records, clear, files, in_the_way, mark, marked, records_of, written
 from dfl.store.jsonlines import rewind
 from dfl.store.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
 from dfl.store.records import JsonLines, of_peers
@@ -102,7 +102,7 @@ def _refuse_baseline(config: Config, output: Path, going: Iterable[Path] = ()) -
 
 
 def _refuse_others(config: Config, folder: Path, going: Iterable[Path]) -> None:
-    found = in_the_way(folder, files(folder), ("checkpoints", *(set(TRACKERS) & set(config.report_to))), going)
+    found = in_the_way(folder, files(folder), ("checkpoints", *(set(OF_TRACKERS) & set(config.report_to))), going)
     if found is None and folder.is_symlink() and folder != Path(config.output):
         found = folder
     if found is not None:

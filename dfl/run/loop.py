@@ -13,7 +13,6 @@ from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip, Report
-from dfl.engine.ledger import Ledger
 from dfl.metrics.consensus import consensus_rows
 from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
@@ -24,6 +23,7 @@ from dfl.training.executors import Executor
 from dfl.training.hosted import HostedPeers
 from dfl.training.phase import ModelTrainer
 from dfl.transport.base import LOOK, SENT, Transport
+from dfl.transport.ledger import Ledger
 from dfl.transport.packet import Packet
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ _OF_PROCESS = re.compile(r"metrics-\d+\.jsonl")
 # made by `dfl report` in the directory of a run; another report there may be somebody's own
 REPORTS = ("report.html", "report.md")
 REPORT_MARK = "made by dfl report"
-TRACKERS = {"tensorboard": r"events\.out\.tfevents\.[^/]*",
-            "wandb": r"(offline-)?run-.*|latest-run|debug\.log|debug-internal\.log|debug-cli\.[^/]*\.log"}
+# what a tracker leaves in a folder of its name
+OF_TRACKERS = {"tensorboard": r"events\.out\.tfevents\.[^/]*",
+               "wandb": r"(offline-)?run-.*|latest-run|debug\.log|debug-internal\.log|debug-cli\.[^/]*\.log"}
 # a checkpoint whose manifest cannot be read, or is not there yet
 _LAYOUT = re.compile(r"state-\d+\.safetensors|consensus/consensus\.json|"
                      r"(peer-\d+|consensus)/(adapter_model\.safetensors|adapter_config\.json)")
@@ -164,7 +165,7 @@ def written(run: Path) -> list[Path]:
     for folder in _folders(run, re.compile(r"baseline-.+").fullmatch):
         if marked(folder):
             found += [*written(folder), folder / STATE / "marker.json"]
-    for name, pattern in TRACKERS.items():
+    for name, pattern in OF_TRACKERS.items():
         found += [run / name / below for below in below(run / name) if re.fullmatch(pattern, below)]
     found += [run / name for name in REPORTS if made_by_report(run / name)]
     found += [run / f".{name}.draft" for name in files(run)] + [run / name for name in files(run)]

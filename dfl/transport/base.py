@@ -59,7 +59,9 @@ class Transport(Protocol):
     def watch(self, asked: Callable[[], bool]) -> None:
         """From now on the processes know of each other, without a message of the run: that they live, and that one is told to stop."""
 
-    told_to_stop: bool  # whether `asked` of any process was true, a moment ago
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether `asked` of any process was true, a moment ago."""
 
     def describe(self, process: int) -> str:
         """A process for people: its number, its peers, its host."""

@@ -10,7 +10,7 @@ from test_channels import PEERS, SIZE, W, heads
 import topologies
 from dfl import methods
 from dfl.channels import air
-from dfl.engine import ledger
+from dfl.transport import ledger
 
 EVEN = ("model", "difference")
 

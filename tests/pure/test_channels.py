@@ -10,15 +10,14 @@ from one_round import build
 
 import topologies
 from dfl.adapters.layout import empty_rows, make_layout
-from dfl.channels import CHANNELS
+from dfl.channels import CHANNELS, repeats
 from dfl.channels.segments import MODES
-from dfl.engine import ledger, repeats
 from dfl.engine.gossip import Gossip
 from dfl.methods import Choice
 from dfl.networks import NETWORKS
 from dfl.seeds import derive
 from dfl.slots import Link, Message
-from dfl.transport import InProcess
+from dfl.transport import InProcess, ledger
 
 PEERS, SIZE = 10, 60
 LAYOUT = make_layout([], head=[("w", (SIZE,))])

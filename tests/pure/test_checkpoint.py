@@ -120,7 +120,7 @@ def test_the_consensus_is_the_mean_of_factors_or_the_best_part_of_the_mean_produ
     config = make_config(root, tmp_path / "run", train__rounds=3, train__lr=0.1, method=rule, lora__head="mixed", lora__alpha=3)
     running.train(config)
     folder, layout = checkpoint.latest(tmp_path / "run"), tiny_runs.make_run(config)[0].peers.layout
-    rows, saved = checkpoint.rows_of(folder, 4), load_file(folder / "consensus" / "adapter_model.safetensors")
+    rows, saved = tiny_runs.rows_of(folder, 4), load_file(folder / "consensus" / "adapter_model.safetensors")
     for pair in layout.pairs:
         a, b = (saved[f"base_model.model.{pair.name}.lora_{k}.weight"].double() for k in "AB")
         all_a, all_b = a_view(rows, pair).double(), b_view(rows, pair).double()
@@ -435,7 +435,7 @@ def test_states_are_found_whichever_process_wrote_them(root, tmp_path):
     found = checkpoint.read_state(folder, [1, 3])
     assert found.keys() == {name for name in whole if name.split(".")[1] in "13"}
     assert all(torch.equal(found[name], whole[name]) for name in found)
-    assert torch.equal(checkpoint.rows_of(folder, 4), torch.stack([whole[f"x.{peer}"] for peer in range(4)]))
+    assert torch.equal(tiny_runs.rows_of(folder, 4), torch.stack([whole[f"x.{peer}"] for peer in range(4)]))
     with pytest.raises(checkpoint.UnreadableError, match="lacks peer 4"):
         checkpoint.read_state(folder, [3, 4])
 

@@ -7,8 +7,8 @@ from one_round import build, gossip
 
 import topologies
 from dfl import methods
+from dfl.adapters.common import digest_of_common
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
-from dfl.engine.gossip import digest_of_common
 from dfl.transport import InProcess
 
 NUM = 5

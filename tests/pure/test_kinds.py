@@ -155,7 +155,7 @@ from dfl import config as configuration
 from dfl.adapters.saving import save_adapter
 from dfl.cli import main
 from dfl.run import build
-from dfl.run.checkpoint import rows_of
+from dfl.run.checkpoint import read_state
 from dfl.run.runtime import start
 from dfl.run.train import restore
 from dfl.store.checkpoints import latest
@@ -167,8 +167,9 @@ halves = [*words, "--output", str(root / "half")]
 assert main(["train", *halves, "--train.rounds", "2"]) == 0
 assert main(["train", *halves, "--resume"]) == 0
 checkpoint = latest(root / "half")
-rows = rows_of(checkpoint, 4)
-assert torch.equal(rows, rows_of(latest(root / "whole"), 4))  # to the bit
+rows, others = (torch.stack([read_state(one, range(4))[f"x.{{peer}}"] for peer in range(4)])
+                for one in (checkpoint, latest(root / "whole")))
+assert torch.equal(rows, others)  # to the bit
 config = configuration.load(None, halves)
 topology, runtime = build.check(config), start(config)
 loaded = build.load(config, runtime.device)

@@ -118,7 +118,7 @@ def test_a_rule_is_told_the_rate_of_every_group(root, tmp_path):
         seen.append((round.lr, round.rates))
         return plain(x, inbox, state, round)
 
-    run.gossip.method = run.gossip.method._replace(rule=run.rule._replace(mix=mix))
+    tiny_runs.put_in(run, rule=run.rule._replace(mix=mix))
     now, peers = 1 / 4, run.peers
     run.gossip.round(1, peers.x, lr=peers.learning_rate(now), rates=peers.rates(now))
     assert seen == [(0.0075, {"A": 0.0075, "B": 16 * 0.0075})] * 4

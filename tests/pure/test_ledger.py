@@ -5,9 +5,9 @@ import pytest
 import torch
 from cases import NUM, Case, start_rows
 
-from dfl.engine.ledger import Ledger, bytes_of, together, total
 from dfl.methods import Choice
 from dfl.slots import bits_of
+from dfl.transport.ledger import Ledger, bytes_of, together, total
 from dfl.transport.packet import Packet
 
 

@@ -9,10 +9,11 @@ import torch
 import topologies
 from dfl import methods, simulate
 from dfl.adapters.layout import a_view, b_view, make_layout, pack, unpack
-from dfl.engine.gossip import REMEMBERED, Gossip
-from dfl.engine.simulate import OwnStep
+from dfl.engine.gossip import Gossip
+from dfl.engine.memory import REMEMBERED
 from dfl.methods import Context
 from dfl.run.loop import Hooks, run_rounds
+from dfl.simulation import OwnStep
 from dfl.slots import Plan
 from dfl.training import hosted
 from dfl.training.base import LocalTrainer

@@ -13,7 +13,6 @@ from dfl.adapters.lowrank import (
     factor_error,
     gram_tables,
     inner,
-    pair_distance,
     procrustes,
     product_norm,
     products,
@@ -237,6 +236,11 @@ def test_the_error_of_averaging_is_a_covariance_of_low_rank():
     assert torch.linalg.matrix_rank(error) == (num - 1) * rank
     assert factor_error(gram_tables(a, b), w, w, w) == pytest.approx(float(error.square().sum()), rel=1e-9)
     assert error.norm() <= ((w * db.square().sum((1, 2))).sum() * (w * da.square().sum((1, 2))).sum()).sqrt()
+
+
+def pair_distance(a, b, other_a, other_b):
+    """||B A - B' A'||_F as the norm of one product of rank 2R."""
+    return product_norm(torch.cat([b, -other_b], -1), torch.cat([a, other_a], -2))
 
 
 def test_distances_of_products_lose_no_digits():

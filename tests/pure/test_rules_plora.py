@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from one_round import Built, build, gossip
 from test_rules import LAYOUT, NUM, activation, assert_same, complete, mix_once, random_rows, ring, simulated
-from tiny_runs import adapter_digests, local_phase, make_config, make_run, write_data
+from tiny_runs import adapter_digests, local_phase, make_config, make_run, put_in, write_data
 from torch.func import functional_call
 
 from dfl.adapters.layout import a_view, b_view, make_layout
@@ -293,7 +293,7 @@ def test_no_mask_is_a_mask_of_everything(pieces):
         if masked:
             schedule = run.gossip.method.schedule
             plan = lambda t, peer, of=schedule.plan, mask=everything: of(t, peer)._replace(mask=mask)  # noqa: E731
-            run.gossip.method = run.gossip.method._replace(schedule=schedule._replace(plan=plan))
+            put_in(run, schedule=schedule._replace(plan=plan))
         run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
         rows.append(run.peers.x.clone())
     assert torch.equal(*rows)

@@ -11,13 +11,12 @@ from one_round import build
 import topologies
 from dfl import methods
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
-from dfl.engine import ledger
-from dfl.engine.copies import message_of, packet_of
 from dfl.engine.gossip import Gossip
-from dfl.engine.simulate import Rows
+from dfl.engine.memory import message_of, packet_of
 from dfl.methods import Choice
+from dfl.simulation import Rows
 from dfl.slots import Message
-from dfl.transport import InProcess
+from dfl.transport import InProcess, ledger
 from dfl.triggers.distance import product_distance
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 PUBLIC = ["dfl", "dfl.interface", "dfl.result", "dfl.slots", "dfl.methods", "dfl.config.schema", "dfl.store.runs",
           "dfl.store.manifest", "dfl.transport.base", "dfl.rules.base", "dfl.schedules.phases", "dfl.triggers.event",
           "dfl.codecs.int8", "dfl.channels.lossy", "dfl.guards.norm", "dfl.networks.links", "dfl.wrappers.base",
-          "dfl.engine.state"]
+          "dfl.engine.gossip", "dfl.simulation"]
 
 
 def lists() -> list[list[str]]:

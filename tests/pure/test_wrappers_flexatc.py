@@ -8,9 +8,9 @@ from quadratics import CURVATURE, NUM, RING, Given, centres, descend, gradient
 import topologies
 from dfl.adapters.layout import a_view, b_view, make_layout
 from dfl.engine.gossip import Gossip
-from dfl.engine.simulate import Rows
 from dfl.methods import Choice, Context, build
 from dfl.schedules import SCHEDULES
+from dfl.simulation import Rows
 from dfl.slots import Plan, Round, Schedule
 from dfl.transport import InProcess
 from dfl.wrappers.flexatc import best_probability, coin, members

@@ -10,9 +10,9 @@ from quadratics import NUM, Given, descend, gradient, optimum
 import topologies
 from dfl.adapters.layout import make_layout
 from dfl.engine.gossip import Gossip
-from dfl.engine.simulate import Rows
 from dfl.methods import Choice, Context, build
 from dfl.run.train import train
+from dfl.simulation import Rows
 from dfl.store.records import read_lines
 from dfl.transport import InProcess
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import make_config, make_run
+from tiny_runs import make_config, make_run, put_in
 
 from dfl.run.loop import Hooks, run_rounds
 from dfl.run.train import train
@@ -46,7 +46,7 @@ def test_it_cancels_where_peers_take_unequal_steps_or_are_scaled_differently(roo
     run, _ = make_run(config_of(root, tmp_path, **GIVEN | UNEQUAL[unequal], wrapper=wrapper, method="lora"))
     told = []
     plain = run.rule.mix
-    run.gossip.method = run.gossip.method._replace(rule=run.rule._replace(
+    put_in(run, rule=run.rule._replace(
         mix=lambda x, inbox, state, round: (told.append(round.local_steps), plain(x, inbox, state, round))[1]))
     assert run_rounds(run, Hooks(lambda record: None, lambda: None, lambda: False))
     assert (len(set(told)) > 1) == (unequal == "steps")

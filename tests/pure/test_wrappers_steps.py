@@ -8,8 +8,8 @@ from quadratics import NUM, RING, Given, descend, gradient
 import topologies
 from dfl.adapters.layout import make_layout
 from dfl.engine.gossip import Gossip
-from dfl.engine.simulate import Rows
 from dfl.methods import Choice, Context, build
+from dfl.simulation import Rows
 from dfl.transport import InProcess
 from dfl.wrappers.stability import growth, mean_square, moments
 

@@ -1,9 +1,10 @@
 """Any method on any topology with the caller's own local step: no model, no processes, the round that a run takes."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,24 +13,17 @@ from torch import Tensor
 from dfl import extensions, methods
 from dfl.adapters.layout import Layout, pack, unpack
 from dfl.engine.gossip import Gossip
-from dfl.engine.ledger import Ledger, together, total
+from dfl.engine.ways import Graph
 from dfl.methods import Choice, Context, Method
 from dfl.metrics.measures import measure, seen
-from dfl.slots import Plan
+from dfl.slots import Mixing, Plan
 from dfl.training.base import AfterStep, Halt
 from dfl.training.masks import Held
 from dfl.transport import InProcess
+from dfl.transport.ledger import Ledger, together, total
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 LocalStep = Callable[..., None]
-
-
-class MixingSequence(Protocol):
-    """What the simulator asks of a topology; `topologies.build` gives one."""
-
-    num_peers: int
-
-    def matrix(self, t: int, alive=None) -> np.ndarray: ...
 
 
 class Simulation(NamedTuple):
@@ -41,12 +35,12 @@ class Simulation(NamedTuple):
     ledger: dict[int, Ledger]
 
 
-def simulate(method: str, topology: MixingSequence, factors: Factors, local_step: LocalStep, rounds: int, *,
+def simulate(method: str, topology: Mixing, factors: Factors, local_step: LocalStep, rounds: int, *,
              schedule: str | Choice | None = None, rule: str | Choice | None = None, trigger: str | Choice = "always",
              codec: str | Choice = "none", channel: str | Choice = "perfect", guard: str | Choice = "finite",
              wrapper: str | Choice = "none", network: str | Choice = "none",
              measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None, lr: float = 0.0,
-             local_steps: int = 0, seed: int = 0, **params) -> Simulation:
+             local_steps: int = 0, seed: int = 0, **params: Any) -> Simulation:
     """Run `rounds` rounds of `method` over `topology` with the caller's own local training.
 
     factors: {layer: (A (N, R, I), B (N, O, R))}, of any floating type; left as they are.
@@ -70,18 +64,19 @@ def simulate(method: str, topology: MixingSequence, factors: Factors, local_step
     if len(x) != topology.num_peers:
         raise ValueError(f"factors hold {len(x)} peers, the topology {topology.num_peers}; they must be equal")
     extensions.load()
-    slots = {"schedule": schedule, "rule": rule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard,
+    given = {"schedule": schedule, "rule": rule, "trigger": trigger, "codec": codec, "channel": channel, "guard": guard,
              "wrapper": wrapper, "network": network}
-    slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in slots.items() if choice is not None}
+    slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in given.items() if choice is not None}
     context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
     built = methods.build(method, context, params, slots)
     methods.check_topology(built, topology, slots)
     _check_local_step(built, local_step, slots)
-    graph = topology if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
+    graph = cast(Graph, topology) if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
     transport = InProcess()
     gossip = Gossip(built, layout, graph, transport, range(len(x)), x, seed=seed)
     trainer = OwnStep(layout, local_step)
-    history, ledger = [], {}
+    history: list[dict[str, float]] = []
+    ledger: dict[int, Ledger] = {}
     for t in range(rounds):
         trainer.run(x, gossip.plans(t), gossip.corrections(), t, after_step=gossip.after_step(t, lr=lr, local_steps=local_steps))
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
@@ -113,7 +108,7 @@ class Rows:
     from outside may say nothing of itself.
     """
 
-    def __init__(self, sequence: MixingSequence, columns: bool = False):
+    def __init__(self, sequence: Mixing, columns: bool = False):
         self.sequence, self.columns, self._last = sequence, columns, (-1, np.zeros((0, 0)))
         self.num_peers = sequence.num_peers
 
@@ -162,14 +157,16 @@ class OwnStep:
         trained = torch.zeros(x.shape, dtype=torch.bool)
         for cut in self.layout.columns(trains):
             trained[:, cut] = True
-        if plans[0].mask is not None:
-            trained &= torch.stack([plan.mask for plan in plans])
+        masks = [plan.mask for plan in plans if plan.mask is not None]
+        if masks:
+            trained &= torch.stack(masks)
         held, steps = Held(trained, x.clone()), itertools.count()
 
-        def behind_a_step() -> None:
+        def behind_a_step(change: AfterStep) -> None:
             k = next(steps)
-            x.copy_(torch.where(trained, torch.stack([after_step(row, x[row], k) for row in range(len(x))]), x))
+            x.copy_(torch.where(trained, torch.stack([change(row, x[row], k) for row in range(len(x))]), x))
 
-        self.local_step(unpack(x, self.layout), t, trains, *([behind_a_step] if after_step else []))
+        behind = [functools.partial(behind_a_step, after_step)] if after_step else []
+        self.local_step(unpack(x, self.layout), t, trains, *behind)
         held.put_back(x)
         return torch.full((len(x),), torch.nan)

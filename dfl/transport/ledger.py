@@ -1,5 +1,6 @@
 """What each peer sent: the numbers that papers compare, by peer and round."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,18 +39,18 @@ class Ledger(NamedTuple):
 
     def plus(self, later: "Ledger") -> "Ledger":
         """Of a time, and what the same peer sent after it."""
-        added = [one + other for one, other in zip(self[:-1], later[:-1], strict=True)]
-        return Ledger(*added, max(self.seconds, later.seconds))
+        added = Ledger(*map(operator.add, self, later))
+        return added._replace(seconds=max(self.seconds, later.seconds))
 
     @property
     def total_bytes(self) -> int:
         return self.payload_bytes + self.header_bytes + self.index_bytes
 
 
-def entry(packet: Packet, sent: Mapping[int, float], index: frozenset[str], broadcasts: int, due: int,
+def entry(packet: Packet | None, sent: Mapping[int, float], index: frozenset[str], broadcasts: int, due: int,
           counts: Counts | None = None) -> Ledger:
     """Of one packet to the receivers of `sent`, {receiver: how often, 1.0: once}. counts: as that of a `Codec`."""
-    if not sent:
+    if packet is None or not sent:
         return Ledger(broadcasts=broadcasts, due=due)
     times, num = sum(sent.values()), len(sent)
     meta = {name: value.nbytes for name, value in packet.meta.items() if name != CLOCK}
