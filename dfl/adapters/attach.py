@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import peft
@@ -20,7 +21,7 @@ from dfl.adapters.ranks import Ranks
 from dfl.config import LoraConfig
 
 _PEFT_TASKS = {"sequence_classification": peft.TaskType.SEQ_CLS, "sequence_regression": peft.TaskType.SEQ_CLS,
-               "causal_lm": peft.TaskType.CAUSAL_LM}
+               "causal_lm": peft.TaskType.CAUSAL_LM, "preference": peft.TaskType.CAUSAL_LM}
 
 
 class Site(NamedTuple):
@@ -274,6 +275,18 @@ def bind(adapted: Adapted, x: Tensor, g: Tensor | None = None, trains=frozenset(
     for site in adapted.head:
         for key, tensor in site.tensors:
             _point(getattr(site.module, key), head_view, tensor, x, g, "head" in trains)
+
+
+@contextmanager
+def adapters_off(adapted: Adapted) -> Iterator[None]:
+    """While active the model is its base model: what adapters and residuals add is left out. Gradients stay as they are asked for."""
+    for site in adapted.sites:
+        site.module._disable_adapters = True  # PEFT's own switch also decides what is trained
+    try:
+        yield
+    finally:
+        for site in adapted.sites:
+            site.module._disable_adapters = False
 
 
 def _point(parameter: nn.Parameter, view, place, x: Tensor, g: Tensor | None, trained: bool) -> None:

@@ -8,13 +8,13 @@ _ROUNDS = "a run is train.rounds rounds of train.local_steps steps (or train.loc
 _EVERY_ROUND = "every round is recorded in metrics.jsonl and printed; report_to names trackers"
 _PROCESSES = "peers are spread over the processes that torchrun or srun starts; no peer is sharded or data-parallel inside"
 _NO_COLLECTOR = "examples are tokenised before the first round and padded to the longest of their batch; nothing is left to choose"
-_PREFERENCES = "the losses are those of model.task; there is no preference training (DPO, KTO, reinforcement learning)"
+_PREFERENCES = "there is DPO against the base model, model.task: {name: preference, beta: 0.1, label_smoothing: 0.0}"
 _ONE_SHAPE = "every adapted layer of a peer has one lora.rank and one lora.alpha; ranks may differ from peer to peer"
 _HUB = "`dfl export RUN --push OWNER/NAME` uploads a model when the run is done"
 _PRECISION = "model.dtype is that of the frozen base weights, train.autocast that of the computation; factors are float32"
 _QUANTISED = "base weights are float32, bfloat16 or float16 (model.dtype); quantised ones are not supported"
 _ATTENTION = "attention is what transformers chooses for the model"
-_TEMPLATE = "prompts are taken as they stand in the columns data.prompt and data.response; no chat template is applied"
+_TEMPLATE = "data.template is the field for it, with data.messages, data.tools and data.system; null: the tokenizer's own"
 
 # what there is to say -> the names it answers
 _ANSWERS: dict[str, str] = {
@@ -26,7 +26,8 @@ _ANSWERS: dict[str, str] = {
         "max_prompt_length max_completion_length max_target_length max_source_length eval_sequence_len",
     "data.text is the field for it, the column of the texts": "dataset_text_field text_column text_field field",
     "data.prompt and data.response are the fields for it, the columns of prompt and answer": "prompt_column response_column "
-        "prompt_field field_instruction field_output field_input formatting_func type",
+        "prompt_field field_instruction field_output field_input formatting_func completion_column type",
+    "data.messages is the field for it, the column of conversations": "field_messages message_field conversations",
     "data.source (file or hub) with data.train, or data.name, is the field for it": "dataset dataset_name datasets train_dataset "
         "train_file dataset_dir dataset_path data_path dataset_config train_data media_dir streaming data_files",
     "data.valid is the field for it, a file or a split": "eval_dataset validation_file test_datasets dataset_test_split eval_file",
@@ -93,22 +94,22 @@ _ANSWERS: dict[str, str] = {
     "metrics are of all evaluation examples, whatever the batches": "batch_eval_metrics eval_do_concat_batches eval_use_gather_object "
         "eval_accumulation_steps average_tokens_across_devices include_inputs_for_metrics ",
     "every pass over a peer's examples is a new permutation, drawn from the seed": "shuffle shuffle_dataset "
-        "train_sampling_strategy group_by_length length_column_name curriculum_sampling sampler buffer_size mix_strategy "
+        "train_sampling_strategy length_column_name curriculum_sampling sampler buffer_size mix_strategy "
         "interleave_probs disable_shuffling shuffle_merged_datasets",
     _NO_COLLECTOR: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
         "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns num_workers "
         "preprocessing_num_workers preprocessing_batch_size dataset_num_proc dataset_processes dataset_batch_size dataset_kwargs "
         "skip_prepare_dataset pad_to_multiple_of pad_to_sequence_len padding padding_side padding_value label_pad_token_id "
         "ignore_pad_token_for_loss data_collator sortish_sampler pretokenized auto_find_batch_size",
-    "texts are not packed: every example is a row of its own, padded to the longest of its batch": "packing packing_strategy "
+    "data.packing is the field for it": "packing_strategy "
         "eval_packing sample_packing neat_packing padding_free multipack_real_batches eval_sample_packing use_logits_to_keep "
         "sample_packing_eff_est flat_packing",
-    "with data.prompt and data.response the loss is on the response, with data.text on all tokens": "completion_only_loss "
+    "data.learn is the field for it; of prompts and responses the responses are learnt": "completion_only_loss "
         "assistant_only_loss train_on_inputs train_on_prompt train_on_input mask_history roles_to_train train_on_eos "
         "dataset_prompt_field ",
     "a long prompt loses its beginning, a long text its end (data.max_length)": "truncation_mode truncation truncation_side "
         "excess_length_strategy",
-    _TEMPLATE: "chat_template chat_template_path chat_template_jinja template default_system_message tools tool_format "
+    _TEMPLATE: "chat_template chat_template_path chat_template_jinja default_system_message tool_format "
         "special_tokens added_tokens_overrides eos_token pad_token bos_token tokens resize_vocab new_special_tokens add_tokens "
         "enable_thinking tokenizer_type tokenizer_config tokenizer_use_fast use_fast_tokenizer processing_class",
     # what there is none of

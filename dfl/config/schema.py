@@ -66,7 +66,8 @@ def said(default: Any, meaning: str, **more: Any) -> Any:
 
 class ModelConfig(Section):
     name: Path = said("minilm", "the embedded MiniLM, a model folder, or a hub name")
-    task: Text = said("sequence_classification", "sequence_classification, sequence_regression, causal_lm or image_classification")
+    task: Plugin = said(Plugin("sequence_classification"), "sequence_classification, sequence_regression, causal_lm, preference or "
+                                                           "image_classification")
     layers: Count | None = said(None, "keep only the first k transformer layers")
     dropout: Fraction | None = said(None, "the base model's own dropout; null: what its configuration says")
     dtype: Literal["float32", "bfloat16", "float16"] = said("float32", "of the frozen base weights")
@@ -81,10 +82,20 @@ class DataConfig(Section):
     text: Text = said("text", "the column of the text")
     pair: Text | None = said(None, "the column of a second text, as in entailment")
     label: Text = said("label", "the column of the label, a word or a number; of a regression, of the number")
-    prompt: Text | None = said(None, "causal_lm: the column of the prompt, which has no loss")
+    prompt: Text | None = said(None, "causal_lm, preference: the column of the prompt, which has no loss; texts or messages")
     response: Text | None = said(None, "causal_lm: the column of what is to be learnt, with data.prompt")
+    chosen: Text = said("chosen", "preference: the column of the better response, or conversation")
+    rejected: Text = said("rejected", "preference: of the worse one")
+    messages: Text | None = said(None, "causal_lm: the column of conversations, lists of {role, content}")
+    tools: Text | None = said(None, "the column of the tools of a conversation, for the chat template")
+    system: Text | None = said(None, "the first message of conversations that have none of the role system")
+    template: Text | None = said(None, "of conversations: a Jinja file, chatml or plain, or the template; null: the tokenizer's own")
+    learn: Literal["responses", "last", "all"] = said(
+        "responses", "of a conversation: what the assistant says, the last of it, or every token")
     image: Text = said("image", "the column of the image: a path beside the file, or an image")
     max_length: Count = said(128, "tokens")
+    packing: Switch = said(False, "causal_lm: fill rows of max_length with several examples, none of which sees another")
+    group_by_length: Switch = said(False, "batches of examples of similar length, in random order")
     max_train: Count | None = said(None, "examples")
     max_valid: Count | None = said(None, "examples")
     valid_fraction: Fraction = said(0.1, "taken off train when no valid is given")

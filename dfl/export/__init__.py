@@ -18,6 +18,7 @@ from dfl.store.directory import below, inside, keep_others, others, remove
 from dfl.store.runs import read_config
 from dfl.store.targets import ABOUT, ADAPTER_CONFIG
 from dfl.tasks import embedded
+from dfl.tasks.chat import read_template
 
 BASE_CONFIG = "base_config"  # a configuration beside an adapter would make it look like a whole model
 
@@ -189,8 +190,10 @@ def _origin(adapter: Path) -> str | None:
 def _about(config: Config, names: list[str], facts: card.Facts) -> dict[str, Any]:
     """What `dfl eval` has to know beside the weights. No path of the machine: the folder may be uploaded."""
     data = config.data
-    columns = {key: getattr(data, key) for key in ("text", "pair", "label", "prompt", "response", "image", "max_length")}
-    model = {"task": config.model.task, "dtype": facts.merged.dtype if facts.merged else config.model.dtype}
+    columns = {key: getattr(data, key) for key in ("text", "pair", "label", "prompt", "response", "messages", "tools", "system",
+                                                   "learn", "chosen", "rejected", "image", "max_length")}
+    columns["template"] = read_template(data)  # itself, as a path of this machine says nothing elsewhere
+    model = {"task": plain(config.model.task), "dtype": facts.merged.dtype if facts.merged else config.model.dtype}
     if not facts.merged:
         model["layers"] = config.model.layers
     measured = {key: plain(getattr(config.eval, key)) for key in ("metrics", "primary")}

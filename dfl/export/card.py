@@ -15,10 +15,17 @@ from dfl.config import Config
 from dfl.export.ranks import total
 from dfl.report.markdown import inline, row
 from dfl.store.records import read_lines
-from dfl.tasks import TASKS, embedded
+from dfl.tasks import TASKS, embedded, read_fields
 
 PIPELINES = {"sequence_classification": "text-classification", "sequence_regression": "text-classification",
-             "causal_lm": "text-generation", "image_classification": "image-classification"}
+             "causal_lm": "text-generation", "preference": "text-generation", "image_classification": "image-classification"}
+_BY_HEAD = {"AutoModelForSequenceClassification": "text-classification", "AutoModelForCausalLM": "text-generation",
+            "AutoModelForImageClassification": "image-classification"}
+
+
+def pipeline(task: str) -> str | None:
+    """What the hub calls a task; of one from another package by the head of its model, None where that says nothing."""
+    return PIPELINES.get(task) or _BY_HEAD.get(getattr(TASKS.get(task), "auto_class", ""))
 
 
 class Facts(NamedTuple):
@@ -82,8 +89,8 @@ def _metadata(facts: Facts) -> ModelCardData:
     if results:
         more |= {"eval_results": results, "model_name": facts.name or _base_title(facts)}
     tags = ["decentralized-training", "gossip", "lora", f"method:{config.method.name}", f"topology:{config.topology.name}"]
-    return ModelCardData(library_name="transformers" if facts.merged else "peft", pipeline_tag=PIPELINES[config.model.task], tags=tags,
-                         metrics=sorted({result.metric_type for result in results}) or None, **more)
+    return ModelCardData(library_name="transformers" if facts.merged else "peft", pipeline_tag=pipeline(config.model.task.name),
+                         tags=tags, metrics=sorted({result.metric_type for result in results}) or None, **more)
 
 
 def _results(facts: Facts) -> list[EvalResult]:
@@ -92,7 +99,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     if not found or not facts.evaluated:
         return []
     kind, name = (" ".join(text.split()) for text in _data_set(facts.config, facts.config.data.valid or facts.config.data.train))
-    task = PIPELINES[facts.config.model.task]
+    task = pipeline(facts.config.model.task.name) or facts.config.model.task.name
     return [EvalResult(task_type=task, dataset_type=kind, dataset_name=name, dataset_split="validation", metric_type=metric,
                        metric_value=values["this"]) for metric, values in found.items() if values["this"] is not None]
 
@@ -204,9 +211,8 @@ def _plugin(plugin: Any) -> str:
 
 def _data(facts: Facts) -> str:
     config, found = facts.config, facts.record["facts"]
-    columns = {"causal_lm": [config.data.text] if config.data.prompt is None else [config.data.prompt, config.data.response],
-               "image_classification": [config.data.image, config.data.label]}.get(
-                   config.model.task, [config.data.text, *([config.data.pair] if config.data.pair else []), config.data.label])
+    columns = [column for _, column in read_fields(config.model.task.name, config.data)]
+    columns += [config.data.label] if getattr(TASKS.get(config.model.task.name), "labelled", False) else []
     held = found.get("shards", {}).get("examples")
     spread = f" ({min(held)} to {max(held)} examples a peer)" if held else ""
     trained, tested = (_data_set(config, file)[1] for file in (config.data.train, config.data.valid or config.data.train))
@@ -243,7 +249,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _use(facts: Facts) -> str:
-    kind = TASKS[facts.config.model.task]
+    kind = TASKS[facts.config.model.task.name]
     processor = "AutoTokenizer" if kind.modality == "text" else "AutoImageProcessor"
     names = sorted([kind.auto_class, processor, *([] if facts.merged else ["AutoConfig"])])
     lines = [*([] if kind.modality == "text" else ["from PIL import Image"]),
@@ -267,10 +273,10 @@ def _loading(facts: Facts, auto: str) -> list[str]:
 
 
 def _example(facts: Facts) -> list[str]:
-    if facts.config.model.task == "causal_lm":
+    if TASKS[facts.config.model.task.name].auto_class == "AutoModelForCausalLM":
         return ['inputs = processor("The", return_tensors="pt")', "with torch.no_grad():",
                 "    words = model.generate(**inputs, max_new_tokens=20, do_sample=False)", "print(processor.decode(words[0]))"]
-    kind = TASKS[facts.config.model.task]
+    kind = TASKS[facts.config.model.task.name]
     inputs = 'processor("A text.", return_tensors="pt")' if kind.modality == "text" else \
         'processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")'
     said = "float(logits)" if kind.predicts == "number" else "model.config.id2label[int(logits.argmax())]"

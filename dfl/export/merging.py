@@ -69,13 +69,13 @@ def save_processor(processor, folder: Path) -> None:
 
 def _stock(folder: Path, config: Config, dtype: torch.dtype) -> nn.Module:
     """The folder as somebody without this project reads it."""
-    return getattr(transformers, tasks.TASKS[config.model.task].auto_class).from_pretrained(folder, dtype=dtype).eval()
+    return getattr(transformers, tasks.TASKS[config.model.task.name].auto_class).from_pretrained(folder, dtype=dtype).eval()
 
 
 def _probe(model: PeftModel, config: Config, processor) -> dict[str, Tensor]:
     """An input nobody chose: random tokens, or a random picture."""
     rng = np.random.default_rng(0)
-    if config.model.task == "image_classification":
+    if config.model.task.name == "image_classification":
         picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         pixels = processor(picture, return_tensors="np")["pixel_values"]
         return {"pixel_values": torch.from_numpy(np.asarray(pixels, dtype=np.float32))}

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from dfl.metrics.base import Metric
 from dfl.metrics.classes import macro_f1, matthews
-from dfl.metrics.items import accuracy, exact_match, loss, perplexity
+from dfl.metrics.items import accuracy, exact_match, loss, margin, perplexity
 from dfl.metrics.numbers import pearson, spearman
 
 METRICS: dict[str, Callable[..., Metric]] = {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews,
                                              "perplexity": perplexity, "exact_match": exact_match, "pearson": pearson,
-                                             "spearman": spearman, "loss": loss}
+                                             "spearman": spearman, "margin": margin, "loss": loss}

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# what a task may predict of an item: a class, the next token, a real number; a task from outside may have a word of its own
-PREDICTS = ("class", "token", "number")
+# what a task may predict of an item: a class, the next token, a real number, which of two responses is preferred; a task from outside
+# may have a word of its own
+PREDICTS = ("class", "token", "number", "preference")
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Outcome:
 
     losses (B, T) float32, 0 where an item does not count. counted (B, T) bool. targets (B, T): int64, or of a number float32.
     predict() -> (B, T) as the targets, -1 for a class or token where the output is not a number; asked only where a metric needs it.
+    margins (B, T), of a preference: by how much the better one is preferred.
     """
 
     losses: Tensor
     counted: Tensor
     targets: Tensor
     predict: Callable[[], Tensor]
+    margins: Tensor | None = None
 
     @cached_property
     def predictions(self) -> Tensor:

@@ -10,6 +10,7 @@ from dfl.metrics.base import Metric
 from dfl.metrics.own import Own
 from dfl.metrics.tally import Tally
 from dfl.training.executors import Executor
+from dfl.training.reference import with_reference
 from dfl.transport.base import Transport
 
 
@@ -93,6 +94,8 @@ class Evaluator:
 
     def _found(self, forward: Callable, index: Sequence[int], k: int) -> tuple[Tensor, Tensor | None]:
         """What batch k adds to the rows of the models `index`, and what is kept of its examples; None: nothing."""
+        # the base model does not change: once for all models and evaluations
+        self.batches[k] = with_reference(self.task, self.adapted, self.batches[k], self.autocast)
         repeated = _for_each(index, self.batches[k])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = forward(self.task.inputs(repeated), index)

@@ -8,8 +8,9 @@ from dfl.metrics.base import Metric, Outcome, block_sums, ratio
 
 
 def accuracy(num_classes: int) -> Metric:
-    """Share of the labels, or of the tokens to predict, that are right."""
-    return Metric(lambda outcome, num: block_sums(num, outcome.correct, outcome.counted), ratio, size=2, suits=("class", "token"))
+    """Share of the labels, or of the tokens to predict, that are right; of pairs, those whose chosen response gained."""
+    return Metric(lambda outcome, num: block_sums(num, outcome.correct, outcome.counted), ratio, size=2,
+                  suits=("class", "token", "preference"))
 
 
 def loss(num_classes: int) -> Metric:
@@ -33,6 +34,15 @@ def exact_match(num_classes: int) -> Metric:
         return block_sums(num, (outcome.correct == outcome.counted).all(1) & counted, counted)
 
     return Metric(sums, ratio, size=2, suits=("token",))
+
+
+def margin(num_classes: int) -> Metric:
+    """Mean margin of the chosen response over the rejected one, in units of the loss."""
+    def sums(outcome: Outcome, num: int) -> Tensor:
+        assert outcome.margins is not None
+        return block_sums(num, outcome.margins, outcome.counted)
+
+    return Metric(sums, ratio, size=2, suits=("preference",))
 
 
 def _losses(outcome: Outcome, num: int) -> Tensor:

@@ -32,8 +32,9 @@ from dfl.seeds import derive
 from dfl.store.manifest import UnreadableError
 from dfl.training import executors
 from dfl.training.hosted import HostedPeers
+from dfl.training.packing import check_packing
 from dfl.training.starts import at_first_gradient
-from dfl.training.stream import DataStream
+from dfl.training.stream import DataStream, make_stream
 from dfl.transport import Transport
 from dfl.transport.agreement import together
 
@@ -59,7 +60,13 @@ def check(config: Config):
     """Everything that can be refused before anything is loaded; the topology, which is cheap."""
     extensions.load(config.plugins)
     memory.check_peers(config)
-    choose_metrics(config.eval, lookup("model.task", tasks.TASKS, config.model.task), 2)
+    task = lookup("model.task", tasks.TASKS, config.model.task.name)
+    check_parameters("model.task", config.model.task.name, task.build, config.model.task.params)
+    if config.data.packing and not hasattr(task, "pack"):
+        able = [name for name, one in tasks.TASKS.items() if hasattr(one, "pack")]
+        raise ValueError(f"data.packing = True: rows of model.task = {config.model.task.name!r} are not packed; allowed: false, "
+                         f"or {', '.join(able)}")
+    choose_metrics(config.eval, task, 2)
     lookup("data.source", tasks.SOURCES, config.data.source)
     slots = chosen_slots(config)
     for field, choice in {"method": config.method, **slots}.items():
@@ -145,7 +152,7 @@ def load(config: Config, device: torch.device, examples: Examples | None = None)
 
 def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
     """Attach LoRA to the model of a bundle whose training examples are already divided."""
-    adapted = attach(bundle.model.to(device), config.lora, config.model.task, bundle.head_modules, derive(config.seed, "lora"),
+    adapted = attach(bundle.model.to(device), config.lora, config.model.task.name, bundle.head_modules, derive(config.seed, "lora"),
                      partial(ranks.resolve, config.lora, config.peers, config.seed))
     if config.lora.start != "gradient":  # which needs the processes together: `assemble`
         adapted = with_start(adapted, config.lora.start)
@@ -206,7 +213,10 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     bundle, parts, adapted, own = loaded.bundle, loaded.parts, loaded.adapted, loaded.own
     method = build_method(config, adapted.layout, topology, adapted.ranks, adapted)
     adapted = with_residual(adapted, method.rule.residual)
-    streams = [DataStream(parts[p], config.train.batch_size, data_seed(config), p) for p in runtime.hosted]
+    lengths = bundle.train.lengths() if config.data.packing or config.data.group_by_length else None
+    streams = [make_stream(config.data, parts[p], config.train.batch_size, data_seed(config), p, lengths) for p in runtime.hosted]
+    if config.data.packing:
+        check_packing(adapted, bundle.task)
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
     check_same_start(peers, bundle, runtime.transport, config.peers)
     autocast = executors.autocasts(config.train.autocast, runtime.device)

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def evaluate_model(target: Target, overrides: Sequence[str], data: str | None, r
         raise ValueError(f"{str(target.folder)!r} holds no examples: give --data FILE, or --run RUN for the run's own")
     config, names = settings(target, overrides, run)
     extensions.load(config.plugins)
-    choose(config.eval, lookup("model.task", tasks.TASKS, config.model.task), 2)
+    choose(config.eval, lookup("model.task", tasks.TASKS, config.model.task.name), 2)
     place = place_from_environment()
     if place.rank != 0:
         return None
@@ -181,6 +182,7 @@ def _score(model: torch.nn.Module, bundle: tasks.Bundle, tally: Tally, config: C
     for chunk in in_batches(split, config.eval.batch_size):
         batch = {key: value.to(device) for key, value in task.collate([split.features[i] for i in chunk]).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config.train.autocast, device)):
+            batch = _with_reference(model, task, batch)
             output = model(**task.inputs(batch))
         outcome = task.outcome(output, batch)
         added += tally.of_batch(outcome, 1, None).cpu()
@@ -189,6 +191,17 @@ def _score(model: torch.nn.Module, bundle: tasks.Bundle, tally: Tally, config: C
         for i, answer in zip(chunk, task.answers(output, batch), strict=True):
             answers[i] = answer
     return torch.cat([added, kept.flatten(1)], 1), answers
+
+
+def _with_reference(model: torch.nn.Module, task: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the base model says, where the task asks. ValueError for a whole model, in which the base is no more."""
+    if not getattr(task, "needs_reference", False):
+        return batch
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(f"model.task = {task.name!r} compares a model with its base, which a merged model holds no more; give the "
+                         "adapter, or --model.task causal_lm")
+    with model.disable_adapter():
+        return {**batch, "reference": task.score(model(**task.inputs(batch)), batch)}
 
 
 def prediction_rows(split: tasks.Split, answers: list[dict], config: Config) -> list[dict]:

@@ -50,7 +50,7 @@ def shapes_of(config: Config, prepared: tasks.Prepared) -> Shapes | None:
             return None
         head = heads.modules(net, set()) if prepared.kind.auto_class != "AutoModelForCausalLM" else ()
         size = sum(p.numel() * p.element_size() for p in net.parameters())
-        fitted = fit(net, config.lora, config.model.task, head, partial(ranks.resolve, config.lora, config.peers, config.seed))
+        fitted = fit(net, config.lora, config.model.task.name, head, partial(ranks.resolve, config.lora, config.peers, config.seed))
     return Shapes(size, fitted.layout, fitted.lora, fitted.ranks)
 
 

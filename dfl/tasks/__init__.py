@@ -12,14 +12,15 @@ from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.images import ImageClassification
 from dfl.tasks.language import CausalLM
+from dfl.tasks.preference import Preference
 from dfl.tasks.regression import SequenceRegression
-from dfl.tasks.summary import summarise, summary_lines
+from dfl.tasks.summary import read_fields, summarise, summary_lines
 from dfl.tasks.tables import Table, encode_labels, label_names, split_off, subset
 
 __all__ = ["SOURCES", "TASKS", "Bundle", "Prepared", "Split", "Task", "describe", "load", "load_file", "load_model",
-           "load_processor", "prepare", "read_tables", "summarise", "summary_lines", "with_weights"]
+           "load_processor", "prepare", "read_fields", "read_tables", "summarise", "summary_lines", "with_weights"]
 
-TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, SequenceRegression, CausalLM,
+TASKS: dict[str, type] = {task.name: task for task in (SequenceClassification, SequenceRegression, CausalLM, Preference,
                                                      ImageClassification)}
 SOURCES: dict[str, Callable] = {"docstrings": docstrings.load, "file": files.load, "hub": hub.load}
 
@@ -61,7 +62,7 @@ def prepare(model: ModelConfig, data: DataConfig, *, data_seed: int = 0) -> Prep
 def read_tables(model: ModelConfig, data: DataConfig, *,
                 data_seed: int = 0) -> tuple[type, list[str], tuple[Table, Table], dict[str, Any]]:
     """The task, the labels, the raw examples to train on and to evaluate on, and facts; the model is not looked at."""
-    kind = lookup("model.task", TASKS, model.task)
+    kind = lookup("model.task", TASKS, model.task.name)
     train, valid, facts = read_data(kind, data, data_seed)
     names = label_names(train, data.label) if kind.labelled else []
     return kind, names, divide(train, valid, data, data_seed), facts
@@ -72,7 +73,7 @@ def load_file(model: ModelConfig, data: DataConfig, names: list[str], file: str,
 
     The columns are those that `data` names. ValueError for a label that is not among `names`, with its line.
     """
-    kind = lookup("model.task", TASKS, model.task)
+    kind = lookup("model.task", TASKS, model.task.name)
     source = models.locate(model)
     table = files.read(file, "file")
     kind.check(table, data)
@@ -81,13 +82,13 @@ def load_file(model: ModelConfig, data: DataConfig, names: list[str], file: str,
 
 def load_processor(model: ModelConfig, data: DataConfig, names: list[str]) -> tuple[Any, Any]:
     """The model's configuration for the labels `names`, and its tokenizer or image processor. No weights are read."""
-    kind = lookup("model.task", TASKS, model.task)
+    kind = lookup("model.task", TASKS, model.task.name)
     return _processor(kind, models.locate(model), model, data, names)
 
 
 def load_model(model: ModelConfig, data: DataConfig, names: list[str], *, seed: int) -> tuple[Any, Any]:
     """The frozen model for the labels `names`, and its tokenizer or image processor. No examples are read."""
-    kind = lookup("model.task", TASKS, model.task)
+    kind = lookup("model.task", TASKS, model.task.name)
     source = models.locate(model)
     config, processor = _processor(kind, source, model, data, names)
     return models.read_weights(model, source, config, kind.auto_class, seed)[0], processor
@@ -119,7 +120,7 @@ def with_weights(ready: Prepared, model: ModelConfig, *, seed: int) -> Bundle:
     net, head, model_facts = models.read_weights(model, source, ready.config, kind.auto_class, seed)
     facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": train.label_names,
              "num_train": len(train), "num_valid": len(valid), **ready.facts}
-    return Bundle(net, ready.processor, train, valid, kind.build(ready.processor), head, source.name, facts)
+    return Bundle(net, ready.processor, train, valid, kind.build(ready.processor, **model.task.params), head, source.name, facts)
 
 
 def read_data(kind: type, data: DataConfig, data_seed: int) -> tuple[Table, Table | None, dict[str, Any]]:

@@ -31,6 +31,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: tokens of each example. ValueError where examples are no texts."""
+        if hasattr(self.features, "lengths"):
+            return self.features.lengths
+        if "input_ids" not in self.features[0]:
+            raise ValueError("data.packing and data.group_by_length need examples of tokens; allowed with images: false")
+        return np.array([len(feature["input_ids"]) for feature in self.features], dtype=np.int64)
+
 
 class Encoded(NamedTuple):
     """A feature per row, and how many rows lost what to data.max_length: the end of a `text` or `response`, the beginning

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dfl.config import DataConfig, ModelConfig
-from dfl.tasks import embedded, heads
+from dfl.tasks import chat, embedded, heads
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
 ALLOWED = "'minilm', a folder with config.json and model.safetensors, or the name of a model on the hub"
@@ -128,6 +128,7 @@ def read_tokenizer(model: ModelConfig, source: Source, config: Any, data: DataCo
     # decoders find the last token of a text by it
     text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = tokenizer.truncation_side = "right"
+    chat.use_template(tokenizer, data)
     check_length(model, config, tokenizer, data)
     return tokenizer
 

@@ -1,5 +1,6 @@
 """What a user wants to know of the data before a run: rows, tokens, what is empty, cut, there twice, of a rare class."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ PART = 0.05
 PERCENTILES = (50, 90, 99)
 # names of more classes than this nobody reads
 NAMED = 5
-_FIELDS = {"sequence_classification": ("text", "pair"), "sequence_regression": ("text", "pair"), "image_classification": ("image",)}
+_FIELDS = {"sequence_classification": ("text", "pair"), "sequence_regression": ("text", "pair"), "image_classification": ("image",),
+           "preference": ("prompt", "chosen", "rejected")}
 
 
 def summarise(bundle: Bundle, data: DataConfig) -> dict[str, Any]:
     """Counts of both splits, what they share, and under `warnings` a sentence for all that a user may want to mend."""
-    fields = _fields(bundle.task.name, data)
+    fields = read_fields(bundle.task.name, data)
     splits = {"train": bundle.train, "valid": bundle.valid}
     found = {name: _of_split(split, fields) for name, split in splits.items()}
     keys = {name: _keys(split, fields) for name, split in splits.items()}
@@ -51,9 +53,10 @@ def _split_line(found: Mapping[str, Any]) -> str:
     return text
 
 
-def _fields(task: str, data: DataConfig) -> list[tuple[str, str]]:
+def read_fields(task: str, data: DataConfig) -> list[tuple[str, str]]:
     """(field of the recipe, column) of all that the task reads but labels."""
-    names = _FIELDS.get(task) or (("text",) if data.prompt is None else ("prompt", "response"))
+    names = _FIELDS.get(task) or (("messages",) if data.messages is not None else
+                                  ("text",) if data.prompt is None else ("prompt", "response"))
     return [(f"data.{name}", getattr(data, name)) for name in names if getattr(data, name) is not None]
 
 
@@ -87,10 +90,15 @@ def _where(values: Sequence, test: Any) -> list[int]:
 
 def _keys(split: Split, fields: Sequence[tuple[str, str]]) -> list | None:
     """What makes rows the same: their texts; None for an empty row. None where rows are not made of texts."""
-    columns = [split.columns.get(column) for _, column in fields]
+    columns = [_as_texts(split.columns.get(column)) for _, column in fields]
     if any(column is None or not all(isinstance(value, str) for value in column) for column in columns):
         return None
     return [key if any(text.strip() for text in key) else None for key in zip(*columns, strict=True)]
+
+
+def _as_texts(column: list | None) -> list | None:
+    """Conversations as JSON."""
+    return column and [json.dumps(value, sort_keys=True) if isinstance(value, (list, dict)) else value for value in column]
 
 
 def _repeated(keys: Mapping[str, list | None], labels: np.ndarray | None) -> dict[str, int]:

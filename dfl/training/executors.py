@@ -122,6 +122,8 @@ def _leaf(view: Tensor, g: Tensor | None, gradient_view, trained: bool) -> Tenso
 
 def _lora_forward(module, a_all: Tensor, b_all: Tensor, scaling: float | Tensor, selected: _Selection, x: Tensor, *args, **kwargs):
     """y = base(x) + s (dropout(x) A^T) B^T, with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
+    if module.disable_adapters:
+        return module.base_layer(x, *args, **kwargs)
     selected.check(x)
     result = module.base_layer(x, *args, **kwargs)
     delta = _low_rank(selected.take(a_all), selected.take(b_all), module.lora_dropout[ADAPTER](x))
@@ -154,6 +156,8 @@ def _residuals(adapted: Adapted, residual: Tensor | None, selected: _Selection) 
 
 
 def _residual_hook(g_all: Tensor, f_all: Tensor, scaling: float, selected: _Selection, module, args, output: Tensor) -> Tensor:
+    if module.disable_adapters:
+        return output
     selected.check(args[0])
     delta = _low_rank(selected.take(g_all), selected.take(f_all), args[0])
     return output + (delta * scaling).to(output.dtype)

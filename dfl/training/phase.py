@@ -15,6 +15,7 @@ from dfl.training.dropout import PeerDropout
 from dfl.training.executors import Executor, autocasts
 from dfl.training.hosted import HostedPeers, Part
 from dfl.training.masks import Held
+from dfl.training.reference import with_reference
 
 
 class _Phase(NamedTuple):
@@ -121,27 +122,46 @@ class ModelTrainer:
         peers.factors.zero_gradients(active)
         peers.factors.refresh()
         total = torch.zeros(len(active), device=peers.device)
-        for micro in range(train.accumulation):
-            batch = self._collate(active, [(phase.t * peers.steps(row) + k) * train.accumulation + micro for row in active])
+        batches = [self._collate(active, [(phase.t * peers.steps(row) + k) * train.accumulation + micro for row in active])
+                   for micro in range(train.accumulation)]
+        shares = self._shares(batches, len(active))
+        for micro, batch in enumerate(batches):
+            batch = with_reference(self.task, peers.adapted, batch, self._autocasts)
             with self._autocast(), PeerDropout([self.generators[row] for row in active]):
                 output = forward(self.task.inputs(batch), active)
             losses = self.task.losses(output, batch, len(active))
-            (losses.sum() / train.accumulation).backward()
-            total += losses.detach() / train.accumulation
+            if shares is None:
+                (losses.sum() / train.accumulation).backward()
+                total += losses.detach() / train.accumulation
+            else:
+                (losses * shares[micro]).sum().backward()
+                total += losses.detach() * shares[micro]
         peers.factors.pull_back()
         self._correct_and_clip(phase, active)
         peers.optimizer.step(phase.t, k, active, phase.trains)
         return total
 
+    def _shares(self, batches: list[dict[str, Tensor]], num_groups: int) -> Tensor | None:
+        """(micro-batches, G): by how much each counts in the step of a peer, so that every token counts alike; None: all alike."""
+        if len(batches) == 1 or not hasattr(self.task, "weights"):
+            return None
+        counted = torch.stack([self.task.weights(batch, num_groups) for batch in batches])
+        return counted / counted.sum(0).clamp(min=1)
+
     def _collate(self, active: list[int], numbers: list[int]) -> dict[str, Tensor]:
-        streams = self.peers.streams
-        chosen = np.concatenate([streams[row].batch(number) for row, number in zip(active, numbers, strict=True)])
-        batch = self.task.collate([self.split.features[i] for i in chosen])
+        streams, features = self.peers.streams, self.split.features
+        chosen = [i for row, number in zip(active, numbers, strict=True) for i in streams[row].batch(number)]
+        # of a packed row all of its examples
+        rows = [self.task.pack([features[j] for j in i]) if isinstance(i, np.ndarray) else features[i] for i in chosen]
+        batch = self.task.collate(rows)
         return {key: value.to(self.peers.device, non_blocking=True) for key, value in batch.items()}
 
+    @property
+    def _autocasts(self) -> bool:
+        return autocasts(self.peers.train.autocast, self.peers.device)
+
     def _autocast(self):
-        device = self.peers.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=autocasts(self.peers.train.autocast, device))
+        return torch.autocast(self.peers.device.type, torch.bfloat16, enabled=self._autocasts)
 
     def _correct_and_clip(self, phase: _Phase, active: list[int]) -> None:
         g, clip = self.peers.g, self.peers.train.clip

@@ -18,6 +18,7 @@ from dfl.adapters.attach import Adapted, Rows
 from dfl.adapters.layout import a_view, b_view, head_view
 from dfl.adapters.lowrank import column_signs
 from dfl.training.executors import Sequential
+from dfl.training.reference import with_reference
 
 # directions sought beyond the rank, and how often they are turned towards the leading ones: two more passes over the examples each
 OVERSAMPLING, POWER_PASSES = 8, 1
@@ -77,6 +78,7 @@ def gradient_products(adapted: Adapted, task, batches: Sequence[tuple[float, dic
         given = [t.float().to(device) for t in thin]
         with torch.enable_grad(), Sequential().bound(adapted, rows, None, [0]) as forward, _caught(adapted, given, transposed, sums):
             for share, batch in batches:
+                batch = with_reference(task, adapted, batch)
                 (share * task.losses(forward(task.inputs(batch), [0]), batch, 1).sum()).backward()
         for site, total in zip(adapted.sites, sums, strict=True):
             if not total.isfinite().all():

@@ -231,7 +231,7 @@ def test_a_metric_whose_sums_have_another_shape_is_named(monkeypatch):
 def test_every_metric_says_what_it_is_of_and_which_way_it_gets_better():
     lines = describe()
     assert list(lines) == list(METRICS) and lines["perplexity"].endswith("Of a predicted token; lower is better.")
-    assert lines["accuracy"].endswith("Of a predicted class or token; higher is better.")
+    assert lines["accuracy"].endswith("Of a predicted class or token or preference; higher is better.")
     assert {name for name, make in METRICS.items() if not make(2).higher_is_better} == {"perplexity", "loss"}
 
 

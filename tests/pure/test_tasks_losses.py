@@ -162,6 +162,7 @@ def test_what_max_length_takes_away_is_counted():
 
 
 def test_every_task_and_source_has_a_line():
-    assert list(describe()) == ["sequence_classification", "sequence_regression", "causal_lm", "image_classification"] == list(TASKS)
+    assert list(describe()) == ["sequence_classification", "sequence_regression", "causal_lm", "preference",
+                                "image_classification"] == list(TASKS)
     assert list(describe(SOURCES)) == ["docstrings", "file", "hub"]
     assert all(line.endswith(".") for line in (describe() | describe(SOURCES)).values())
