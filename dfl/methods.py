@@ -41,6 +41,7 @@ METHODS: dict[str, Row] = {
     "tad": Row("average", "automatic", about="ADF with phases chosen from the topology: sparser graphs get longer ones (TAD-LoRA)."),
     "lora_a2": Row("lora_a2", "alternate", ACTIVE),
     "plora": Row("plora", "random_slots"),
+    "salf": Row("salf", "stragglers"),
     "fedrot": Row("fedrot"),
     "flora_na": Row("flora_na"),
     "lora_fair": Row("lora_fair"),

@@ -166,7 +166,11 @@ class OwnStep:
             k = next(steps)
             x.copy_(torch.where(trained, torch.stack([change(row, x[row], k) for row in range(len(x))]), x))
 
+        begun = x.clone()
         behind = [functools.partial(behind_a_step, after_step)] if after_step else []
         self.local_step(unpack(x, self.layout), t, trains, *behind)
+        for row, plan in enumerate(plans):
+            if plan.stretch is not None:
+                x[row] += (plan.stretch.to(x) - 1) * (x[row] - begun[row])
         held.put_back(x)
         return torch.full((len(x),), torch.nan)

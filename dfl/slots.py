@@ -55,11 +55,14 @@ def scalar_of(bits: Tensor) -> Tensor:
 class Plan(NamedTuple):
     """What a peer does in a round: the groups (A, B, head, ...) that receive gradients, the groups whose exchange is
     due (none: nobody speaks), and which numbers of the row are trained, (D,) bool; None: all of the groups in
-    `trains`."""
+    `trains`. stretch: by what the change of each number in the local phase is multiplied at its end, (D,); None: 1.
+    seconds: how long the local phase takes on the simulated clock; None: what the network says."""
 
     trains: frozenset[str]
     sends: frozenset[str]
     mask: Tensor | None = None
+    stretch: Tensor | None = None
+    seconds: float | None = None
 
 
 class Round(NamedTuple):

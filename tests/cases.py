@@ -38,7 +38,7 @@ PARTS = {"qsgd feedback", "qsgd none", "sign feedback", "top_k feedback", "rando
 LINEAR = {"lora", "ffa", "share_a", "rolora", "adf", "tad", "replicate", "fed_sb", "local"}
 FRAME, DATED = "turns the frame of its factors", "mean something in their own round alone"
 NO_DIFFERENCES = {**dict.fromkeys(("decaf", "florist", "fedask", "fedhl", "carry", "dora", "hira"), FRAME),
-                  **dict.fromkeys(("lora_a2", "plora", "fed_svd", "flora"), DATED),
+                  **dict.fromkeys(("lora_a2", "plora", "salf", "fed_svd", "flora"), DATED),
                   "fedex_choco": "sends compressed differences itself"}
 
 

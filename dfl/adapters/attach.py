@@ -262,16 +262,18 @@ def start_of(adapted: Adapted, peer: int) -> Tensor:
     return row
 
 
-def bind(adapted: Adapted, x: Tensor, g: Tensor | None = None, trains=frozenset()) -> None:
+def bind(adapted: Adapted, x: Tensor, g: Tensor | None = None, trains=frozenset(), skips=frozenset()) -> None:
     """Make PEFT's parameters views of the row of factors x (D,), their gradients views of row g (D,) for the groups in `trains`.
+    skips: layers that get no gradient, by number.
 
     Nothing is copied; what PEFT's layers read and autograd accumulates lies in the rows.
     """
-    for site in adapted.sites:
-        _point(site.a, a_view, site.pair, x, g, "A" in trains)
-        _point(site.b, b_view, site.pair, x, g, "B" in trains)
+    for number, site in enumerate(adapted.sites):
+        trained = frozenset() if number in skips else trains
+        _point(site.a, a_view, site.pair, x, g, "A" in trained)
+        _point(site.b, b_view, site.pair, x, g, "B" in trained)
         if site.magnitude is not None:
-            _point(site.magnitude[0], head_view, site.magnitude[1], x, g, "M" in trains)
+            _point(site.magnitude[0], head_view, site.magnitude[1], x, g, "M" in trained)
     for site in adapted.head:
         for key, tensor in site.tensors:
             _point(getattr(site.module, key), head_view, tensor, x, g, "head" in trains)

@@ -33,7 +33,8 @@ class Clock:
     def train(self, rounds: Sequence[Round]) -> None:
         """Advance by the local phases."""
         for round in rounds if self.network.timed else ():
-            took = self.network.compute(round.t, round.peer, round.local_steps)
+            given = round.plan.seconds
+            took = self.network.compute(round.t, round.peer, round.local_steps) if given is None else given
             self._set(round.peer, time=self.now(round.peer) + took)
 
     def stamped(self, packets: Mapping[int, Packet]) -> dict[int, Packet]:

@@ -10,6 +10,7 @@ from dfl.rules.padding import hetlora, replicate
 from dfl.rules.products import decaf, florist
 from dfl.rules.projection import lora_fair
 from dfl.rules.residual import carry, fedex, fedex_choco, fedhl, flora
+from dfl.rules.salf import salf
 from dfl.rules.selection import lora_a2, plora
 from dfl.rules.sketches import fedask
 from dfl.rules.weighted import dora, hira
@@ -19,6 +20,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "average": average,
     "lora_a2": lora_a2,
     "plora": plora,
+    "salf": salf,
     "fedrot": fedrot,
     "flora_na": flora_na,
     "lora_fair": lora_fair,

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dfl.schedules.alternating import alternate, automatic
 from dfl.schedules.fixed import alone, both, frozen_a, share_a
 from dfl.schedules.random_slots import random_slots
+from dfl.schedules.stragglers import stragglers
 from dfl.slots import Schedule
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"both": both, "frozen_a": frozen_a, "share_a": share_a, "alternate": alternate,
                                                  "automatic": automatic, "random_slots": random_slots,
-                                                 "alone": alone}
+                                                 "stragglers": stragglers, "alone": alone}

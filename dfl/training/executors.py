@@ -21,13 +21,14 @@ warnings.filterwarnings("ignore", message="grad and param do not obey the gradie
 class Executor(Protocol):
     """Yields a function (inputs, index) -> model output. `inputs` is the equal batches of the rows `index`, one after the other.
 
-    g: gradients (P, D) of the rows of factors, for the groups in `trains`.
+    g: gradients (P, D) of the rows of factors, for the groups in `trains`; skips: adapted layers that get none, by number.
     """
 
     def groups(self, num_rows: int) -> list[list[int]]:
         """Which rows go through the model together."""
 
-    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains: frozenset[str]): ...
+    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains: frozenset[str],
+              skips: frozenset[int] = frozenset()): ...
 
 
 class Sequential:
@@ -37,9 +38,10 @@ class Sequential:
         return [[row] for row in range(num_rows)]
 
     @contextmanager
-    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset()) -> Iterator:
+    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset(),
+              skips=frozenset()) -> Iterator:
         (row,) = index
-        bind(adapted, rows.x[row], None if g is None else g[row], trains)
+        bind(adapted, rows.x[row], None if g is None else g[row], trains, skips)
         scale = 1.0 if rows.scale is None else rows.scale[row]
         selected = _Selection(1)
         if scale != 1.0:
@@ -70,13 +72,14 @@ class Stacked:
         return [list(range(num_rows))] if num_rows else []
 
     @contextmanager
-    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset()) -> Iterator:
+    def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset(),
+              skips=frozenset()) -> Iterator:
         x = rows.x
         selected = _Selection(len(x))
         patched = [site.module for site in adapted.sites] + [site.module for site in adapted.head]
-        for site in adapted.sites:
-            a = _leaf(a_view(x, site.pair), g, partial(a_view, pair=site.pair), "A" in trains)
-            b = _leaf(b_view(x, site.pair), g, partial(b_view, pair=site.pair), "B" in trains)
+        for number, site in enumerate(adapted.sites):
+            a = _leaf(a_view(x, site.pair), g, partial(a_view, pair=site.pair), "A" in trains and number not in skips)
+            b = _leaf(b_view(x, site.pair), g, partial(b_view, pair=site.pair), "B" in trains and number not in skips)
             scaling = site.pair.scaling if rows.scale is None else site.pair.scaling * x.new_tensor(rows.scale)
             site.module.forward = partial(_lora_forward, site.module, a, b, scaling, selected)
         for site in adapted.head:

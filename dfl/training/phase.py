@@ -16,10 +16,11 @@ from dfl.training.executors import Executor, autocasts
 from dfl.training.hosted import HostedPeers, Part
 from dfl.training.masks import Held
 from dfl.training.reference import with_reference
+from dfl.training.skipped import untrained
 
 
 class _Phase(NamedTuple):
-    """What all steps of a phase have in common. held: what masks leave out."""
+    """What all steps of a phase have in common. held: what masks leave out; masks, stretches: those of the plans."""
 
     t: int
     trains: frozenset[str]
@@ -28,6 +29,8 @@ class _Phase(NamedTuple):
     held: Held | None
     after_step: AfterStep | None
     halt: Halt | None
+    masks: Sequence[Tensor | None]
+    stretches: Sequence[Tensor | None]
 
 
 class ModelTrainer:
@@ -51,7 +54,7 @@ class ModelTrainer:
         rows, part = peers.rows(residuals), peers.begin_phase(trains, masks[0] is not None)
         # what is left out has the values of the start still
         held = None if masks[0] is None else Held(torch.stack(masks), x.clone(), part.held)
-        phase = _Phase(t, trains, corrections, part, held, after_step, halt)
+        phase = _Phase(t, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans])
         peers.adapted.model.train()
         for index in self.executor.groups(len(peers.ids)):
             if not self._train(phase, rows, index):
@@ -72,8 +75,8 @@ class ModelTrainer:
         if not unfinished:
             return True
         self._seed(phase, index)
-        reads = peers.adapted.reads(phase.trains)
-        with self.executor.bound(peers.adapted, rows, peers.factors.gradients, index, reads) as forward:
+        reads, skips = peers.adapted.reads(phase.trains), untrained(peers.adapted, phase.masks, index)
+        with self.executor.bound(peers.adapted, rows, peers.factors.gradients, index, reads, skips) as forward:
             # peers that come from several processes may have stopped at different steps: those behind catch up first
             for k in range(min(done[row] for row in unfinished), max(map(peers.steps, index))):
                 active = [row for row in index if done[row] <= k < peers.steps(row)]
@@ -85,6 +88,7 @@ class ModelTrainer:
 
     def _count(self, phase: _Phase, k: int, active: list[int], losses: Tensor) -> None:
         self._after_step(phase, k, active)
+        self._stretch(phase, [row for row in active if k == self.peers.steps(row) - 1])
         steps = torch.tensor([self.peers.steps(row) for row in active], device=self.peers.device)
         phase.part.means[active] += losses / steps
         if k == 0:
@@ -131,11 +135,12 @@ class ModelTrainer:
                 output = forward(self.task.inputs(batch), active)
             losses = self.task.losses(output, batch, len(active))
             if shares is None:
-                (losses.sum() / train.accumulation).backward()
-                total += losses.detach() / train.accumulation
+                mean, told = losses.sum() / train.accumulation, losses.detach() / train.accumulation
             else:
-                (losses * shares[micro]).sum().backward()
-                total += losses.detach() * shares[micro]
+                mean, told = (losses * shares[micro]).sum(), losses.detach() * shares[micro]
+            if losses.requires_grad:  # not where masks leave out all of it
+                mean.backward()
+            total += told
         peers.factors.pull_back()
         self._correct_and_clip(phase, active)
         peers.optimizer.step(phase.t, k, active, phase.trains)
@@ -189,6 +194,13 @@ class ModelTrainer:
                 x[row, cut] = changed[cut]
         if phase.held:
             phase.held.put_back(x)
+
+    def _stretch(self, phase: _Phase, done: list[int]) -> None:
+        """The rows that have taken their last step, with what their plans make of the change."""
+        for row in done:
+            factors, x, start = phase.stretches[row], self.peers.x, phase.part.start[0]
+            if factors is not None:
+                x[row] += (factors.to(x) - 1) * (x[row] - start[row])
 
     def _check_finite(self, phase: _Phase) -> None:
         means, first, x = phase.part.means, phase.part.first, self.peers.x

@@ -126,9 +126,9 @@ NUMBERS = {"ffa": OUT, "rolora": OUT, "fed_svd": OUT, "share_a": IN, "plora": (I
 META = {"fedhl": 2 * 8}  # bytes of integers: the ranks of both layers
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("fedask", "florist", "hetlora", "lora_a2")])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("fedask", "florist", "hetlora", "lora_a2", "salf")])
 def test_bytes_are_the_closed_form(name):
-    """The others' messages depend on their sketches or on the slots in use."""
+    """The others' messages depend on their sketches, on the slots in use or on who is late."""
     _, _, traffic = mix(name, InProcess(), topologies.build("ring", NUM).matrix(0), rows())
     assert traffic.message_bytes == 2 * NUM * (4 * NUMBERS.get(name, IN + OUT) + META.get(name, 0))
 

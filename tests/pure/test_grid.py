@@ -73,7 +73,7 @@ for _name, _choice in WRAPPED.items():
 EVERY = list(methods.METHODS)
 # why a method cannot have something: words of the refusal
 DATED, ACTIVE, COPIES = "mean something in their own round alone", "another factor is exchanged", "stay equal at both ends"
-NO_SILENCE = {"fed_svd": DATED, "flora": DATED, "plora": DATED, "lora_a2": DATED, "rolora": ACTIVE, "fedex_choco": COPIES}
+NO_SILENCE = {**dict.fromkeys(("fed_svd", "flora", "plora", "salf", "lora_a2"), DATED), "rolora": ACTIVE, "fedex_choco": COPIES}
 CANCELS = "has to cancel over all of them"
 AVERAGED = {"lora", "ffa", "share_a", "rolora", "adf", "tad", "fed_sb", "local", "replicate"}
 # what a wrapper keeps has to cancel, so that no message may be lost
@@ -88,7 +88,7 @@ PAIRS = {"lora", "replicate", "adf", "tad"}  # those of them that send A and B i
 STATIC = {"fedex_choco"}
 # what a guard that weighs messages cannot go with
 WEIGHED = {"lora_a2", "plora", "fedrot", "flora_na", "hetlora", "fedex_choco", "flora"}
-MANY_LENGTHS = {"florist", "fedhl"}
+MANY_LENGTHS = {"florist", "fedhl", "salf"}
 
 
 def refusal(name: str, slots: dict) -> str | None:

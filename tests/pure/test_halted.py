@@ -16,6 +16,7 @@ CASES = {name: RESUMED[name] for name in ("adf, moments across rounds", "tad, mo
     "fresh sgd with momentum": {"method": "lora", "train__optimizer": "sgd", "train__momentum": 0.9},
     "accumulation": {"method": "lora", "train__accumulation": 2},
     "masks": {"method": "plora", **CARRIED}, "masks, fresh": {"method": "plora"},
+    "stretched steps": {"method": "{name: salf, speed: poisson, deadline: 1}"},
     "a residual": {"method": "fedex_choco", **CARRIED},
     "cores": {"method": "fed_sb", "lora__adapter": "sb"},
     "stacked, epochs": RESUMED["random graph, epochs"] | {"train__executor": "stacked"},

@@ -41,6 +41,7 @@ TABLE = {
     "tad": Promise("factors", {"T": 3}),
     "lora_a2": Promise("nothing"),
     "plora": Promise("nothing", draws=True),
+    "salf": Promise("nothing", draws=True),
     "fedrot": Promise("nothing"),
     "flora_na": Promise("nothing"),
     "lora_fair": Promise("nothing"),
