@@ -127,8 +127,18 @@ class Receiving:
             held = {j: norms[id(message)] for j, message in one.inbox.items()}
             out = self.method.guard.rejects({**held, peer: norms[id(own[peer])]}, peer, x[peer])
             one.rejected = sorted([*one.rejected, *out])
+            self._check_needed(peer, one.rejected)
             one.inbox = {j: message for j, message in one.inbox.items() if j not in one.rejected}
         return {peer: norms[id(message)] for peer, message in own.items()}
+
+    def _check_needed(self, peer: int, rejected: Sequence[int]) -> None:
+        """What peers keep has to cancel over all of them, or to be the same at both ends: one message less would break it for ever,
+        and nobody would see it."""
+        if rejected and (self.method.rule.conserves or self.method.rule.lossless):
+            why = "cancel over all peers" if self.method.rule.conserves else "stay equal at both ends"
+            raise ValueError(f"peer {peer} rejected what peer {rejected[0]} sent, which {self.method.name!r} with this rule and "
+                             f"wrapper cannot go without: what it keeps has to {why}; go on from the last checkpoint, allowed: "
+                             "without the wrapper or copies, a smaller train.lr, or a guard.bound above what honest peers need")
 
     def complete(self, received: Received, own: Message, spoken: Spoken, round: Round, k: int, x: Tensor) -> tuple[Inbox, Round]:
         """The inbox with one message for every weight, before `mix` sees it.

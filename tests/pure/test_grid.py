@@ -283,3 +283,19 @@ def test_lost_messages_are_counted_and_their_weight_stays_with_the_receiver():
     heart, before = case.gossip(x), x.clone()
     report = heart.round(0, x)
     assert report.lost == report.messages == 8 and torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", sorted(BALANCED))
+def test_what_has_to_cancel_is_not_broken_in_silence_by_a_guard(name):
+    """One peer sends far too much: without a wrapper its message is left out, with one that conserves the round is refused."""
+    def poisoned(slots):
+        case = Case("lora", slots=slots)
+        x = start_rows(case)
+        x[1] *= 1e6
+        return case.gossip(x), x
+
+    heart, x = poisoned({})
+    assert heart.round(0, x, **TOLD).rejected
+    heart, x = poisoned({"wrapper": WRAPPED[name]})
+    with pytest.raises(ValueError, match="rejected what peer 1 sent"):
+        heart.round(0, x, **TOLD)
