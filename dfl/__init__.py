@@ -5,10 +5,10 @@ from typing import Any
 
 from dfl.run.callbacks import Callback
 
-__all__ = ["Callback", "Result", "Simulation", "simulate", "train"]
+__all__ = ["Callback", "Gossip", "Result", "Simulation", "simulate", "train"]
 
 # what waits until it is asked for: torch takes seconds to import, and a command's help does not need it
-_LATER = {"Result": "result", "Simulation": "simulation", "simulate": "simulation", "train": "interface"}
+_LATER = {"Gossip": "script.loop", "Result": "result", "Simulation": "simulation", "simulate": "simulation", "train": "interface"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,17 @@
 """`dfl.train`: a run from a script or a notebook, which leaves the process as it was and raises where the command exits."""
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dfl.config import Config, resolve
-from dfl.config.recipes import read_yaml
+from dfl.config import resolve
+from dfl.config.sources import Source, overrides_of, tree_of
 from dfl.result import Result
 from dfl.run.callbacks import Callback
 from dfl.run.train import train as run_to_the_end
-
-Source = Config | Mapping[str, Any] | str | os.PathLike | None
 
 
 def train(config: Source = None, *, resume: bool = False, overwrite: bool = False,
@@ -34,35 +31,13 @@ def train(config: Source = None, *, resume: bool = False, overwrite: bool = Fals
     dfl.run.callbacks.CallbackError for a callback that raised, FloatingPointError for a peer that diverged (the state
     before it is saved), OSError for a disk or a process that is lost.
     """
-    resolved = resolve(_tree(config), [(key.replace("__", "."), _plain(value)) for key, value in overrides.items()])
+    resolved = resolve(tree_of(config), overrides_of(overrides))
     output = Path(resolved.output)
     with _process_unchanged():
         status = run_to_the_end(resolved, resume=resume, overwrite=overwrite, callbacks=callbacks)
     if status and not (output / "recipe.yaml").is_file():
         raise KeyboardInterrupt("stopped by a signal before the run began; there is nothing to go on from")
     return Result(output)
-
-
-def _tree(config: Source) -> dict[str, Any]:
-    if config is None:
-        return {}
-    if isinstance(config, Config):
-        return config.to_dict()
-    if isinstance(config, Mapping):
-        return _plain(config)
-    if isinstance(config, (str, os.PathLike)):
-        return read_yaml(Path(config).expanduser())
-    raise ValueError(f"config = {config!r} is not allowed; allowed: the path of a recipe, a mapping of fields, or a "
-                     "dfl.config.Config")
-
-
-def _plain(value: Any) -> Any:
-    """Values as a recipe has them: paths as texts, tuples as lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @contextlib.contextmanager

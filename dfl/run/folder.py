@@ -51,14 +51,14 @@ def enter(config: Config, output: Path, runtime: Runtime, resume: bool, overwrit
     is changed yet.
     """
     first = runtime.place.rank == 0
-    together(runtime.transport, lambda: _refuse(config, output, resume, overwrite) if first and not owners(output) else None)
+    together(runtime.transport, lambda: refuse(config, output, resume, overwrite) if first and not owners(output) else None)
     with naming(output):
         lease = hold(output, runtime.transport)
     try:
-        together(runtime.transport, lambda: _refuse(config, output, resume, overwrite) if first else None)
+        together(runtime.transport, lambda: refuse(config, output, resume, overwrite) if first else None)
         found = choose(output, runtime.transport) if resume else None
         if found is not None:
-            together(runtime.transport, lambda: _check_continuation(config, output) if first else None)
+            together(runtime.transport, lambda: check_continuation(config, output) if first else None)
     except BaseException:
         lease.release()
         raise
@@ -68,12 +68,12 @@ def enter(config: Config, output: Path, runtime: Runtime, resume: bool, overwrit
 def look(config: Config, resume: bool, overwrite: bool) -> None:
     """ValueError as of `enter`, but for a folder that is in use. Only looks."""
     output = Path(config.output)
-    _refuse(config, output, resume, overwrite)
+    refuse(config, output, resume, overwrite)
     if resume and complete(output):
-        _check_continuation(config, output)
+        check_continuation(config, output)
 
 
-def _refuse(config: Config, output: Path, resume: bool, overwrite: bool) -> None:
+def refuse(config: Config, output: Path, resume: bool, overwrite: bool) -> None:
     """ValueError unless a run may be put here. Only looks."""
     ours, going = marked(output), ()
     if output.exists() and not output.is_dir():
@@ -129,7 +129,7 @@ def _replace(output: Path, new: bool, overwrite: bool) -> None:
         mark(output)
 
 
-def _check_continuation(config: Config, output: Path) -> None:
+def check_continuation(config: Config, output: Path) -> None:
     before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
     longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)

@@ -143,7 +143,7 @@ def _round(run: Run, t: int, hooks: Hooks, begun: list[tuple]) -> int:
                               f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
     if flag != _HALT:
         run.peers.end_phase()
-        run.pending = _finish(run, t, losses, local_seconds)
+        run.pending = finish_round(run, t, losses, local_seconds)
         run.completed = t + 1
     return flag
 
@@ -160,7 +160,7 @@ def _conclude(run: Run, hooks: Hooks, stop: bool) -> bool:
     evaluated_at = time.perf_counter()
     if last or stop:
         run.consensus()  # for the checkpoint that follows: its bytes belong to this record, the last one
-    record = _round_record(run, t, pending) | pending.found | ({"eval": evaluation} if evaluated else {})
+    record = round_record(run, t, pending) | pending.found | ({"eval": evaluation} if evaluated else {})
     record["seconds"] |= {"measure": pending.measure_seconds, "evaluate": evaluated_at - started}
     run.pending = None
     hooks.record(record)
@@ -208,7 +208,7 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     return losses, run.transport.agree(flag)
 
 
-def _finish(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending":
+def finish_round(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending":
     """Exchange, mix and measure round t: all of its record but the evaluation."""
     config, started = run.config, time.perf_counter()
     last = t + 1 == config.train.rounds
@@ -291,7 +291,7 @@ def _packet(parts: dict[str, Tensor]) -> Packet:
                   {name: part.numel() for name, part in parts.items()}, {})
 
 
-def _round_record(run: Run, t: int, pending: Pending) -> dict:
+def round_record(run: Run, t: int, pending: Pending) -> dict:
     """Numbers of all processes; lists are of the hosted peers. Seconds are those of the slowest process, bytes those sent by all since
     the record before."""
     names, table = (*_COLUMNS, *_state_names(run)), pending.table

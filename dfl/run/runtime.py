@@ -131,15 +131,23 @@ def start(config: Config, worker: Worker | None = None) -> Runtime:
     torch.set_num_threads(num_threads(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    return Runtime(place, device, connect(config, place, device, worker), hosted)
+
+
+def connect(config: Config, place: Place, device: torch.device, worker: Worker | None = None) -> Transport:
+    """The transport of this process, in a group of its own with the others, once all have come; alone, all stays in memory.
+
+    device: where peers live. ConnectionError where the others do not come.
+    """
     if place.size == 1:
-        return Runtime(place, device, InProcess(), hosted)
+        return InProcess()
     patience = max(1.2 * config.timeout, START_SECONDS)
     wire = device if choose_backend(config, device, place) == "nccl" else None
     with _within_the_machine() if worker else contextlib.nullcontext():
         group = _meet(place, worker, patience, wire)
     transport = Distributed(config.peers, group, device=device, timeout=config.timeout)
     transport.introduce(socket.gethostname())
-    return Runtime(place, device, transport, hosted)
+    return transport
 
 
 @contextlib.contextmanager

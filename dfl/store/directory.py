@@ -74,6 +74,11 @@ def marked(folder: Path, kind: str = "run") -> bool:
         return False
 
 
+def marker_id(folder: Path) -> str:
+    """The number of the run in a directory with our marker."""
+    return json.loads((folder / STATE / "marker.json").read_text())["id"]
+
+
 def is_plain_name(name: object) -> bool:
     """Whether a name can only be that of something directly inside a folder."""
     return isinstance(name, str) and name not in ("", ".", "..", STATE) and not re.search(r"[/\\\0]", name)

@@ -33,7 +33,9 @@ class RunData:
 
     @property
     def total(self) -> int | None:
-        """The rounds it was started for."""
+        """The rounds it was started for; None where nobody knew: a loop of somebody's own goes on until it ends."""
+        if self.facts.get("open"):
+            return None
         rounds = mapping(self.config.get("train")).get("rounds")
         return rounds if isinstance(rounds, int) else None
 

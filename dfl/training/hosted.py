@@ -40,6 +40,15 @@ class Part:
     generators: list[dict[str, Tensor]]
 
 
+def common_scale(adapted: Adapted, rows: Tensor, scale: Sequence[float] | None) -> Tensor:
+    """A copy of rows (P, D) as if all adapters had the layout's scaling; scale: by how much each is scaled against it."""
+    x = empty_rows(*rows.shape, device=rows.device)
+    x.copy_(adapted.averageable(rows))
+    if scale is not None:
+        x[:, adapted.layout.groups["B"]] *= x.new_tensor(scale)[:, None]
+    return x
+
+
 class HostedPeers:
     """The peers of this process: rows x_PD, gradient rows g_PD, optimiser state per peer and factor group."""
 
@@ -69,11 +78,7 @@ class HostedPeers:
 
     def common_scale(self) -> Tensor:
         """A copy of the rows (P, D) as if all adapters had one scaling, in which they can be compared and averaged."""
-        x = empty_rows(*self.x.shape, device=self.device)
-        x.copy_(self.adapted.averageable(self.x))
-        if self.scale is not None:
-            x[:, self.layout.groups["B"]] *= x.new_tensor(self.scale)[:, None]
-        return x
+        return common_scale(self.adapted, self.x, self.scale)
 
     def steps(self, row: int) -> int:
         """Optimiser steps of a round."""

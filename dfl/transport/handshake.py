@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,8 @@ def contents(model: torch.nn.Module, train, valid, parts, topology) -> dict[str,
                     "topology": _hex(repr(edges_of(topology.matrix(t))).encode() for t in range(3))}
 
 
-def model_digest(model: torch.nn.Module) -> str:
-    """Of all frozen weights: names, shapes, types and bytes.
+def model_digest(model: torch.nn.Module, without: Collection[int] = ()) -> str:
+    """Of all frozen weights: names, shapes, types and bytes. without: the ids of parameters that are left out.
 
     Adapter and head of PEFT are left out: their start is compared by itself, and what PEFT draws for its own is not used. So are
     buffers that are in no file: the architecture makes them.
@@ -70,7 +70,7 @@ def model_digest(model: torch.nn.Module) -> str:
 
     def parts():
         for name, tensor in tensors:
-            if not any(part in name for part in (prefix, "modules_to_save")):
+            if id(tensor) not in without and not any(part in name for part in (prefix, "modules_to_save")):
                 yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
                 yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
