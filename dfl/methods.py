@@ -87,6 +87,7 @@ class Method(NamedTuple):
     channel: Channel
     guard: Guard
     network: Network = Network()
+    delay: int = 0  # 1: messages are of the rows as they were before the local phase, during which they travel
 
     @property
     def held(self) -> bool:
@@ -180,7 +181,7 @@ def accepts(name: str, parameter: str) -> bool:
     return parameter in parameters(RULES[row.rule]) or parameter in parameters(SCHEDULES[row.schedule])
 
 
-def build(name: str, context: Context, params: Mapping[str, object] = {}, slots: Mapping[str, Choice] = {}) -> Method:
+def build(name: str, context: Context, params: Mapping[str, object] = {}, slots: Mapping[str, Choice] = {}, delay: int = 0) -> Method:
     """The method with all slots filled. ValueError for what does not fit together, by slot and reason."""
     filled = fill(name, params, slots)
     if context.ranks is not None and "ranks" not in parameters(RULES[filled["rule"].name]):
@@ -199,12 +200,13 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
     schedule = make("schedule", groups_of(context.layout, context.head))
     rule = make("wrapper", make("rule", context.layout))
     method = Method(name, schedule, rule, make("trigger"), make("codec"), make("channel"), make("guard"),
-                    make("network"))
+                    make("network"), delay)
     check_slots(method, filled)
     check_trigger(method, filled, context.ranks is not None)
     check_channel(method, filled)
     check_codec(method, filled)
     check_guard(method, filled, context.ranks is not None)
+    check_delay(method, filled)
     return method
 
 
@@ -315,6 +317,27 @@ def check_guard(method: Method, filled: Mapping[str, Choice], unequal: bool) -> 
     if why:
         raise ValueError(f"guard.name = {filled['guard'].name!r} gives messages other weights or values, which {whole} cannot have: "
                          f"{why}; allowed: norm, finite, or a method that averages, such as lora")
+
+
+def check_delay(method: Method, filled: Mapping[str, Choice]) -> None:
+    """ValueError where messages of rows from before the local phase cannot be mixed with what it changed meanwhile."""
+    if method.delay not in (0, 1):
+        raise ValueError(f"delay = {method.delay!r} is not allowed; allowed: 0, 1")
+    if not method.delay:
+        return
+    rule, channel, whole = method.rule, method.channel, _whole(method, filled)
+    why = (f"wrapper.name = {filled['wrapper'].name!r} sends what the local phase made" if filled["wrapper"].name != "none"
+           else "its messages mean something in their own round alone" if rule.dated
+           else "its copies have to stay equal at both ends" if rule.lossless
+           else "a change meanwhile cannot be added to what it makes of messages" if not (rule.averages or rule.of_rows)
+           else f"trigger.name = {filled['trigger'].name!r} answers what arrives" if method.trigger.answers
+           else f"channel.name = {filled['channel'].name!r} delays messages itself" if channel.delays
+           else f"channel.name = {filled['channel'].name!r} delivers sums alone" if channel.air is not None
+           else f"channel.aggregations = {channel.aggregations or 'auto'} has more than one exchange" if channel.aggregations != 1
+           else None)
+    if why:
+        raise ValueError(f"delay = 1 mixes what was sent before the local phase, which {whole} cannot have: {why}; allowed: 0, or "
+                         "methods that average, such as lora, adf, decaf")
 
 
 def check_differences(method: Method, filled: Mapping[str, Choice]) -> None:

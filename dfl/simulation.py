@@ -38,7 +38,7 @@ class Simulation(NamedTuple):
 def simulate(method: str, topology: Mixing, factors: Factors, local_step: LocalStep, rounds: int, *,
              schedule: str | Choice | None = None, rule: str | Choice | None = None, trigger: str | Choice = "always",
              codec: str | Choice = "none", channel: str | Choice = "perfect", guard: str | Choice = "finite",
-             wrapper: str | Choice = "none", network: str | Choice = "none",
+             wrapper: str | Choice = "none", network: str | Choice = "none", delay: int = 0,
              measure_every: int = 1, measure_from: int = 0, ranks: Sequence[int] | None = None, lr: float = 0.0,
              local_steps: int = 0, seed: int = 0, **params: Any) -> Simulation:
     """Run `rounds` rounds of `method` over `topology` with the caller's own local training.
@@ -51,6 +51,7 @@ def simulate(method: str, topology: Mixing, factors: Factors, local_step: LocalS
         `local_steps` steps.
     schedule, rule, trigger, codec, channel, guard, wrapper, network: what fills these slots, a name or
         `dfl.methods.Choice(name, parameters)`; schedule or rule None: the method's own.
+    delay: 1: each round mixes what the peers had before it, with what `local_step` changed meanwhile.
     params: the method's own, as in a recipe (`T=5`, `split="left"`).
     measure_every: rounds between measures, 0: none; measure_from: the first round that may be measured.
     ranks: the rank of every peer where they differ; the slots beyond it must be zero in `factors`.
@@ -68,7 +69,7 @@ def simulate(method: str, topology: Mixing, factors: Factors, local_step: LocalS
              "wrapper": wrapper, "network": network}
     slots = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in given.items() if choice is not None}
     context = Context(layout, ranks=None if ranks is None else tuple(ranks), peers=len(x), topology=topology, rounds=rounds)
-    built = methods.build(method, context, params, slots)
+    built = methods.build(method, context, params, slots, delay)
     methods.check_topology(built, topology, slots)
     _check_local_step(built, local_step, slots)
     graph = cast(Graph, topology) if hasattr(topology, "receivers") else Rows(topology, columns=built.rule.columns)
@@ -78,6 +79,7 @@ def simulate(method: str, topology: Mixing, factors: Factors, local_step: LocalS
     history: list[dict[str, float]] = []
     ledger: dict[int, Ledger] = {}
     for t in range(rounds):
+        gossip.begin(t, x, lr=lr, local_steps=local_steps)
         trainer.run(x, gossip.plans(t), gossip.corrections(), t, after_step=gossip.after_step(t, lr=lr, local_steps=local_steps))
         measured = measure_every and t >= measure_from and (t + 1) % measure_every == 0
         before = x.clone() if measured else x

@@ -54,11 +54,13 @@ def lora(rank: int, **others):
 
 
 class Case:
-    """slots: choices for some slots."""
+    """slots: choices for some slots; delay: 1 may stand among them."""
 
     def __init__(self, name: str, rank: int = 2, seed: int = 0, slots=None):
         graph, params = WANTS.get(name, ("ring", {}))
-        if slots and "wrapper" in slots and slots["wrapper"].name == "relay":
+        slots = dict(slots or {})
+        delay = slots.pop("delay", 0)
+        if "wrapper" in slots and slots["wrapper"].name == "relay":
             graph = "path"
         self.lora = self.layout = lora(rank)
         self.cores = None
@@ -72,7 +74,8 @@ class Case:
             generator = torch.Generator().manual_seed(5)
             params = {"weights": {key: 1 + 0.1 * torch.rand(d_out, d_in, generator=generator) for key, d_in, d_out, _ in SIZES}}
         self.topology, self.seed = topologies.build(graph, NUM), seed
-        self.rule = build(name, self.layout, slots=slots or {}, topology=self.topology, rounds=ROUNDS, **params)
+        self.rule = build(name, self.layout, slots=slots, topology=self.topology, rounds=ROUNDS, delay=delay,
+                          **params)
 
     def gossip(self, x) -> Gossip:
         return Gossip(self.rule.method, self.layout, self.topology, InProcess(), range(NUM), x, seed=self.seed)

@@ -61,13 +61,13 @@ class Always:
 
 
 def build(name: str, layout, *, head: str = "frozen", ranks=None, peers=None, rank=None, weights=None, topology=None, rounds=None,
-          slots=None, params=None, **given) -> Built:
+          slots=None, params=None, delay=0, **given) -> Built:
     """slots: the choice for some slots, a name or a Choice; params: parameters of the method whose names are taken here."""
     chosen = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in (slots or {}).items()
               } if isinstance(slots, dict) else {}
     given = {**given, **(params or {}), **({} if isinstance(slots, dict) or slots is None else {"slots": slots})}
     context = Context(layout, head, None if ranks is None else tuple(ranks), peers, rank, weights, topology, rounds)
-    return Built(methods.build(name, context, given, chosen), layout)
+    return Built(methods.build(name, context, given, chosen, delay), layout)
 
 
 def gossip(built: Built, x: torch.Tensor, states: list[dict], w: np.ndarray, t: int = 0, *, transport=None, peers=None,

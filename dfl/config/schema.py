@@ -21,6 +21,7 @@ from dfl.config.types import (
     Several,
     Switch,
     Text,
+    ZeroOrOne,
     one_or_list,
 )
 
@@ -214,6 +215,9 @@ class Config(Section):
     network: Plugin = said(Plugin("none"), "how long things take, on a simulated clock")
     guard: Plugin = said(Plugin("norm"), "what may enter a peer's mix, and how much of it")
     wrapper: Plugin = said(Plugin("none"), "an optimiser across peers")
+    delay: ZeroOrOne = said(
+        0, "1: exchange while peers train, what they had at the end of the round before; each adds what it trained "
+           "meanwhile")
     partition: Plugin = said(Plugin("iid"), "who holds which examples")
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -71,6 +71,7 @@ def _expanded(value: Any) -> Any:
 
 Count = Annotated[int, Field(strict=True, ge=1), Allowed("a whole number from 1", _whole)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0), Allowed("a whole number from 0", _whole)]
+ZeroOrOne = Annotated[int, Field(strict=True, ge=0, le=1), Allowed("0 or 1", _whole)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Allowed("a positive number", _number)]
 PositiveOrZero = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), Allowed("zero or a positive number", _number)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), Allowed("a number from 0 up to, not including, 1", _number)]

@@ -2,14 +2,18 @@
 
     plan -> local training -> send -> trigger -> encode -> transport -> channel -> decode -> guard -> complete -> mix
 
-`Gossip` does everything behind the local training, for the peers that this process hosts. It knows no loop, no clock
-and no folder; a process asks the topology for the rows of its own peers alone. `_once` is the line above. Its steps lie
-in `sending` (trigger, encode, transport), `receiving` (channel, decode, guard, complete) and the slots.
+`Gossip` does everything but the local training, for the peers that this process hosts. It knows no loop, no clock
+and no folder; a process asks the topology for the rows of its own peers alone. `_say` and `_take` are the line above.
+Its steps lie in `sending` (trigger, encode, transport), `receiving` (channel, decode, guard, complete) and the slots.
+
+With `delay: 1` the line begins before the local training: send, trigger and encode take the rows as they were at the
+end of the round before, the transport works while peers train, and the mix moves what they have trained meanwhile,
+x_i <- x_i + sum_j w_ij (m_j - m_i). The mean over peers is kept as without it.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,15 +26,15 @@ from dfl.engine import messages
 from dfl.engine.coding import Coding
 from dfl.engine.memory import Memory, state_of_message
 from dfl.engine.receiving import Norms, Received, Receiving
-from dfl.engine.sending import Sending
-from dfl.engine.state import Tree
+from dfl.engine.sending import Sending, Spoken
+from dfl.engine.state import Tree, snapshot
 from dfl.engine.ways import Graph, Ways
 from dfl.methods import Method
 from dfl.networks.clock import Clock
 from dfl.slots import Inbox, Message, Plan, Round, State
 from dfl.training.base import AfterStep
 from dfl.transport import ledger
-from dfl.transport.base import Transport
+from dfl.transport.base import Arrived, Transport
 from dfl.transport.ledger import Ledger
 
 
@@ -61,6 +65,32 @@ class Report(NamedTuple):
                       self.aggregations + later.aggregations)
 
 
+class Said(NamedTuple):
+    """What hosted peers have to say, what of it is on its way, and what waits for what arrives; seconds until then."""
+
+    rounds: list[Round]
+    own: dict[int, Message]
+    spoken: Spoken
+    arrive: Callable[[], Arrived]
+    encode_s: float
+
+
+class Ahead:
+    """An exchange under way during the local phase. rows: those that it began with; state: what the peers remembered then."""
+
+    def __init__(self, said: Said, rows: Tensor, state: Tree):
+        self.said, self.rows, self.state = said, rows, state
+        self.arrived: Arrived | None = None
+        self.exchange_s = 0.0
+
+    def arrive(self) -> Arrived:
+        if self.arrived is None:
+            started = time.perf_counter()
+            self.arrived = self.said.arrive()
+            self.exchange_s = time.perf_counter() - started
+        return self.arrived
+
+
 class Gossip:
     """The peers `peers` of a run on a topology, with rows x (P, D) in `layout`.
 
@@ -79,6 +109,7 @@ class Gossip:
         self.receiving = Receiving(method, self.ways, coding, self.memory, common)
         self._planned: tuple[int, list[Round]] = (-1, [])
         self._contracts: tuple[int, float] = (-1, 1.0)
+        self._ahead: Ahead | None = None
         for k, (peer, row) in enumerate(zip(self.peers, x, strict=True)):
             self.state["rule"][str(peer)] = method.rule.init(self._common_scale(row, k))
         if method.trigger.common_start:
@@ -86,11 +117,15 @@ class Gossip:
 
     @property
     def state(self) -> Tree:
-        return self.memory.tree
+        """All that must not be forgotten now. While an exchange is under way: as it was before, with the rows that it began with."""
+        if self._ahead is None:
+            return self.memory.tree
+        rows = {str(peer): {"x": row} for peer, row in zip(self.peers, self._ahead.rows, strict=True)}
+        return self._ahead.state | {"ahead": rows}
 
     @state.setter
     def state(self, tree: Tree) -> None:
-        self.memory.tree = tree
+        self.memory.tree, self._ahead = tree, None
 
     def restore(self, state: Tree) -> None:
         """Go on from a state that `state` once was: what the hosted peers remembered."""
@@ -108,13 +143,13 @@ class Gossip:
 
     def corrections(self) -> list[Tensor | None]:
         """What is added to each local gradient (D,) of the hosted peers."""
-        return [self.method.rule.correct(self.state["rule"][str(peer)]) for peer in self.peers]
+        return [self.method.rule.correct(self.memory.tree["rule"][str(peer)]) for peer in self.peers]
 
     def residuals(self) -> Tensor | None:
         """The residuals (P, D_E) of the hosted peers, None for a rule without."""
         if self.method.rule.residual is None:
             return None
-        return torch.stack([self.state["rule"][str(peer)]["residual"] for peer in self.peers])
+        return torch.stack([self.memory.tree["rule"][str(peer)]["residual"] for peer in self.peers])
 
     def after_step(self, t: int, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
                    rates: Mapping[str, float] = {}) -> AfterStep | None:
@@ -127,7 +162,7 @@ class Gossip:
 
         def changed(row: int, x: Tensor, k: int) -> Tensor:
             round = rounds[row]
-            return self._own_scale(change(self._common_scale(x, row), self.state["rule"][str(round.peer)], round, k), row)
+            return self._own_scale(change(self._common_scale(x, row), self.memory.tree["rule"][str(round.peer)], round, k), row)
 
         return changed
 
@@ -139,6 +174,24 @@ class Gossip:
         steps = [local_steps] * len(self.peers) if isinstance(local_steps, int) else local_steps
         return [round._replace(lr=lr, local_steps=num, rates=rates) for round, num in zip(self._planned[1], steps, strict=True)]
 
+    def begin(self, t: int, x: Tensor, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
+              rates: Mapping[str, float] = {}) -> None:
+        """Before the local phase of round t, with what `round` will be told: begin its exchange where the method has a delay."""
+        rounds = self._rounds(t, lr, local_steps, rates)
+        if not self.method.delay or not self._speaks(t, rounds):
+            return
+        begun, before = self.memory.tree["ahead"], snapshot(self.memory.tree)
+        rows = torch.stack([begun[str(peer)]["x"] if begun else row for peer, row in zip(self.peers, x, strict=True)])
+        self.memory.tree["ahead"] = {}
+        said = self._say(0, rows, rounds)
+        self.clock.train(rounds)
+        self._ahead = Ahead(said, rows, before)
+
+    def arrive(self) -> None:
+        """Behind the local phase, before processes say anything else to each other: wait for what `begin` has begun."""
+        if self._ahead is not None:
+            self._ahead.arrive()
+
     def round(self, t: int, x: Tensor, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
               rates: Mapping[str, float] = {}) -> Report:
         """Exchange and mix round t: the rows x (P, D) change in place, `state` is replaced.
@@ -146,15 +199,21 @@ class Gossip:
         local_steps: of all hosted peers, or of each. Every receiver uses the values from before the mix. TypeError where
         a neighbour holds other common values.
         """
-        rounds, due, report = self._rounds(t, lr, local_steps, rates), self.method.trigger.due, Report()
-        self.clock.train(rounds)
-        if rounds and rounds[0].plan.sends and self.method.rule.speaks(t):
-            if due is None or due(t):
-                report = self._exchanges(x, rounds)
-            else:
-                report = Report(ledger={peer: Ledger(due=len(self.topology.receivers(t, peer))) for peer in self.peers})
+        rounds, report = self._rounds(t, lr, local_steps, rates), Report()
+        if self._ahead is None:
+            self.clock.train(rounds)
+        if self._speaks(t, rounds):
+            report = self._exchanges(x, rounds)
+        elif self._due(t, rounds):
+            report = Report(ledger={peer: Ledger(due=len(self.topology.receivers(t, peer))) for peer in self.peers})
         times = {peer: Ledger(seconds=float(self.clock.now(peer))) for peer in self.peers if self.method.network.timed}
         return report._replace(ledger=ledger.together(report.ledger, times))
+
+    def _due(self, t: int, rounds: Sequence[Round]) -> bool:
+        return bool(rounds) and bool(rounds[0].plan.sends) and self.method.rule.speaks(t)
+
+    def _speaks(self, t: int, rounds: Sequence[Round]) -> bool:
+        return self._due(t, rounds) and (self.method.trigger.due is None or self.method.trigger.due(t))
 
     def _exchanges(self, x: Tensor, rounds: Sequence[Round]) -> Report:
         """All exchanges and mixes of a round: as many as the rule and the channel have."""
@@ -166,19 +225,36 @@ class Gossip:
 
     def _once(self, k: int, x: Tensor, rounds: Sequence[Round]) -> tuple[Report, dict[int, repeats.Seen]]:
         """Exchange and mix for the k-th time in a round, and what the peers saw before they mixed."""
-        started, t, receiving = time.perf_counter(), rounds[0].t, self.receiving
+        if not self.method.delay:
+            ahead, fresh = Ahead(said := self._say(k, x, rounds), x, {}), said.own
+        elif self._ahead is None or self._ahead.said.rounds[0].t != rounds[0].t:
+            raise ValueError(f"delay = 1 needs the exchange of round {rounds[0].t} to be on its way: call begin(t, x) before the "
+                             "local phase, and arrive() behind it")
+        else:
+            ahead, fresh, self._ahead = self._ahead, self._fresh(x, rounds), None
+        arrived = ahead.arrive()
+        report, seen = self._take(k, x, rounds, arrived, ahead.said.spoken, fresh)
+        return report._replace(encode_s=ahead.said.encode_s, exchange_s=ahead.exchange_s), seen
+
+    def _say(self, k: int, x: Tensor, rounds: Sequence[Round]) -> Said:
+        """The first half: what hosted peers say goes on its way."""
+        started = time.perf_counter()
         own = self._send(x, rounds)
         spoken = self.sending.speak(own, rounds, k)  # trigger, encode
         encoded = time.perf_counter()
-        arrived = self.sending.exchange(spoken, own, rounds, k)  # transport
-        exchanged = time.perf_counter()
+        return Said(list(rounds), own, spoken, self.sending.begin(spoken, own, rounds, k), encoded - started)  # transport
+
+    def _take(self, k: int, x: Tensor, rounds: Sequence[Round], arrived: Arrived, spoken: Spoken,
+              own: Mapping[int, Message]) -> tuple[Report, dict[int, repeats.Seen]]:
+        """The second half: what has arrived is mixed with each hosted peer's own message, and the rows x change."""
+        started, t, receiving = time.perf_counter(), rounds[0].t, self.receiving
         times = self.sending.acknowledge(spoken, t, k)
         received = receiving.open(arrived, spoken, own, rounds, k)  # channel, decode
         norms = receiving.guard(received, own, dict(zip(own, x, strict=True)))
         seen = self._look(received, own, k)
         full = [receiving.complete(received[round.peer], own[round.peer], spoken, round, k, self._common_scale(x[row], row))
                 for row, round in enumerate(rounds)]
-        self._mix(x, norms, full)
+        self._mix(x, norms, full, own)
         mixed = time.perf_counter()
         together = tuple(round.peer for inbox, round in full if len(inbox) > 1)
         entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
@@ -188,18 +264,24 @@ class Gossip:
                        for peer, one in entries.items()}
         sent = ledger.total(entries)
         return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, sum(one.lost for one in received.values()),
-                      tuple((peer, j) for peer, one in received.items() for j in one.rejected), encoded - started,
-                      exchanged - encoded, mixed - exchanged, entries, 1), seen
+                      tuple((peer, j) for peer, one in received.items() for j in one.rejected), mix_s=mixed - started,
+                      ledger=entries, aggregations=1), seen
+
+    def _fresh(self, x: Tensor, rounds: Sequence[Round]) -> dict[int, Message]:
+        """What hosted peers would say now; nothing is remembered of it."""
+        return {round.peer: self.method.rule.send(self._common_scale(x[row], row), self.memory.tree["rule"][str(round.peer)], round)[0]
+                for row, round in enumerate(rounds)}
 
     def _send(self, x: Tensor, rounds: Sequence[Round]) -> dict[int, Message]:
         """What each hosted peer has to say."""
         found, rule = {}, self.method.rule
         for row, round in enumerate(rounds):
             key = str(round.peer)
-            if "x" in self.state["start"].get(key, ()):  # before the first message of all
-                start = self._common_scale(self.state["start"][key]["x"], row)
-                self.state["start"][key] = state_of_message(rule.send(start, rule.init(start), round)[0])
-            found[round.peer], self.state["rule"][key] = rule.send(self._common_scale(x[row], row), self.state["rule"][key], round)
+            if "x" in self.memory.tree["start"].get(key, ()):  # before the first message of all
+                start = self._common_scale(self.memory.tree["start"][key]["x"], row)
+                self.memory.tree["start"][key] = state_of_message(rule.send(start, rule.init(start), round)[0])
+            own = self._common_scale(x[row], row)
+            found[round.peer], self.memory.tree["rule"][key] = rule.send(own, self.memory.tree["rule"][key], round)
         return found
 
     def _look(self, received: Mapping[int, Received], own: Mapping[int, Message], k: int) -> dict[int, repeats.Seen]:
@@ -219,27 +301,28 @@ class Gossip:
         wanted = [repeats.best(seen[round.peer], round.peer, round.weights, channel, self._contracts[1]) for round in rounds]
         return self.transport.agree(max(wanted))
 
-    def _mix(self, x: Tensor, norms: Mapping[int, Norms], full: Sequence[tuple[Inbox, Round]]) -> None:
+    def _mix(self, x: Tensor, norms: Mapping[int, Norms], full: Sequence[tuple[Inbox, Round]], own: Mapping[int, Message]) -> None:
         """All new rows are made before any takes the place of an old one, which a message may be a view of."""
-        mixed = [self._mixed_row(x[row], norms[round.peer], inbox, round, row) for row, (inbox, round) in enumerate(full)]
+        mixed = [self._mixed_row(x[row], norms[round.peer], inbox, round, row, own[round.peer])
+                 for row, (inbox, round) in enumerate(full)]
         for row, ((_, round), (new, state)) in enumerate(zip(full, mixed, strict=True)):
             x[row] = new
-            self.state["rule"][str(round.peer)] = state
+            self.memory.tree["rule"][str(round.peer)] = state
 
-    def _mixed_row(self, x: Tensor, norms: Norms, inbox: Inbox, round: Round, row: int) -> tuple[Tensor, State]:
-        state = self.state["rule"][str(round.peer)]
+    def _mixed_row(self, x: Tensor, norms: Norms, inbox: Inbox, round: Round, row: int, own: Message) -> tuple[Tensor, State]:
+        state = self.memory.tree["rule"][str(round.peer)]
         # what is not finite in its own message a peer cannot mix; its next local phase says that it has diverged
         if not all(map(math.isfinite, norms.values())):
             return x, state
-        new, state = self._mixed(self._common_scale(x, row), inbox, state, round)
+        new, state = self._mixed(self._common_scale(x, row), inbox, state, round, own)
         # alone, it keeps its bits, which scaling there and back may not
         return self._own_scale(new, row) if len(inbox) > 1 or self.scale is None else x, state
 
-    def _mixed(self, x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+    def _mixed(self, x: Tensor, inbox: Inbox, state: State, round: Round, own: Message) -> tuple[Tensor, State]:
         """The row (D,) after the rule's mix. Where others know it otherwise than it is, and the rule only asks for rows, it moves by
         what the mix does to what they know: x_i + gamma (mix(m^)_i - m^_i). What they lack of it is not lost."""
-        rule = self.method.rule
-        if self.method.codec.exact or not rule.of_rows or len(inbox) == 1:
+        rule, as_is = self.method.rule, self.method.codec.exact and (not self.method.delay or inbox[round.peer] is own)
+        if as_is or not rule.of_rows or len(inbox) == 1:
             return rule.mix(x, inbox, state, round)
         public = x.clone()
         for name, part in inbox[round.peer].parts.items():

@@ -14,7 +14,7 @@ from dfl.engine.state import Tree
 from dfl.slots import Message, State
 from dfl.transport.packet import Packet
 
-REMEMBERED = ("trigger", "codec", "sent", "received", "channel", "delivered", "outgoing", "start", "clock")
+REMEMBERED = ("trigger", "codec", "sent", "received", "channel", "delivered", "outgoing", "start", "clock", "ahead")
 
 
 class Memory:

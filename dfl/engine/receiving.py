@@ -155,9 +155,9 @@ class Receiving:
             state, link = self.memory.get("channel", str(peer), method.channel.init), self.ways.link(peer, peer, round.t, k)
             inbox, state = method.channel.air(inbox, public, weights, state, link)
             self.memory.keep("channel", str(peer), state)
-        exact = method.codec.exact and (method.trigger.always or messages.equal(public, own))
+        exact = method.codec.exact and (method.trigger.always and not method.delay or messages.equal(public, own))
         alone = not inbox  # then it keeps what it has, whatever others know of it
-        as_known = method.rule.averages or self.coding.differences or method.trigger.always
+        as_known = method.rule.averages or self.coding.differences or method.trigger.always or bool(method.delay)
         inbox[peer] = own if exact or alone or not as_known else public
         if method.guard.screen is not None and not alone:
             inbox, weights = method.guard.screen(inbox, round._replace(weights=weights), x)

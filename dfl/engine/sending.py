@@ -1,6 +1,6 @@
 """The first half of a round: what hosted peers say, to whom, and what their neighbours then hold of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,10 +123,15 @@ class Sending:
         before = set(self.ways.receivers(t - 1, peer))
         return [j for j in self.ways.receivers(t, peer) if j not in before]
 
-    def exchange(self, spoken: Spoken, said: Mapping[int, Message], rounds: Sequence[Round], k: int) -> Arrived:
-        """What arrives for hosted peers; where messages are answered, after a second exchange."""
+    def begin(self, spoken: Spoken, said: Mapping[int, Message], rounds: Sequence[Round], k: int) -> Callable[[], Arrived]:
+        """Send. What it gives waits for what arrives for hosted peers; where messages are answered, after a second exchange."""
         t, expected = rounds[0].t, {round.peer: others(round) for round in rounds}
-        arrived = self.transport.exchange(t, self.clock.stamped(spoken.packets), spoken.addressed, spoken.due, expected)
+        arrive = self.transport.begin(t, self.clock.stamped(spoken.packets), spoken.addressed, spoken.due, expected)
+        return lambda: self._answered(arrive(), expected, spoken, said, rounds, k)
+
+    def _answered(self, arrived: Arrived, expected: dict[int, list[int]], spoken: Spoken, said: Mapping[int, Message],
+                  rounds: Sequence[Round], k: int) -> Arrived:
+        t = rounds[0].t
         self.clock.wait(arrived, t)
         if not self.method.trigger.answers:
             return arrived

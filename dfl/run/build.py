@@ -164,7 +164,7 @@ def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | 
     unequal = (1, config.lora.rank.largest) if known is None else known.unequal
     weights = None if adapted is None else {site.pair.name: site.weight for site in adapted.sites}
     context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds)
-    return methods.build(config.method.name, context, config.method.params, chosen_slots(config))
+    return methods.build(config.method.name, context, config.method.params, chosen_slots(config), config.delay)
 
 
 def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resumed_from: Path | None) -> Adapted:

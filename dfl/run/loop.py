@@ -198,6 +198,7 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
         if hooks.halt:
             hooks.halt.begin()
             halt = {"halt": hooks.halt}
+        run.gossip.begin(t, run.peers.x, **_told(run, t))
         after_step = run.gossip.after_step(t, **_told(run, t))
         losses = run.trainer.run(run.peers.x, run.gossip.plans(t), run.gossip.corrections(), t, residuals=run.gossip.residuals(),
                                  after_step=after_step, **halt)
@@ -205,6 +206,7 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
         flag = _HALT if losses is None else _STOP if stop or hooks.halted() else _SAVE if save else _GO
     except DivergenceError as error:
         flag = _DIVERGED + error.peer + run.config.peers * error.at_start
+    run.gossip.arrive()
     return losses, run.transport.agree(flag)
 
 
@@ -219,6 +221,8 @@ def finish_round(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pen
     traffic = _exchange(run, t)
     started = time.perf_counter()
     found = look.after(run, before)
+    if run.config.delay:  # the local phase took what was exchanged meanwhile for its own
+        local_seconds -= traffic.encode_s + traffic.exchange_s
     return Pending(_table(run, losses, local_seconds, traffic), found, seconds + time.perf_counter() - started)
 
 

@@ -34,6 +34,11 @@ class Transport(Protocol):
         nothing to a receiver is missing in what arrives there. what: EXCHANGE, or LOOK for rows that are only measured.
         """
 
+    def begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+              due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
+        """The same without waiting: what is given has been read when this returns, and what it gives waits for what arrives. All
+        processes do so at the same place among their exchanges."""
+
     def newly_sent(self) -> list[int]:
         """The bytes of each kind of SENT since this was called last, or since the start."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dfl.transport import frames, wire
 from dfl.transport.base import EXCHANGE, SENT, Arrived, hosting
 from dfl.transport.control import MOST, ControlPlane
-from dfl.transport.group import Group
+from dfl.transport.group import Begun, Group
 from dfl.transport.link import Link, total_bytes
 from dfl.transport.packet import Packet
 from dfl.transport.wire import Entry
@@ -72,6 +72,10 @@ class Distributed:
 
         What arrives may lie in buffers that the next exchange overwrites: who keeps a message clones it.
         """
+        return self.begin(t, packets, addressed, due, expected, what)()
+
+    def begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+              due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
         self.round = t
         incoming, sent = self._incoming(expected), {}
         for q, entries in self._outgoing(packets, addressed, due).items():
@@ -79,18 +83,21 @@ class Distributed:
             sent[q] = self.link.buffer("sent", what, q, draft.size, self.wire)
             wire.fill(sent[q], draft)
             frames.seal(sent[q], self.link.label(what, self.rank))
-        received = self._move_unknown(what, sent, incoming)
         self._count(what, total_bytes(sent))
         arrived: Arrived = {peer: {} for peer in expected}
+        for sender, receivers in addressed.items():
+            for receiver in receivers:
+                if self.process_of[receiver] == self.rank:
+                    arrived[receiver][sender] = packets[sender]
+        received = self._begin_unknown(what, sent, incoming)
+        return lambda: self._arrive(received(), incoming, arrived)
+
+    def _arrive(self, received: dict[int, Tensor], incoming: dict[int, dict[int, list[int]]], arrived: Arrived) -> Arrived:
         for q, senders in incoming.items():
             try:
                 self._deliver(q, wire.read(received[q], self.device), senders, arrived)
             except wire.WireError as error:
                 raise ConnectionError(f"{self.describe(q)} sent {error}, {self.link.when()}") from None
-        for sender, receivers in addressed.items():
-            for receiver in receivers:
-                if self.process_of[receiver] == self.rank:
-                    arrived[receiver][sender] = packets[sender]
         return arrived
 
     def _outgoing(self, packets, addressed, due) -> dict[int, list[Entry]]:
@@ -129,22 +136,30 @@ class Distributed:
                 for receiver in wanted:
                     arrived[receiver][entry.peer] = entry.packet
 
-    def _move_unknown(self, what: str, sent: dict[int, Tensor], incoming) -> dict[int, Tensor]:
-        """Frames whose length their receivers do not know, and what is in those received.
+    def _begin_unknown(self, what: str, sent: dict[int, Tensor], incoming) -> Callable[[], dict[int, Tensor]]:
+        """Frames whose length their receivers do not know; what waits for what is in those received.
 
         gloo takes a shorter message than there is room for. Both ends know how much room there is (`_room`): more goes in a second
         step. NCCL wants equal lengths, which are therefore told first.
         """
         if self.wire.type == "cuda":
-            lengths = {q: torch.zeros(1, dtype=torch.int64, device=self.wire) for q in incoming}
-            told = {q: torch.tensor([len(frame)], device=self.wire) for q, frame in sent.items()}
-            self._count(what, self.link.transfer(_SIZES, told, lengths))
-            for q, found in lengths.items():
-                self.link.check_size(q, int(found), self._most(incoming[q]))
-            return self.link.move(what, sent, {q: int(found) for q, found in lengths.items()}, self.wire)
+            return lambda: self._move_on_gpu(what, sent, incoming)
         first = {q: frame[:self._room("sent", what, q)] for q, frame in sent.items()}
         received = {q: self.link.buffer("received", what, q, self._room("received", what, q), self.wire) for q in incoming}
-        self.link.complete(what, first, received)
+        begun = self.link.group.begin(first, received)
+        return lambda: self._end_unknown(what, begun, sent, received, incoming)
+
+    def _move_on_gpu(self, what: str, sent: dict[int, Tensor], incoming) -> dict[int, Tensor]:
+        lengths = {q: torch.zeros(1, dtype=torch.int64, device=self.wire) for q in incoming}
+        told = {q: torch.tensor([len(frame)], device=self.wire) for q, frame in sent.items()}
+        self._count(what, self.link.transfer(_SIZES, told, lengths))
+        for q, found in lengths.items():
+            self.link.check_size(q, int(found), self._most(incoming[q]))
+        return self.link.move(what, sent, {q: int(found) for q, found in lengths.items()}, self.wire)
+
+    def _end_unknown(self, what: str, begun: Begun, sent: dict[int, Tensor], received: dict[int, Tensor], incoming
+                     ) -> dict[int, Tensor]:
+        self.link.end(what, begun)
         more = {q: frame[room:] for q, frame in sent.items() if len(frame) > (room := self._room("sent", what, q))}
         missing = {}
         for q, buffer in received.items():

@@ -7,6 +7,7 @@ on CPUs go over gloo, those on GPUs over NCCL where a run asks for it; nothing e
 import queue
 import threading
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,16 @@ from dfl.transport.watch import Watch
 
 # between two looks at who is silent, while something is waited for
 LOOK_SECONDS = 0.5
+
+
+@dataclass
+class Begun:
+    """What is under way, by process: buffers, which nobody else may touch, gloo's work on them, and who had gone already."""
+
+    sent: dict[int, Tensor]
+    received: dict[int, Tensor]
+    works: list = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
 
 
 class Group:
@@ -41,28 +52,30 @@ class Group:
     def open(self) -> bool:
         return self._gloo is not None
 
-    def move(self, sent: dict[int, Tensor], received: dict[int, Tensor], deadline: float, watch: Watch | None,
-             waiter: "Waiter | None") -> tuple[list[int], bool]:
-        """Send and receive all of it together: the processes that did not do their part, and whether they are silent.
-
-        By process, in ascending order at both ends; all buffers on one device.
-        """
-        if not sent and not received:
-            return [], False
-        on_gpu = next(iter((*sent.values(), *received.values()))).device.type == "cuda"
-        return (self._move_on_gpu if on_gpu else self._move_on_cpu)(sent, received, deadline, watch, waiter)
-
-    def _move_on_cpu(self, sent, received, deadline, watch, waiter) -> tuple[list[int], bool]:
-        works = []
+    def begin(self, sent: dict[int, Tensor], received: dict[int, Tensor]) -> "Begun":
+        """Send and receive all of it together, by process in ascending order at both ends, all buffers on one device. On CPUs it goes
+        on by itself from here; on GPUs it begins with `end`."""
+        begun = Begun(sent, received)
+        if any(tensor.device.type == "cuda" for tensor in (*sent.values(), *received.values())):
+            return begun
         for q in sorted(sent.keys() | received.keys()):
             try:
                 if q in received:
-                    works.append((q, self._gloo.recv([received[q]], q, 0)))
+                    begun.works.append((q, self._gloo.recv([received[q]], q, 0)))
                 if q in sent:
-                    works.append((q, self._gloo.send([sent[q]], q, 0)))
+                    begun.works.append((q, self._gloo.send([sent[q]], q, 0)))
             except RuntimeError:  # its connection was closed before
-                return [q], False
-        return waiter.wait(works, deadline, watch) if waiter else (_wait(works, deadline), False)
+                begun.missing.append(q)
+                break
+        return begun
+
+    def end(self, begun: "Begun", deadline: float, watch: Watch | None, waiter: "Waiter | None") -> tuple[list[int], bool]:
+        """The processes that did not do their part, and whether they are silent."""
+        if begun.missing or not begun.sent and not begun.received:
+            return begun.missing, False
+        if not begun.works:
+            return self._move_on_gpu(begun.sent, begun.received, deadline, watch, waiter)
+        return waiter.wait(begun.works, deadline, watch) if waiter else (_wait(begun.works, deadline), False)
 
     def _move_on_gpu(self, sent, received, deadline, watch, waiter) -> tuple[list[int], bool]:
         """NCCL does not say who is missing: all that take part. Asking instead of waiting leaves the time-out to us, and

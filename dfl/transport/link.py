@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dfl.transport import frames
-from dfl.transport.group import Group, Waiter, address_of
+from dfl.transport.group import Begun, Group, Waiter, address_of
 from dfl.transport.notes import GRACE, Note, Notes
 from dfl.transport.stopping import Stopped
 from dfl.transport.watch import SILENT_SECONDS, Watch, waits_for
@@ -85,10 +85,14 @@ class Link:
 
     def complete(self, what: str, sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
         """All sends and receives of a step."""
+        self.end(what, self.group.begin(sent, received))
+
+    def end(self, what: str, begun: Begun) -> None:
+        """Wait for the sends and receives of a step that has begun."""
         started = time.monotonic()
-        if self._watch and (sent or received):
-            self._watch.begin({*sent, *received})
-        missing, silent = self.group.move(sent, received, started + self.timeout, self._watch, self._waiter)
+        if self._watch and (begun.sent or begun.received):
+            self._watch.begin({*begun.sent, *begun.received})
+        missing, silent = self.group.end(begun, started + self.timeout, self._watch, self._waiter)
         if self._watch and not missing:
             self._watch.begin(())
         if missing:

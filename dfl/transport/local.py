@@ -29,6 +29,11 @@ class InProcess:
                 arrived[receiver][sender] = packets[sender]
         return arrived
 
+    def begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+              due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
+        arrived = self.exchange(t, packets, addressed, due, expected, what)
+        return lambda: arrived
+
     def newly_sent(self) -> list[int]:
         return [0] * len(SENT)
 

@@ -35,18 +35,23 @@ SLOTS = {
     "sparq whole": {"codec": Choice("top_k", {"share": 0.2}), "trigger": Choice("sparq", {"c": 1000.0, "growth": 0.5})},
     "shared places": {"codec": Choice("random_k", {"share": 0.2})},
     "over the air": {"channel": Choice("over_the_air", {"snr": 10.0, "least_gain": 0.2, "refresh": 3})},
+    "ahead": {"delay": 1}, "ahead, rounded": {"delay": 1, "codec": Choice("int8")},
+    "ahead, event": {"delay": 1, "trigger": Choice("event", {"threshold": 0.8, "decay": "constant"})},
     "late": {"trigger": Choice("late", {"share": 0.5})},
 }
 
 
 def rounds(transport, hosted, slots: dict) -> torch.Tensor:
     """The rows of the hosted peers, and beside them what their ledgers hold: (P, D + 10)."""
-    built = build("lora", LAYOUT, slots=slots, peers=NUM, rounds=ROUNDS)
+    slots = dict(slots)
+    built = build("lora", LAYOUT, delay=slots.pop("delay", 0), slots=slots, peers=NUM, rounds=ROUNDS)
     x = empty_rows(len(hosted), LAYOUT.size)
     heart, counted = Gossip(built.method, LAYOUT, topologies.build("ring", NUM), transport, hosted, x), []
     for t in range(ROUNDS):
+        heart.begin(t, x, lr=0.1, local_steps=2)
         for row, peer in enumerate(hosted):
             x[row] += 0.3 * torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(31 * t + peer))
+        heart.arrive()
         report = heart.round(t, x, lr=0.1, local_steps=2)
         counted.append(torch.tensor([list(report.ledger[peer]) if peer in report.ledger else [0] * 10 for peer in hosted]))
     return torch.cat([x.double(), sum(counted).double()], 1)

@@ -58,6 +58,10 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "silent, int8, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "codec": CODEC_SETTINGS["int8"],
                                 "channel": Choice("lossy", {"rate": 0.3})},
         "silent, lossy": {"trigger": Choice("event", {"threshold": 0.4}), "channel": Choice("lossy", {"rate": 0.3})},
+        "ahead": {"delay": 1}, "ahead, int8": {"delay": 1, "codec": CODEC_SETTINGS["int8"]},
+        "ahead, silent": {"delay": 1, "trigger": Choice("event", {"threshold": 0.4, "max_silence": 3})},
+        "ahead, lossy": {"delay": 1, "channel": Choice("lossy", {"rate": 0.4})},
+        "ahead, sign": {"delay": 1, "codec": CODEC_SETTINGS["sign"]},
         "clipped": {"guard": Choice("clipped")}, "median": {"guard": Choice("median")},
         "krum": {"guard": Choice("krum", {"tolerate": 0, "average": 2})},
         "clipped, sign": {"guard": Choice("clipped", {"radius": 0.5}), "codec": CODEC_SETTINGS["sign"]},
@@ -86,6 +90,7 @@ ONE_WAY = {"push_sum", "push_diging"}
 HELD = {"event", "sparq", "eventgrad"}  # triggers that hold messages back
 PAIRS = {"lora", "replicate", "adf", "tad"}  # those of them that send A and B in every round
 STATIC = {"fedex_choco"}
+NO_AHEAD = {"fed_svd": DATED, "flora": DATED, "plora": DATED, "lora_a2": DATED, "salf": DATED, "fedex_choco": COPIES}
 # what a guard that weighs messages cannot go with
 WEIGHED = {"lora_a2", "plora", "fedrot", "flora_na", "hetlora", "fedex_choco", "flora"}
 MANY_LENGTHS = {"florist", "fedhl", "salf"}
@@ -93,6 +98,8 @@ MANY_LENGTHS = {"florist", "fedhl", "salf"}
 
 def refusal(name: str, slots: dict) -> str | None:
     """The words with which a method must refuse these slots; None where it must not."""
+    if slots.get("delay") and name in NO_AHEAD:
+        return NO_AHEAD[name] if not ("codec" in slots or "channel" in slots or "trigger" in slots) else "cannot have"
     trigger, wrapper = slots.get("trigger"), slots["wrapper"].name if "wrapper" in slots else "none"
     if wrapper != "none" and name not in AVERAGED:
         return "needs a rule that averages"
@@ -138,7 +145,7 @@ def refusal(name: str, slots: dict) -> str | None:
 # What always runs: every method in a few settings, a few methods in every setting (one a kind: what travels, whether it is an
 # average, whether messages may be late or lost), and every refusal. All other cells are for the night (tests/README.md).
 ALWAYS = {"lora", "rolora", "decaf", "fedhl", "fed_sb"}
-ALWAYS_IN = {"event", "lossy", "segments, stale", "silent, int8, lossy", "delay", "top_k"}
+ALWAYS_IN = {"ahead", "event", "lossy", "segments, stale", "silent, int8, lossy", "delay", "top_k"}
 
 
 def cells(settings: dict[str, dict]) -> list:
@@ -170,6 +177,7 @@ def train(x: torch.Tensor, case: Case, t: int, heart) -> None:
 def run(case: Case, x: torch.Tensor, heart, first: int, last: int):
     reports = []
     for t in range(first, last):
+        heart.begin(t, x, **TOLD)
         train(x, case, t, heart)
         reports.append(heart.round(t, x, **TOLD))
     return reports
@@ -225,7 +233,7 @@ def test_a_real_setting_is_finite_and_resumes_to_the_same_bits(name, setting):
 
 
 @pytest.mark.parametrize("setting", ["silent", "sparq", "eventgrad", "efhc", "random_gossip", "late", "tracking, int8",
-                                     "silent, lossy",
+                                     "silent, lossy", "ahead", "ahead, int8", "ahead, silent", "ahead, sign",
                                      "silent, sign", "sparq, top_k", "periodic, sign", "tracking, top_k", *CODEC_SETTINGS,
                                      *MEAN_KEPT, *(f"silent, {name}" for name in MEAN_KEPT if name not in ONE_WAY)])
 @pytest.mark.parametrize("name", ["lora", "adf", "ffa", "fed_sb"])
@@ -235,6 +243,7 @@ def test_the_network_mean_moves_by_the_mean_step_alone(name, setting):
     heart = case.gossip(x)
     for t in range(20):
         before = x.mean(0)
+        heart.begin(t, x, **TOLD)
         train(x, case, t, heart)
         moved = x.mean(0) - before if moved is None else moved + x.mean(0) - before
         heart.round(t, x, **TOLD)

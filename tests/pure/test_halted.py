@@ -18,6 +18,7 @@ CASES = {name: RESUMED[name] for name in ("adf, moments across rounds", "tad, mo
     "masks": {"method": "plora", **CARRIED}, "masks, fresh": {"method": "plora"},
     "stretched steps": {"method": "{name: salf, speed: poisson, deadline: 1}"},
     "a residual": {"method": "fedex_choco", **CARRIED},
+    "ahead": {"method": "decaf", "delay": 1}, "ahead, differences": {"method": "lora", "delay": 1, "codec": "sign"},
     "cores": {"method": "fed_sb", "lora__adapter": "sb"},
     "stacked, epochs": RESUMED["random graph, epochs"] | {"train__executor": "stacked"},
 }
