@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--due", action="store_true",
-                     help="without tests for the night, and of those of launchers only the core and what tests/rooms.py says is due")
+                     help="without tests for the night, of those of launchers and of long ones only what tests/rooms.py says is due")
 
 
 def pytest_report_header(config):
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
     first = {"cluster": 1, "clock": 2}  # the longest groups
     items.sort(key=lambda item: max((first.get(mark.args[0], 3) for mark in item.iter_markers("xdist_group")), default=0))
     if config.getoption("--due"):
-        items[:], resting = rooms.split(items, rooms.due())
+        items[:], resting = rooms.split(items, rooms.due(), rooms.changed(rooms.ROOT))
         config.hook.pytest_deselected(items=resting)
 
 

@@ -1,9 +1,12 @@
-"""Which tests of launchers are due: a short core always, the rest of a file where something in its rooms changed.
+"""Which tests are due: of launchers a short core always, the rest of a file where something in its rooms changed; and the long ones
+of pure functions where something changed that their file imports.
 
-A test file that is not in ROOMS always runs as a whole. `bash launch/test.sh` and .ci/run ask for what is due; plain pytest,
-`bash launch/test.sh --all` and DFL_TEST_ALL=1 run everything.
+A test file that is not in ROOMS always runs, but for its long tests. `bash launch/test.sh` and .ci/run ask for what is due; plain
+pytest, `bash launch/test.sh --all` and DFL_TEST_ALL=1 run everything.
 """
 
+import ast
+import functools
 import subprocess
 from pathlib import Path
 
@@ -12,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 # the newest commit counts as new: longer than a change waits between its last rebase and its landing. It is counted from
 # that commit and not from today, so that a commit always has the same tests.
 HOURS = 24
+# what every run goes through, whatever a test imports
+HEART = ("dfl/engine", "dfl/rules", "dfl/methods.py")
 _RUN = ("launch/recipes/quickstart.yaml", "dfl/run/runtime.py", "dfl/run/workers.py", "dfl/run/parent.py", "dfl/run/train.py",
         "dfl/transport")
 _WORKPLACE = ("launch/README.md", "tests/workplace.py")
@@ -39,18 +44,57 @@ ROOMS: dict[str, tuple[str, ...]] = {
 def due(root: Path = ROOT, rooms: dict[str, tuple[str, ...]] = ROOMS) -> list[str]:
     """The files of `rooms` that run as a whole."""
     files = changed(root)
-    if files is None:
-        return list(rooms)
-    return [test for test, parts in rooms.items() if any(_inside(file, part) for part in (test, *parts) for file in files)]
+    return [test for test, parts in rooms.items() if _touched((test, *parts), files)]
 
 
-def split(items: list, due: list[str]) -> tuple[list, list]:
-    """Those of pytest's items that run, and those that rest: for the night, or not in the core and of a file that is not due."""
+def split(items: list, due: list[str], changed: set[str] | None = None) -> tuple[list, list]:
+    """Those of pytest's items that run, and those that rest: for the night; of a file of ROOMS that is not due and not in its core;
+    long, and nothing that their file imports is among the files `changed` (None: all are).
+    """
     resting = {ROOT / test for test in ROOMS} - {ROOT / test for test in due}
-    rests = [bool(item.get_closest_marker("nightly")) or (item.path in resting and not item.get_closest_marker("core"))
-             for item in items]
+
+    @functools.cache
+    def long_rest(path: Path) -> bool:
+        return not _touched(subjects(path), changed)
+
+    def rests(item) -> bool:
+        if item.get_closest_marker("nightly"):
+            return True
+        if item.path in resting and not item.get_closest_marker("core"):
+            return True
+        return bool(item.get_closest_marker("long")) and long_rest(item.path)
+
+    rests = [rests(item) for item in items]
     return ([item for item, rest in zip(items, rests, strict=True) if not rest],
             [item for item, rest in zip(items, rests, strict=True) if rest])
+
+
+def subjects(test: Path, root: Path = ROOT) -> set[str]:
+    """What a test file is about: itself, the rooms that it and the helpers beside the tests that it uses import, and the heart."""
+    found, left = set(HEART), [test]
+    while left:
+        path = left.pop()
+        found.add(path.relative_to(root).as_posix())
+        for name in _imported(path):
+            helper = root / "tests" / f"{name}.py"
+            if helper.exists() and helper.relative_to(root).as_posix() not in found:
+                left.append(helper)
+            parts = name.split(".")
+            found |= {place for place in ("/".join(parts[:2]), f"{'/'.join(parts[:2])}.py")
+                      if parts[0] == "dfl" and len(parts) > 1 and (root / place).exists()}
+            found |= {"topologies"} & {parts[0]}
+    return found
+
+
+def _imported(path: Path) -> list[str]:
+    """Names of modules, and of what is taken from packages, in dots."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def changed(root: Path) -> set[str] | None:
@@ -71,6 +115,10 @@ def changed(root: Path) -> set[str] | None:
 def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return done.stdout.strip()
+
+
+def _touched(parts, files: set[str] | None) -> bool:
+    return files is None or any(_inside(file, part) for part in parts for file in files)
 
 
 def _inside(file: str, part: str) -> bool:

@@ -67,6 +67,7 @@ def configure(folder, output, kind, model="bert", **fields):
     return make_config(folder / model, folder / "data.csv", output, **fields)
 
 
+@pytest.mark.long
 @kinds
 def test_a_run_learns_mixes_and_goes_on_bit_for_bit(folder, tmp_path, kind):
     config = configure(folder, tmp_path / "whole", kind, train__rounds=4)
@@ -91,6 +92,7 @@ def test_a_run_learns_mixes_and_goes_on_bit_for_bit(folder, tmp_path, kind):
         assert torch.equal(second.gossip.residuals(), run.gossip.residuals()) and run.gossip.residuals().abs().sum() > 0
 
 
+@pytest.mark.long
 @kinds
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_stock_peft_computes_what_the_run_evaluates(folder, stock_base, tmp_path, kind, model):
@@ -130,6 +132,7 @@ def base_logits(loaded, inputs):
         return loaded.adapted.model(**inputs).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith(("dora", "hira"))])
 def test_both_executors_agree(folder, tmp_path, kind):
     runs = []

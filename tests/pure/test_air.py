@@ -85,6 +85,7 @@ def test_truncated_peers_leave_their_weight_or_what_they_said(payload):
     assert 0 < changed < PEERS
 
 
+@pytest.mark.long
 def test_models_keep_a_noise_floor_and_differences_do_not():
     """As peers agree, differences vanish and with them their noise: the model's floor stays where it is at 10 dB."""
     left = {}
@@ -99,6 +100,7 @@ def test_models_keep_a_noise_floor_and_differences_do_not():
     assert left["model"][-1] > 1e-4 and np.mean(left["model"][-40:]) > 0.1 * np.mean(left["model"][40:80])
 
 
+@pytest.mark.long
 def test_a_step_that_decays_keeps_the_mean_from_walking():
     walked = []
     for decay in (0.0, 0.6):

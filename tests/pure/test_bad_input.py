@@ -275,6 +275,7 @@ def test_factors_that_explode_before_the_loss_does_are_no_traceback(root, tmp_pa
     assert last["loss"]["mean"] is None and last["accuracy"]["max"] == 0.0  # a model of NaN is right about nothing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("executor", ["sequential", "stacked"])
 @pytest.mark.parametrize("peer", [0, 2])
 def test_the_message_names_peer_and_round(root, tmp_path, capsys, monkeypatch, executor, peer):

@@ -102,6 +102,7 @@ def test_a_callback_sees_the_run_and_changes_nothing(root, tmp_path):
     assert seen["row"].dtype == torch.float32 and bool(seen["row"].any())
 
 
+@pytest.mark.long
 def test_a_run_that_a_callback_ends_is_done(root, tmp_path, capsys):
     diary = Diary()
     config = make_config(root, tmp_path / "run", train__rounds=9, eval__every=1)

@@ -106,6 +106,7 @@ class TestSegments:
         assert total.messages == 2 * PEERS and total.repeated / total.messages == pytest.approx(1.0, abs=0.25)
         assert total.payload_bytes == pytest.approx(8 * SIZE * (total.messages + total.repeated), abs=PEERS)
 
+    @pytest.mark.long
     def test_the_mean_is_kept_in_expectation_where_rates_are_equal_both_ways(self):
         drifts = []
         for seed in range(200):
@@ -139,6 +140,7 @@ class TestSegments:
         heart, x = heads(("segments", {"rate": str(tmp_path / "rates.csv")}))
         assert heart.round(0, x).lost == 2 * PEERS
 
+    @pytest.mark.long
     @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "additive"])
     def test_under_a_trigger_both_ends_know_what_arrived_and_the_mean_stays(self, mode):
         """On a graph that changes, with rows that move: the receiver keeps what came before, and the rest is sent again."""
@@ -195,6 +197,7 @@ class TestHowOften:
         assert report.messages == 2 * PEERS * report.aggregations
         assert heart.round(1, x).aggregations < report.aggregations / 2
 
+    @pytest.mark.long
     def test_it_is_where_the_distance_to_the_mean_is_smallest(self):
         """The noise's random walk against the disagreement: more and fewer are both worse."""
         def left(aggregations):

@@ -65,6 +65,7 @@ def stock_metrics(model, run):
     return measured(run.task, outcomes)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, task, head, rule", [
     ("bert", CLASSIFY, "frozen", "lora"), ("bert", CLASSIFY, "mixed", "tad"), ("bert", CLASSIFY, "local", "rolora"),
     ("bert", CLASSIFY, "mixed", "decaf"), ("roberta", CLASSIFY, "mixed", "lora"), ("gpt2", CLASSIFY, "local", "decaf"),
@@ -189,6 +190,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", RESUMED)
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, monkeypatch, case):
     fields = {"train__rounds": 7, "eval__every": 3, "lora__targets": "[query,value]", "model__layers": 1} | RESUMED[case]
@@ -198,6 +200,7 @@ def test_stopped_and_resumed_is_never_stopped(root, tmp_path, monkeypatch, case)
     assert_same_run(tmp_path / "straight", tmp_path / "halted")
 
 
+@pytest.mark.long
 def test_the_moments_make_a_difference(root, tmp_path):
     """Else the cases above would show nothing."""
     rows = []
@@ -208,6 +211,7 @@ def test_the_moments_make_a_difference(root, tmp_path):
     assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
 
 
+@pytest.mark.long
 def test_a_resumed_run_may_be_made_longer(root, tmp_path):
     fields = {"method": "{name: adf, T: 2}", **CARRIED, "eval__every": 1}
     running.train(make_config(root, tmp_path / "straight", train__rounds=5, **fields))
@@ -242,6 +246,7 @@ def straight(root, tmp_path_factory):
     return output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["bit", "missing", "cut", "manifest", "empty manifest", "other round", "a list"])
 def test_damage_is_noticed_and_the_checkpoint_before_is_taken(root, straight, tmp_path, damage):
     shutil.copytree(straight, tmp_path / "run")

@@ -27,6 +27,7 @@ def into_nothing(folder, words, **streams) -> subprocess.CompletedProcess:
         os.close(write)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, unbuffered", [*((name, "") for name in COMMANDS), ("help", "1")])
 def test_a_command_ends_without_a_word(tmp_path, monkeypatch, name, unbuffered):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
@@ -35,6 +36,7 @@ def test_a_command_ends_without_a_word(tmp_path, monkeypatch, name, unbuffered):
     assert (done.returncode, done.stderr.decode()) == (141, "")
 
 
+@pytest.mark.long
 def test_nobody_reads_the_errors_either(tmp_path):
     assert into_nothing(tmp_path, ["report", "nowhere"], stdout=None, stderr=None).returncode == 141
     assert into_nothing(tmp_path, ["report", "nowhere"], stdout=subprocess.DEVNULL, stderr=None).returncode == 141

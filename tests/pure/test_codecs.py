@@ -45,6 +45,7 @@ def states_of(heart: Gossip) -> list[dict]:
     return [heart.state["rule"][str(peer)] for peer in range(NUM)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec", [*ROUND, "top_k", "qsgd"])
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_small_steps_add_up_as_without_a_codec(name, codec):
@@ -80,6 +81,7 @@ def mixed(case: Case, rounds: int):
     return before, states_before, x, states_of(heart)
 
 
+@pytest.mark.long
 @every_setting
 @pytest.mark.parametrize("name", ["lora", "ffa", "share_a", "rolora", "adf", "tad", "replicate", "fed_sb", "fedex", "lora_fair"])
 def test_the_mean_of_the_factors_is_kept_under_every_codec(name, codec):

@@ -113,6 +113,7 @@ def test_what_is_left_out_shrinks_as_promised(name, params, kept, kind):
     assert np.mean(errors) <= (1 - kept) * (1.25 if name == "random_k" and kind != "normal" else 1.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, params", [("qsgd", {"memory": "none", "block": 100}),
                                           ("int8", {"memory": "none", "rounding": "random"}),
                                           ("int4", {"memory": "none", "rounding": "random"})])
@@ -213,6 +214,7 @@ def quadratic(codec: Choice, rounds: int, rate: float = 0.05) -> float:
     return float((x - optimum).square().mean().sqrt())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec, rounds, expected", [
     (Choice("none"), 400, 0.4279),
     (Choice("low_rank", {"components": 20, "gamma": 1.0}), 500, 0.4279),  # no compression: D-PSGD
@@ -224,6 +226,7 @@ def test_the_yardstick(codec, rounds, expected):
     assert quadratic(codec, rounds) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.long
 def test_a_step_that_diverges_is_refused_and_the_one_that_is_found_is_not():
     sparse = (("top_k", {"share": 0.02}), ("random_k", {"share": 0.02, "memory": "differences"}))
     for name, params in (*sparse, ("sign", {}), ("qsgd", {}), ("sign", {"memory": "feedback"})):
@@ -255,6 +258,7 @@ def test_the_radius_is_that_of_the_moments(memory, gamma, kept):
     assert squares[-1] / squares[-2] == pytest.approx(said, rel=0.003)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("setting, rounds", [("bfloat16", 1), ("int8", 1), ("qsgd", 12)])
 def test_flora_na_fits_what_the_codec_lets_through(setting, rounds):
     """Its peers come closer to the mean product under a codec than plain averaging of factors does under it, or without any."""

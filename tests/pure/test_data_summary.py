@@ -155,6 +155,7 @@ def test_it_is_printed_once_and_recorded(models, tmp_path, capsys):
     assert "training data: " not in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_empty_texts_train_with_a_warning_and_finite_numbers(models, tmp_path):
     """Also under a decoder, which has no token of its own around nothing."""
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *GOOD, ",no", ",yes", ",no", *UNSEEN]) + "\n")

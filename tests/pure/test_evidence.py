@@ -98,6 +98,7 @@ def test_the_regime_is_the_protocols():
     assert all(grid.ROUNDS % (2 * T) == 0 for T in (1, 3, 5, 15))
 
 
+@pytest.mark.long
 def test_methods_of_a_pair_share_graph_data_and_start():
     """What a seed fixes: everything of the recipe but the method, its own overrides and rates."""
     cells_of = {}
@@ -295,6 +296,7 @@ def until(true) -> None:
     raise AssertionError("it did not happen within half a minute")
 
 
+@pytest.mark.long
 def test_jobs_run_beside_each_other_and_the_budget_stops_them(tmp_path):
     together, seen = threading.Barrier(2, timeout=20), []
 
@@ -350,6 +352,7 @@ def tiny_data(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_cell_from_its_run_to_what_is_stored(tiny_data):
     """TAD with phases of five rounds, eleven in all: curve, diagnostics where phases end, the test file at the end."""
     cell = grid.Cell("main", "trec6", "tad5", 0.5, 0, 1e-2, 4, rounds=11)

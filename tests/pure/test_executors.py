@@ -77,6 +77,7 @@ CASES += [("llama", GENERATE, "frozen"), ("gpt2", GENERATE, "frozen"), ("roberta
           ("distilbert", CLASSIFY, "local"), ("albert", CLASSIFY, "mixed")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, task, head", CASES)
 def test_one_pass_for_all_gives_the_losses_and_gradients_of_each(root, kind, task, head):
     losses, g, _ = assert_alike(root, kind, model__task=task, lora__head=head)

@@ -107,6 +107,7 @@ def assert_same(model, batches, expected):
         torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_the_code_of_the_card_computes_what_the_run_evaluated(root, tmp_path, monkeypatch, capsys, case):
     kind, task, fields = CASES[case]
@@ -508,6 +509,7 @@ def test_other_files_with_other_columns_and_a_prediction_for_each(run, tmp_path,
     assert all((row["prediction"] == row["label"]) is row["correct"] and 0.5 <= row["probability"] <= 1 for row in said)
 
 
+@pytest.mark.long
 def test_predictions_of_a_language_model_and_of_images(root, tmp_path, capsys):
     dfl("train", *arguments(root, tmp_path / "words", "llama", GENERATE))
     one = evaluated(capsys, tmp_path / "words", "--peer", 0, "--data", root / "data.csv", "--predictions", tmp_path / "said.jsonl")

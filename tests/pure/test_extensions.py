@@ -51,11 +51,13 @@ def outside(code: str, *paths: Path, cwd: Path = HERE) -> subprocess.CompletedPr
                           timeout=120)
 
 
+@pytest.mark.long
 def test_entry_points_fill_every_slot():
     done = outside(PROGRAM, OUTSIDE)
     assert done.returncode == 0 and "all kinds" in done.stdout, done.stderr
 
 
+@pytest.mark.long
 def test_they_are_listed_and_may_be_named_in_a_recipe(tmp_path):
     listed = outside("from dfl.cli import main; main(['list'])", OUTSIDE).stdout
     assert "slow_average" in listed and "Send every number as two" in listed and "grading" in listed and "two_rings" in listed
@@ -74,6 +76,7 @@ def test_they_are_listed_and_may_be_named_in_a_recipe(tmp_path):
     assert done.returncode == 2 and "is not known" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("entry, said", [
     ("[dfl.codecs]\nint8 = outside:halves", "dfl.codecs: int8 = 'outside:halves': the name is taken"),
     ("[dfl.rules]\nmine = outside:absent", "cannot be loaded: AttributeError"),
@@ -89,6 +92,7 @@ def test_entry_points_that_are_none_are_named(tmp_path, entry, said):
     assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
+@pytest.mark.long
 def test_a_recipe_names_a_module_of_its_own_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_rules.py").write_text("from dfl.rules import RULES\nfrom dfl.rules.average import average\n\n\n"
                                           "def mine(layout):\n    '''Average as everybody does.'''\n    return average(layout)\n\n\n"

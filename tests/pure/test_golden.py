@@ -13,6 +13,7 @@ def measured(tmp_path_factory) -> dict[str, dict]:
     return measure(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.mark.long
 def test_every_method_ends_in_the_numbers_it_ended_in(measured):
     wanted = json.loads(FILE.read_text())["runs"]
     assert measured.keys() == wanted.keys(), REFRESH

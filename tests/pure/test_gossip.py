@@ -47,6 +47,7 @@ def mix(name, transport, w, x, guard="norm"):
     return out, states, traffic
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_message_that_is_not_finite_is_refused_and_counted(name, value):

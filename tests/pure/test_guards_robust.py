@@ -168,6 +168,7 @@ class Hashed(Choice):
         return hash((self.name, tuple(self.params.items())))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guard", [Hashed("clipped"), Hashed("geometric_median"), Hashed("krum", {"average": 5}),
                                    Hashed("trimmed_mean"), Hashed("median"), Hashed("bridge"), Hashed("bridge", {"screen": "bulyan"})])
 def test_one_poisoned_peer_in_ten(guard):

@@ -40,6 +40,7 @@ def halt(monkeypatch, config, rounds, steps, resume):
         assert running.train(config, resume=resume) == running.STOPPED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_in_the_middle_of_rounds(root, tmp_path, monkeypatch, case, capsys):
     """Before the first step, in the steps of the first peer and of a later one, twice in one round, and in its last."""
@@ -54,6 +55,7 @@ def test_in_the_middle_of_rounds(root, tmp_path, monkeypatch, case, capsys):
     assert_same_run(tmp_path / "straight", tmp_path / "halted")
 
 
+@pytest.mark.long
 def test_what_is_kept_of_a_round_is_needed(root, tmp_path, monkeypatch):
     """Else the cases above would show nothing: without the generators, the moments and the losses it ends in other bits."""
     case = CASES["dropout"] | CARRIED
@@ -88,6 +90,7 @@ def broken_off(monkeypatch, config, number, resume):
         assert running.train(config, resume=resume) == running.STOPPED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number, done", [(1, -1), (2, 1), (3, 1), (4, 2), (5, 2)])
 def test_in_an_evaluation(root, tmp_path, monkeypatch, number, done, capsys):
     """At the start, of the peers, of the consensus, in the middle and at the end: given up, and done again."""
@@ -103,6 +106,7 @@ def test_in_an_evaluation(root, tmp_path, monkeypatch, number, done, capsys):
     assert_same_run(tmp_path / "straight", tmp_path / "halted")
 
 
+@pytest.mark.long
 def test_in_the_baseline(root, tmp_path, monkeypatch):
     """The run is finished; the baseline stops in a step and in its first evaluation, and goes on."""
     straight, halted = (make_config(root, tmp_path / name, baseline="local") for name in ("straight", "halted"))

@@ -63,6 +63,7 @@ class Signal(dfl.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.long
 def test_twice_in_one_process_gives_the_bits_of_the_command(tree, tmp_path):
     with unchanged():
         first = dfl.train(tree)
@@ -75,6 +76,7 @@ def test_twice_in_one_process_gives_the_bits_of_the_command(tree, tmp_path):
     assert len(one) == 5 and one == two == three
 
 
+@pytest.mark.long
 def test_a_path_a_mapping_and_a_config_are_the_same(tree, tmp_path):
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(tree | {"output": str(tmp_path / "run")}))
     overrides = {"train__rounds": 1, "method": {"name": "tad", "T": 2}, "overwrite": True, "train__betas": (0.8, 0.9)}
@@ -85,6 +87,7 @@ def test_a_path_a_mapping_and_a_config_are_the_same(tree, tmp_path):
     assert trees[0]["method"] == {"name": "tad", "T": 2}
 
 
+@pytest.mark.long
 def test_what_it_returns_is_what_the_run_has_left(tree, tmp_path):
     result = dfl.train(tree, baseline="local", method="decaf")
     assert result.finished and result.rounds == 4 and [record["round"] for record in result.metrics] == [0, 1, 2, 3, 4]
@@ -105,6 +108,7 @@ def test_what_it_returns_is_what_the_run_has_left(tree, tmp_path):
         result.load(4)
 
 
+@pytest.mark.long
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(tree, tmp_path):
     with unchanged():
         halted = dfl.train(tree, callbacks=[Signal])
@@ -139,6 +143,7 @@ def test_a_signal_before_there_is_a_run_is_an_interrupt(tree, monkeypatch):
         dfl.train(tree)
 
 
+@pytest.mark.long
 def test_a_thread_beside_the_main_one_may_train(tree, tmp_path):
     found = []
     with unchanged():

@@ -211,6 +211,7 @@ print("trained, mixed, resumed, loaded")
         return subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
                               timeout=150)
 
+    @pytest.mark.long
     def test_a_kind_of_another_package_is_trained_mixed_resumed_and_loaded(self, tmp_path):
         root = tiny_runs.make_folder(tmp_path)
         tiny_models.save(root / "bert", "bert", 2)

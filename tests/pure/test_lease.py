@@ -120,6 +120,7 @@ def test_what_is_on_its_way_out_is_told_from_what_is_stopped():
 ELSEWHERE = [{"boot": "another"}, {"namespace": "pid:[1]"}, {"boot": "another", "host": "elsewhere"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", ELSEWHERE)
 def test_an_owner_that_cannot_be_seen_is_followed_after_the_stated_time(folder, fast, capsys, changes):
     """A host of the same name, a container of the same machine, another host: process numbers mean nothing there."""

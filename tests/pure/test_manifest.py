@@ -74,6 +74,7 @@ def test_a_manifest_that_does_not_name_everything_is_not_accepted(folder, case):
     assert checkpoint.latest(folder.parent.parent) is None
 
 
+@pytest.mark.long
 def test_every_flipped_bit_of_a_manifest_is_noticed(folder):
     path = folder / "manifest.json"
     whole = path.read_bytes()

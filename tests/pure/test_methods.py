@@ -158,6 +158,7 @@ def words(root, output, **fields):
     return ["train", *tiny_runs.arguments(root / "bert", root / "data.csv", output, **fields)]
 
 
+@pytest.mark.long
 def test_a_run_with_a_rule_of_its_own_resumes_and_its_baseline_trains_alone(root, tmp_path):
     fields = {"method": "{name: tad, T: 1}", "rule": "decaf", "baseline": "local", "train__rounds": 3, "schedule": "null"}
     assert main(words(root, tmp_path / "whole", **fields)) == 0
@@ -173,6 +174,7 @@ def test_a_run_with_a_rule_of_its_own_resumes_and_its_baseline_trains_alone(root
     assert alone.config["method"] == {"name": "local"} and alone.config["schedule"] is None and alone.records[-1]["message_bytes"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slots", [{"method": "tad"}, {"method": "lora", "schedule": "automatic"}])
 def test_a_run_made_longer_keeps_the_phases_it_had_whoever_fills_the_schedule(root, tmp_path, slots):
     def phases(output):

@@ -40,6 +40,7 @@ def test_every_algorithm_lands_in_its_row(name):
     assert found.largest == pytest.approx(early, rel=2e-4 if early in (2.334e-3, 1.853) else 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if name != "four local steps" and row[0] != "flexatc"])
 def test_where_it_ends(name):
     """After 152 of the table's 500 rounds, in the same phase of graphs that repeat after three."""
@@ -51,6 +52,7 @@ def test_where_it_ends(name):
         assert found.largest < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, given, floor", [
     ("none", {}, 0.4279), ("quasi_global", {}, 0.4279), ("none", {"momentum": 0.9}, 1.433)])
 def test_quasi_global_momentum_has_the_floor_of_plain_gossip_and_a_momentum_of_ones_own_a_larger_one(name, given, floor):
@@ -58,6 +60,7 @@ def test_quasi_global_momentum_has_the_floor_of_plain_gossip_and_a_momentum_of_o
     assert descend(name, "ring", rounds=600, lr=0.05, d=20, **given).rms == pytest.approx(floor, abs=6e-5 if floor < 1 else 6e-4)
 
 
+@pytest.mark.long
 def test_led_with_local_steps_is_exact_whatever_share_it_takes_at_once():
     given = {"rounds": 250, "lr": 0.02, "d": 3, "local_steps": 4}
     for share in (1.0, 0.4):
@@ -66,5 +69,6 @@ def test_led_with_local_steps_is_exact_whatever_share_it_takes_at_once():
     assert descend("exact_diffusion", "ring", **given).rms > 1e-3  # exact for one step alone
 
 
+@pytest.mark.long
 def test_led_ends_at_rounding():
     assert descend("led", "ring", rounds=400, lr=0.1).largest < 1e-11

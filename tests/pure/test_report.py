@@ -76,6 +76,7 @@ def test_a_run_that_is_not_at_its_end_stands_beside_the_same_round_of_local_trai
     assert "after tad  local alone, round 5 of 10" in report.closing_table(run)
 
 
+@pytest.mark.long
 def test_a_signal_in_local_training_leaves_a_table_that_says_so(tmp_path, monkeypatch, capsys):
     write = JsonLines.write
 

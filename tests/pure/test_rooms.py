@@ -38,6 +38,27 @@ def test_of_a_file_that_is_not_due_only_the_core_runs():
     assert rooms.split(night, due=list(ROOMS)) == (night[:1], night[1:])
 
 
+def test_long_tests_run_when_what_they_import_changed():
+    def item(*markers):
+        return SimpleNamespace(path=ROOT / "tests/pure/test_toy_oracle.py", get_closest_marker=lambda name: name in markers)
+
+    items, all_due = [item(), item("long")], list(ROOMS)
+    assert rooms.split(items, all_due, {"README.md", "dfl/export/card.py"}) == (items[:1], items[1:])
+    for file in ("tests/pure/test_toy_oracle.py", "tests/toy.py", "dfl/engine/gossip.py", "dfl/methods.py"):
+        assert rooms.split(items, all_due, {file}) == (items, []), file
+    assert rooms.split(items, all_due, None) == (items, [])
+
+
+def test_what_a_test_is_about_is_what_it_and_its_helpers_import(tmp_path):
+    for name, text in {"dfl/rules/average.py": "", "dfl/codecs.py": "", "dfl/cli/main.py": "", "topologies/ring.py": "",
+                       "tests/helper.py": "import topologies.ring\nimport second", "tests/second.py": "from dfl import codecs",
+                       "tests/pure/test_it.py": "import torch\nfrom helper import x\nfrom dfl.rules.average import average"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert rooms.subjects(tmp_path / "tests/pure/test_it.py", tmp_path) == {
+        "tests/pure/test_it.py", "tests/helper.py", "tests/second.py", "dfl/rules", "dfl/codecs.py", "topologies", *rooms.HEART}
+
+
 class History:
     """A repository whose commits say when they were made, in hours."""
 

@@ -164,6 +164,7 @@ def pairing() -> np.ndarray:
     return np.kron(np.eye(NUM // 2), np.full((2, 2), 0.5))
 
 
+@pytest.mark.long
 @everywhere
 def test_renaming_peers_renames_the_result(name):
     if TABLE[name].draws:

@@ -65,6 +65,7 @@ def test_a_common_a_leaves_no_error(key):
     assert errors(key, drifted(common="A"), ring()).max() < 1e-10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("key", [key for key in RULES if key not in ("fed_svd", "florist") and not key.startswith("hetlora")])
 def test_no_rank_r_rule_beats_the_svd(key, seed):
@@ -90,6 +91,7 @@ def test_rules_about_products_do_not_see_frames(key):
     torch.testing.assert_close(product(mixed(key, x, ring())), product(mixed(key, rotated(x, range(NUM)), ring())), rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("proper", [True, False])
 @pytest.mark.parametrize("criterion", ["A", "B", "joint"])
 def test_turning_a_neighbour_changes_nothing_where_frames_are_aligned(criterion, proper):
@@ -107,6 +109,7 @@ def test_rules_about_factors_see_frames(key):
     assert (product(mixed(key, x, ring()))[0] - product(mixed(key, rotated(x, [1, 5]), ring()))[0]).norm() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", RULES)
 def test_from_zero_with_peers_that_are_often_alone(key):
     """B = 0 at the start, one neighbour or none in most rounds: finite, and every peer has learned."""
@@ -126,6 +129,7 @@ def test_two_peers_without_any_training_stay_at_zero(key):
         assert (torch.linalg.matrix_rank(a_view(out, pair)) == 2).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", RULES)
 def test_float32_rows_of_deficient_rank(key):
     x = drifted().float()
@@ -138,6 +142,7 @@ def test_float32_rows_of_deficient_rank(key):
     torch.testing.assert_close(product(out), product(dense).float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_energy_collapses_into_the_smallest_rank_without_a_residual():
     """A documented hazard of product mixing with unequal ranks: idle rounds lose what the smallest peer cannot hold."""
     generator = torch.Generator().manual_seed(0)

@@ -58,6 +58,7 @@ def test_is_alternating_least_squares_on_dense_products(seed):
                 <= 1.0001 * np.square(dense_als(one_a, one_b, WEIGHTS.numpy()) - target).sum())
 
 
+@pytest.mark.long
 def test_reaches_the_best_of_many_starts_on_independent_factors():
     """There is more than one minimum: averaging and every peer alone are tried, against twenty random starts on dense products."""
     stopped_short = 0
@@ -153,6 +154,7 @@ def test_adamw_goes_the_same_way_less_far(delta):
     assert of_adamw < 0.5 * (of_als + fit.error(plain, plain))
 
 
+@pytest.mark.long
 def test_rotated_copies_need_alignment_and_say_so():
     x = drifted()[:1].expand(NUM, -1) + 0.02 * random_rows(1)
     turn = torch.linalg.qr(torch.randn(NUM, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).Q

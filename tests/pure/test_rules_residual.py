@@ -82,6 +82,7 @@ class TestFedHL:
                 dense[p.name] = whole - after[p.name]
                 np.testing.assert_allclose(residuals[p.name], dense[p.name], atol=1e-9)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("ranks", [None, RANKS])
     def test_the_mean_is_kept_for_a_hundred_rounds(self, ranks):
         history, _, _ = run("fedhl", rows(0, ranks), ring(), 100, ranks, residual_rank=FULL)
@@ -315,10 +316,12 @@ class TestChoco:
             errors.append(float((whole - mean).square().sum((1, 2)).mean().sqrt() / mean.norm()))
         return errors
 
+    @pytest.mark.long
     def test_the_mean_is_kept_and_consensus_reached(self):
         errors = self.errors(0.3, 120)  # published: 1.2e-2 after 60 rounds, 4.5e-4 after 120
         assert errors[59] == pytest.approx(1.2e-2, rel=0.2) and errors[119] == pytest.approx(4.5e-4, rel=0.2)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("gamma, rounds", [(0.5, 120), (1.0, 60)])
     def test_a_step_that_is_too_long_diverges(self, gamma, rounds):
         errors = self.errors(gamma, rounds)

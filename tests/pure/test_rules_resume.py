@@ -22,6 +22,7 @@ def root(tmp_path_factory):
     return tiny_models.save(folder / "bert", "bert", layers=1), tiny_runs.write_data(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RULES)
 def test_a_resumed_run_ends_in_the_same_bits(root, tmp_path, name):
     def config(folder, rounds):

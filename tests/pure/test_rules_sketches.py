@@ -49,6 +49,7 @@ def test_enough_columns_decode_exactly():
         torch.testing.assert_close(product(mix_once("fedask", x, w, **params)), product(mix_once("decaf", x, w)), rtol=0, atol=1e-8)
 
 
+@pytest.mark.long
 def test_many_rounds_of_truncation_lose_nothing():
     """Ring of 8, rank 2, mean of rank 16: consensus on the sketch of the true mean, where product mixing is far off."""
     layout, x = wide()

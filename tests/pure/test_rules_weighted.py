@@ -140,6 +140,7 @@ class TestHira:
             assert (better <= worse + 1e-12).all()
         assert (errors[-1] < 0.95 * errors[0]).all()
 
+    @pytest.mark.long
     def test_it_stops_when_a_sweep_is_no_longer_worth_it(self):
         """`sweeps` is at most: a peer's last sweep took less than 1e-4 of its squared error, all before it more."""
         x, w, weights = self.rows(), ring(), {"q": self.WEIGHTS["q"] ** 0.3}

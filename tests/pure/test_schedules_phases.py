@@ -114,6 +114,7 @@ def test_the_rule_trains_by_them():
     assert "".join(seen) == word(Phases(graph(), [60], 0.01, 7), 60)
 
 
+@pytest.mark.long
 def test_it_ends_nearer_than_the_interval_that_ignored_parity():
     """The calibrated interval, round(3 / sqrt(1 - rho)) = 10 at p = 0.02, ends 150 rounds in a phase of B."""
     assert round(3 / (1 - topologies.spectrum.contraction(graph(0.02))) ** 0.5) == 10

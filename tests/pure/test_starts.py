@@ -168,6 +168,7 @@ def test_heads_take_the_directions_in_order(folder, tmp_path):
         assert (scales == 1).all() and cores.count_nonzero() == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [SB, RAVAN], ids=["sb", "ravan"])
 def test_a_run_begins_alike_and_goes_on_bit_for_bit(folder, tmp_path, kind):
     config = configure(folder, tmp_path / "whole", **kind)

@@ -64,6 +64,7 @@ WAITS = {"sleeps": "time.sleep(60)", "computes": "sum(k * k for k in range(10 **
                        "libc.pthread_mutex_lock(lock)\nlibc.pthread_mutex_lock(lock)"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", WAITS)
 def test_a_second_one_leaves_within_a_second_whatever_the_process_does(how):
     """Also where the main thread does not come to run Python: a wait in C is taken up again after a signal, as gloo's are."""

@@ -98,6 +98,7 @@ def circles(edges: set[tuple[str, str]]) -> list[set[str]]:
     return [found for found in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(found) > 1]
 
 
+@pytest.mark.long
 def test_imports_have_no_circle_neither_of_modules_nor_of_rooms():
     """Also those inside of functions. `dfl/__init__.py` is left out: it shows what lies below."""
     known = modules()
@@ -127,6 +128,7 @@ def test_help_and_those_who_only_read_runs_wait_for_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+@pytest.mark.long
 def test_no_pickle():
     """Nothing that executes what it reads: safetensors, JSON and raw tensors only."""
     for path in files("dfl") + files("topologies"):

@@ -420,6 +420,7 @@ def test_nothing_is_removed_where_no_sweep_has_put_its_marker(root, tmp_path, ca
     assert "symbolic link" in capsys.readouterr().err and everything(tmp_path / "real") == before
 
 
+@pytest.mark.long
 def test_a_sweep_whose_run_is_at_work_is_not_begun_again(root, tmp_path, capsys):
     path = write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0, 1]}})
     assert sweep(path, "--index", 0) == 0 and sweep(path, "--index", 1) == 0

@@ -34,6 +34,7 @@ def beginnings(table):
     return {re.sub(r"[^a-z]", "", text.replace("[name]", "").lower())[:100] for text in table.columns["text"]}
 
 
+@pytest.mark.long
 def test_both_splits_are_balanced_and_large(tables):
     train, valid, facts = tables
     for table, least in ((train, 2000), (valid, 200)):
@@ -93,6 +94,7 @@ def test_plain_text_keeps_the_names():
     assert train.columns["label"] == masked.columns["label"] and train.columns["text"] != masked.columns["text"]
 
 
+@pytest.mark.long
 def test_packages_are_read_and_not_imported():
     program = ("import sys; from dfl.config import DataConfig; from dfl.tasks import docstrings; before = set(sys.modules); "
                "docstrings.load(DataConfig(max_train=100), masked=True); new = set(sys.modules) - before; "

@@ -267,6 +267,7 @@ def test_features_are_cut_to_max_length(folder):
     assert isinstance(loaded.train.labels, np.ndarray) and len(loaded.train) == 18 and len(loaded.valid) == 2
 
 
+@pytest.mark.long
 def test_every_process_gets_the_same_bits(folder):
     """Text hashing differs between processes, and with it the order of sets."""
     path = folder("bert")

@@ -23,6 +23,7 @@ def metrics_of(bundle, index, num_classes=2):
     return measured(bundle.task, [bundle.task.outcome(output, batch)], num_classes=num_classes)[0]
 
 
+@pytest.mark.long
 def test_trec(research_data):
     data = DataConfig(source="file", train=str(research_data / "trec6/train.tsv"), valid=str(research_data / "trec6/test.tsv"),
                       text="question", label="coarse", max_length=32)
@@ -61,6 +62,7 @@ def test_trec_majorities(research_data):
     assert 0 < counts[:, 0].sum() < 20  # the rarest class is left to chance
 
 
+@pytest.mark.long
 def test_a_small_language_model_on_docstrings_and_on_its_own_stories(research_data):
     model = ModelConfig(name=str(research_data / "stories260k"), task="causal_lm")
     bundle = load(model, DataConfig(max_train=100, max_valid=50), seed=0)
@@ -89,6 +91,7 @@ def test_half_precision_weights_in_float32(research_data):
     assert np.isfinite(metrics_of(bundle, range(50))["loss"])
 
 
+@pytest.mark.long
 def test_docstrings_can_be_told_apart_by_their_words():
     """The task has an answer: nearest class mean over pooled pre-trained features beats chance by far."""
     bundle = load(minilm(), DataConfig(max_train=600, max_valid=200, max_length=48), seed=0)

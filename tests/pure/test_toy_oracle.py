@@ -80,12 +80,14 @@ def test_seeds_at_once_are_the_seeds_one_by_one():
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("p", LOSS)
 def test_peer_loss_is_the_published_one(p):
     for method, expected in zip(COLUMNS, LOSS[p], strict=True):
         assert run(method, p)[0] == pytest.approx(expected, rel=0.20), method
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("p", DECAF)
 def test_product_mixing_is_the_published_one(p):
     # the published means are of three seeds, each with a standard deviation of about 20 % in the sparse cells; the left split at
@@ -119,6 +121,7 @@ def test_alternation_has_no_deviation_at_full_connectivity():
         assert run(method, 1.0)[1] < 1e-7
 
 
+@pytest.mark.long
 def test_an_interval_that_ends_in_b_looks_worse_than_it_is():
     assert run("tad_10", 0.1, 150)[0] == pytest.approx(2.298, rel=0.20)
     assert run("tad_10", 0.1, 160)[0] == pytest.approx(1.764, rel=0.20)
@@ -168,6 +171,7 @@ def test_a_plain_numpy_loop_agrees(method, params, interval):
     np.testing.assert_allclose(result.factors["toy"][1], b, atol=1e-10, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "rolora", "tad_15", "decaf"])
 def test_the_guard_rejects_nobody_who_is_honest(method):
     """Peers that hardly ever meet drift far apart; B begins at zero."""

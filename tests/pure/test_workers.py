@@ -108,6 +108,7 @@ def test_who_does_not_leave_is_killed(monkeypatch):
         os.waitpid(-1, os.WNOHANG)
 
 
+@pytest.mark.long
 def test_weights_of_a_graph_do_not_depend_on_the_cores_either():
     """numpy's linear algebra has threads of its own; by default the command gives it one."""
     code = ("import os, sys; from dfl.cli import main; assert 'numpy' not in sys.modules; main(['train', '--dry-run']); "

@@ -102,6 +102,7 @@ class TestSkipping:
         assert tosses[::-1] == [coin(0, 0.3)(t) for t in reversed(range(4000))]
         assert tosses != [coin(1, 0.3)(t) for t in range(4000)] and all(coin(0, 1.0)(t) for t in range(100))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("p, chi, graph, local_steps", [(0.5, 1.0, "ring", 1), (0.2, 0.5, "complete", 1), (0.5, 1.0, "ring", 3)])
     def test_reaches_the_optimum_all_the_same(self, p, chi, graph, local_steps):
         wrapper = Choice("proxskip", {"p": p, "chi": chi})
@@ -145,6 +146,7 @@ def penalised(lr: float, strength: float, shrink) -> np.ndarray:
 
 
 class TestPenalties:
+    @pytest.mark.long
     @pytest.mark.parametrize("wrapper, local_steps", [
         (Choice("flexatc", {"member": "ed"}), 1), (Choice("flexatc", {"member": "ed"}), 3),
         (Choice("flexatc", {"member": "aug_dgm"}), 1), (Choice("proxskip", {"p": 0.5}), 1), (Choice("proxskip", {"p": 0.5}), 3)])

@@ -79,6 +79,7 @@ def test_its_row_of_the_table():
     assert descend("push_sum", GRAPH, rounds=300, lr=0.1).largest == pytest.approx(0.936743, abs=1e-6)
 
 
+@pytest.mark.long
 def test_push_diging_is_its_recursion_and_exact():
     """X <- A X - lr Y, m <- A m, Z = X / m, Y <- A Y + g(Z) - g(Z before)."""
     x, m, lr = np.zeros((NUM, 3)), np.ones((NUM, 1)), 0.05
@@ -91,6 +92,7 @@ def test_push_diging_is_its_recursion_and_exact():
     assert descend("push_diging", GRAPH, rounds=400, lr=0.05, d=3).rms < 2e-4
 
 
+@pytest.mark.long
 def test_push_diging_with_local_steps_is_exact_too():
     assert descend("push_diging", GRAPH, rounds=400, lr=0.015, d=3, local_steps=3).rms < 1e-4
     assert descend("push_sum", GRAPH, rounds=100, lr=0.01, d=3, local_steps=3).rms > 0.05

@@ -23,6 +23,7 @@ def config_of(root, output, **given):
     return make_config(root / "bert", root / "data.csv", output, **given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapper", CANCEL)
 @pytest.mark.parametrize("rule", ["lora", "rolora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -54,6 +55,7 @@ def test_it_cancels_where_peers_take_unequal_steps_or_are_scaled_differently(roo
     assert kept.abs().max() > 2e-5 and kept.sum(0).abs().max() < 1e-5 * kept.abs().max() + 2e-7
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "none"])
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, wrapper, monkeypatch):
     from dfl.run import train as running

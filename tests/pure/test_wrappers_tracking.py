@@ -53,6 +53,7 @@ def test_local_steps_are_k_gt():
     np.testing.assert_allclose(found.x, x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapper, topology, given", [
     ("gradient_tracking", "ring", {"lr": 0.02, "local_steps": 4, "rounds": 400}),
     ("gradient_tracking", Given(matchings, period=None), {"lr": 0.05, "rounds": 600}),
@@ -80,6 +81,7 @@ def test_equal_data_from_one_start_are_plain_descent(wrapper):
     torch.testing.assert_close(found, torch.full_like(found, 2 - 0.9 ** 60), rtol=0, atol=1e-13)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapper, lr", [("gradient_tracking", 0.05), ("momentum_tracking", 0.005)])
 def test_through_a_codec_of_differences_tracking_is_beer_and_motef_and_stays_exact(wrapper, lr):
     """A fifth of the numbers at a step of 0.2, d = 20: plain gossip ends at 1.256 there."""
@@ -112,6 +114,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="wrapper.momentum = 1.0 is not allowed; allowed: a number from 0 up to"):
             descend(Choice("momentum_tracking", {"momentum": 1.0}), "ring", rounds=1, lr=0.1)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("wrapper", ["exact_diffusion", "led"])
     def test_what_mixing_did_makes_grow_what_a_codec_leaves_for_later(self, wrapper):
         """Measured: 5e6 after 900 rounds at a share of a fifth."""

@@ -34,6 +34,7 @@ def test_compare_ranks_by_seconds(capsys):
     assert rows[-1]["sums"] == "row" and not {"edge_list", "contact_trace"} & set(by_name)
 
 
+@pytest.mark.long
 def test_latency_and_bandwidth_change_the_ranking(capsys):
     def first(*options):
         return json.loads(run(capsys, "compare", "--peers", 16, "--json", *options)[1])[0]["name"]
@@ -71,6 +72,7 @@ def test_accelerated_simulation_keeps_its_promise(capsys):
     assert found["predicted_rate"] - 0.05 < found["measured_rate"] < found["predicted_rate"] + 1e-3  # the bound is tight
 
 
+@pytest.mark.long
 def test_drawings_repeat_to_the_byte(tmp_path):
     for ending in ("png", "svg"):
         files = [save(draw(topologies.build("one_peer_exponential", 6)), tmp_path / f"{k}.{ending}") for k in range(2)]

@@ -30,6 +30,7 @@ def commands():
     return [line for line in lines if line.strip()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", commands())
 def test_every_command_runs(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -81,6 +81,7 @@ def test_nothing_here_imports_torch_or_dfl():
             assert not {str(module).split(".")[0] for module in modules} & {"torch", "dfl"}, path
 
 
+@pytest.mark.long
 def test_numpy_and_networkx_are_enough():
     """Building, rows and dense spectra without scipy, matplotlib or cvxpy; what needs them says which extra to install."""
     code = """

@@ -64,6 +64,7 @@ def test_sampled_contraction_covers_the_truth():
     assert abs(traced.value - truth) < 4 * traced.standard_error and 0 < traced.standard_error < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["edge_activation", "random_matching", "od_equidyn", "el_oracle"])
 def test_contraction_bounds_the_mean_of_many_runs(name):
     """E|x(t) - mean|^2 <= rho^t |x(0) - mean|^2; with equality where peers are exchangeable (200 runs)."""

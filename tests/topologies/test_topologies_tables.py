@@ -125,6 +125,7 @@ def test_optimal_weights_themselves():
     assert row == pytest.approx({0: 2 / 3, 1: 1 / 6, 9: 1 / 6})
 
 
+@pytest.mark.long
 def test_fdla_is_at_least_as_fast_as_every_other_symmetric_rule():
     for name in ("karate_club", "tree", "barbell", "grid"):
         n = 34 if name == "karate_club" else 12
@@ -140,6 +141,7 @@ def test_fdla_of_an_edge_transitive_graph_is_the_best_constant():
         assert slem("ring", n, "fdla") == pytest.approx(slem("ring", n, "best_constant"), abs=1e-8)
 
 
+@pytest.mark.long
 def test_larger_graphs_take_another_solver_to_the_same_optimum(monkeypatch):
     """Beyond 32 peers, SCS: on rings the best constant is the optimum, on others that of Clarabel, to six digits."""
     from topologies import convex
@@ -315,6 +317,7 @@ def test_edge_cycle():
         assert spectrum.cycle_rate(topology) ** n == pytest.approx(radius, abs=1e-6)
 
 
+@pytest.mark.long
 def test_random_matchings():
     for n, expected in ((4, 0.3333), (8, 0.42857), (16, 0.46667), (32, 0.48387), (7, 0.5)):
         assert rho("random_matching", n) == pytest.approx(expected, abs=1e-4)
