@@ -21,6 +21,7 @@ def test_every_method_ends_in_the_numbers_it_ended_in(measured):
     assert far == [], REFRESH
 
 
+@pytest.mark.long
 def test_every_method_ends_in_the_bits_it_ended_in(measured):
     golden = json.loads(FILE.read_text())
     if golden["machine"] != machine():

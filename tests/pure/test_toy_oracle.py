@@ -71,6 +71,7 @@ def deviation(before: dict, after: dict, p: float, t: int) -> float:
     return np.mean([float(aggregation_errors(look).mean()) for look in looks])
 
 
+@pytest.mark.long
 def test_seeds_at_once_are_the_seeds_one_by_one():
     for p, rule in ((0.3, "lora"), (1.0, "decaf")):
         together = simulate(rule, graphs(p), toys().factors(p == 1), toys().local_step, 7, measure_every=0)
@@ -97,6 +98,7 @@ def test_product_mixing_is_the_published_one(p):
         assert run(method, p)[0] == pytest.approx(expected, rel=tolerance), method
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("p", DEVIATION)
 def test_deviation_from_product_consensus_is_the_published_one(p):
     for method, expected in zip(COLUMNS, DEVIATION[p], strict=True):
@@ -104,6 +106,7 @@ def test_deviation_from_product_consensus_is_the_published_one(p):
         assert abs(run(method, p)[1] - expected) <= 0.20 * expected + 5e-4, method
 
 
+@pytest.mark.long
 def test_orderings():
     for p in (0.5, 0.1, 0.02):
         losses = [run(m, p)[0] for m in COLUMNS]
@@ -115,6 +118,7 @@ def test_orderings():
     assert gains == sorted(gains)
 
 
+@pytest.mark.long
 def test_alternation_has_no_deviation_at_full_connectivity():
     assert run("lora", 1.0)[1] == pytest.approx(0.084, rel=0.20)
     for method in COLUMNS[1:]:
