@@ -60,6 +60,7 @@ METHODS: dict[str, Row] = {
     "ravan": Row("ravan", adapter="ravan"),
     "dora": Row("dora", adapter="dora"),
     "hira": Row("hira", adapter="hira"),
+    "task_bank": Row("task_bank", "own_a", adapter="orthogonal"),
     "local": Row("average", "alone", about="Train alone, never mix: the baseline that gossip has to beat."),
 }
 SLOTS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -112,6 +113,8 @@ class Context(NamedTuple):
     weights: Mapping | None = None  # the frozen weight of every adapted layer
     topology: Mixing | None = None
     rounds: int | None = None
+    frames: Callable[[int], Any] | None = None  # a row (D,) with the frozen A of a peer
+    spectra: Mapping[int, Sequence[float]] | None = None  # of hosted peers, how many directions the inputs of each layer fill
 
     def known(self, factory: Callable[..., Any]) -> dict[str, object]:
         given = {name: value for name, value in self._asdict().items() if name != "head" and value is not None}

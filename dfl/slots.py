@@ -96,6 +96,7 @@ class Schedule(NamedTuple):
 
 # what a schedule has exchanged: both factors in every round, the one that trains, B or A alone, cores, or nothing
 SENDS = ("pairs", "active", "B", "A", "core", "nothing")
+OWN = "own"  # B beside an A of each peer's own: no rule takes it but one that says so, for a mean of these is nothing
 Inbox = Mapping[int, Message]  # the message of each contributing peer, its own among them, by peer id
 
 

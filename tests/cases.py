@@ -5,6 +5,7 @@ from one_round import build
 
 import topologies
 from dfl.adapters.cores import expand, make_cores
+from dfl.adapters.frames import make_frames
 from dfl.adapters.kinds import KINDS
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.config import LoraConfig
@@ -39,7 +40,7 @@ LINEAR = {"lora", "ffa", "share_a", "rolora", "adf", "tad", "replicate", "fed_sb
 FRAME, DATED = "turns the frame of its factors", "mean something in their own round alone"
 NO_DIFFERENCES = {**dict.fromkeys(("decaf", "florist", "fedask", "fedhl", "carry", "dora", "hira"), FRAME),
                   **dict.fromkeys(("lora_a2", "plora", "salf", "fed_svd", "flora"), DATED),
-                  "fedex_choco": "sends compressed differences itself"}
+                  "task_bank": "its message is not its row", "fedex_choco": "sends compressed differences itself"}
 
 
 def codec_refusal(name: str, setting: str) -> str | None:
@@ -63,9 +64,11 @@ class Case:
         if "wrapper" in slots and slots["wrapper"].name == "relay":
             graph = "path"
         self.lora = self.layout = lora(rank)
-        self.cores = None
+        self.cores = self.frames = None
         adapter = METHODS[name].adapter
         kind = KINDS[adapter or "lora"]
+        if kind.own_a:
+            self.frames = make_frames(self.lora, 0, NUM)
         if kind.core:
             self.cores = make_cores(self.lora, [], kind.core(LoraConfig(heads=2)), seed=0)
             self.layout = self.cores.layout
@@ -74,8 +77,9 @@ class Case:
             generator = torch.Generator().manual_seed(5)
             params = {"weights": {key: 1 + 0.1 * torch.rand(d_out, d_in, generator=generator) for key, d_in, d_out, _ in SIZES}}
         self.topology, self.seed = topologies.build(graph, NUM), seed
+        own = {"frames": self.frames, "peers": NUM} if self.frames else {}
         self.rule = build(name, self.layout, slots=slots, topology=self.topology, rounds=ROUNDS, delay=delay,
-                          **params)
+                          **params, **own)
 
     def gossip(self, x) -> Gossip:
         return Gossip(self.rule.method, self.layout, self.topology, InProcess(), range(NUM), x, seed=self.seed)
@@ -100,4 +104,6 @@ def start_rows(case: Case, apart: bool = False) -> torch.Tensor:
         x[:, case.layout.groups["M"]] = x[:, case.layout.groups["M"]].abs() + 1
     if case.layout.has("A") and not apart:
         x[:, case.layout.groups["A"]] = x[0, case.layout.groups["A"]]
+    for peer, row in enumerate(x if case.frames else ()):
+        row[case.layout.groups["A"]] = case.frames(peer)[case.layout.groups["A"]]
     return x

@@ -17,7 +17,8 @@ from dfl.run.runtime import start
 WANTS = {"tad": {"method": {"name": "tad", "T": 1}}, "flora": {"topology": "complete"}, "fedex_choco": {"topology": "ring"},
          "fed_svd": {"topology": "ring"}, "fed_sb": {"lora": {"adapter": "sb", "rank": 2}},
          "ravan": {"lora": {"adapter": "ravan", "rank": 4, "heads": 2}}, "dora": {"lora": {"adapter": "dora", "rank": 2}},
-         "hira": {"lora": {"adapter": "hira", "rank": 2}}}
+         "hira": {"lora": {"adapter": "hira", "rank": 2}},
+         "task_bank": {"lora": {"adapter": "orthogonal", "rank": 2}}}
 UNEQUAL = {"rank": [1, 2, 3, 4, 4], "alpha": [2, 2, 6, 8, 4], "head": "mixed"}
 
 

@@ -61,12 +61,12 @@ class Always:
 
 
 def build(name: str, layout, *, head: str = "frozen", ranks=None, peers=None, rank=None, weights=None, topology=None, rounds=None,
-          slots=None, params=None, delay=0, **given) -> Built:
+          frames=None, spectra=None, slots=None, params=None, delay=0, **given) -> Built:
     """slots: the choice for some slots, a name or a Choice; params: parameters of the method whose names are taken here."""
     chosen = {slot: Choice(choice) if isinstance(choice, str) else choice for slot, choice in (slots or {}).items()
               } if isinstance(slots, dict) else {}
     given = {**given, **(params or {}), **({} if isinstance(slots, dict) or slots is None else {"slots": slots})}
-    context = Context(layout, head, None if ranks is None else tuple(ranks), peers, rank, weights, topology, rounds)
+    context = Context(layout, head, None if ranks is None else tuple(ranks), peers, rank, weights, topology, rounds, frames, spectra)
     return Built(methods.build(name, context, given, chosen, delay), layout)
 
 

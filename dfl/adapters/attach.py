@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dfl.adapters import cores
 from dfl.adapters.cores import Cores
+from dfl.adapters.frames import Frames, make_frames
 from dfl.adapters.kinds import KINDS, Kind, kind_of
 from dfl.adapters.layout import HeadTensor, Layout, Pair, a_view, b_view, empty_rows, head_view, make_layout
 from dfl.adapters.peft_layers import ADAPTER
@@ -53,7 +54,7 @@ class Adapted(NamedTuple):
     layout: of the rows that are trained and mixed. lora: of the rows of LoRA factors that the model reads, the same unless the
     kind of adapter trains cores. offset: a constant residual (what a start at the base weight's own directions adds at first), in a
     layout like `residual`. residual: the layout of low-rank products beside the adapter, None where there are none; kept: of those
-    among them that the rule keeps.
+    among them that the rule keeps. frames: the frozen A of each peer, where each has its own.
     """
 
     model: peft.PeftModel
@@ -67,6 +68,7 @@ class Adapted(NamedTuple):
     offset: tuple[Layout, Tensor] | None = None
     residual: Layout | None = None
     kept: Layout | None = None
+    frames: Frames | None = None
 
     @property
     def lora(self) -> Layout:
@@ -164,6 +166,8 @@ def attach(model: nn.Module, lora: LoraConfig, task: str, head_modules: Sequence
     for site in sites:
         kind.layers.prepare(site.module, ranks.largest, ranks.reference)
     adapted = Adapted(fitted.model, layout, sites, _place(head, layout), _start(kind, layout, sites, head, seed), ranks, kind)
+    if kind.own_a:
+        adapted = adapted._replace(frames=make_frames(layout, seed, len(ranks.ranks)))
     return adapted if fitted.core is None else _with_cores(adapted, fitted, seed)
 
 
@@ -254,8 +258,10 @@ def _with_cores(adapted: Adapted, fitted: Fitted, seed: int) -> Adapted:
 
 
 def start_of(adapted: Adapted, peer: int) -> Tensor:
-    """The row (D,) that a peer starts from: the common one, zero beyond the peer's rank."""
+    """The row (D,) that a peer starts from: the common one, with its own A where it has one, zero beyond the peer's rank."""
     row = adapted.start.clone()
+    if adapted.frames is not None:
+        row[adapted.layout.groups["A"]] = adapted.frames(peer)[adapted.layout.groups["A"]]
     for pair in adapted.layout.pairs:
         a_view(row, pair)[adapted.ranks.ranks[peer]:] = 0
         b_view(row, pair)[:, adapted.ranks.ranks[peer]:] = 0

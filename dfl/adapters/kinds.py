@@ -41,6 +41,7 @@ class Kind(NamedTuple):
     residual: whether a rule may keep low-rank products beside it.
     unequal: whether peers may differ in rank and alpha.
     starts: the values of lora.start that it takes; gradient fills a core named `core`, of blocks.
+    own_a: every peer has a frozen A of its own (`dfl.adapters.frames`), and trains B.
     """
 
     about: str
@@ -53,6 +54,7 @@ class Kind(NamedTuple):
     residual: bool = True
     unequal: bool = False
     starts: tuple[str, ...] = ("kaiming",)
+    own_a: bool = False
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -79,6 +81,8 @@ KINDS: dict[str, Kind] = {
     "ravan": Kind("Several scaled cores between frozen bases (RAVAN: Raje et al. 2025, arXiv 2506.05568).",
                   core=lambda lora: blocks(lora.heads, scaled=True), methods=("ravan", "local"),
                   starts=("kaiming", "gradient")),
+    "orthogonal": Kind("A frozen A of each peer's own, orthogonal to all others (Yang et al. 2026, arXiv 2602.20492).",
+                       methods=("task_bank", "local"), own_a=True),
 }
 
 

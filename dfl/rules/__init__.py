@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from dfl.rules.alignment import fedrot
 from dfl.rules.average import average, ravan
+from dfl.rules.bank import task_bank
 from dfl.rules.coefficients import flora_na
 from dfl.rules.orthonormal import fed_svd
 from dfl.rules.padding import hetlora, replicate
@@ -35,6 +36,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "fedex": fedex,
     "fedex_choco": fedex_choco,
     "flora": flora,
+    "task_bank": task_bank,
     "ravan": ravan,
     "dora": dora,
     "hira": hira,

@@ -33,6 +33,7 @@ from dfl.store.manifest import UnreadableError
 from dfl.training import executors
 from dfl.training.hosted import HostedPeers
 from dfl.training.packing import check_packing
+from dfl.training.spectrum import participation
 from dfl.training.starts import at_first_gradient
 from dfl.training.stream import DataStream, make_stream
 from dfl.transport import Transport
@@ -40,7 +41,7 @@ from dfl.transport.agreement import together
 
 # what a factory gets from the run, and no recipe gives it a second time
 _SET_BY = {"head": "lora.head", "layout": "lora.targets", "ranks": "lora.rank", "weights": "model.name", "peers": "peers",
-           "rank": "lora.rank", "topology": "topology", "rounds": "train.rounds"}
+           "rank": "lora.rank", "topology": "topology", "rounds": "train.rounds", "frames": "lora.adapter", "spectra": "data"}
 
 
 class Loaded(NamedTuple):
@@ -159,11 +160,14 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     return Loaded(bundle, parts, adapted)
 
 
-def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None) -> Method:
-    """known: None where the ranks follow from the model, which is not loaded yet; they may differ."""
+def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None,
+                 spectra: Mapping[int, list[float]] | None = None) -> Method:
+    """known: None where the ranks follow from the model, which is not loaded yet; they may differ. spectra: of the inputs of the
+    adapted layers, by hosted peer."""
     unequal = (1, config.lora.rank.largest) if known is None else known.unequal
     weights = None if adapted is None else {site.pair.name: site.weight for site in adapted.sites}
-    context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds)
+    context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds,
+                      adapted and adapted.frames, spectra)
     return methods.build(config.method.name, context, config.method.params, chosen_slots(config), config.delay)
 
 
@@ -187,15 +191,29 @@ def with_first_gradient(config: Config, runtime: Runtime, loaded: Loaded, resume
     return adapted._replace(cores=adapted.cores._replace(bases=flat[:len(made.cores.bases)].clone()), start=start)
 
 
-def _first_gradient(config: Config, loaded: Loaded, device: torch.device) -> Adapted:
-    """From the examples that peer 0 trains on first: lora.start_samples of them, or all that it has."""
-    bundle, parts, adapted = loaded.bundle, loaded.parts, loaded.adapted
-    num = min(config.lora.start_samples, len(parts[0]))
-    chosen = DataStream(parts[0], num, data_seed(config), 0).batch(0)
+def _first_examples(config: Config, loaded: Loaded, device: torch.device, peer: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Those that a peer trains on first, lora.start_samples of them or all that it has: batches, each with its share of them."""
+    bundle, part_of = loaded.bundle, loaded.parts[peer]
+    num = min(config.lora.start_samples, len(part_of))
+    chosen = DataStream(part_of, num, data_seed(config), peer).batch(0)
     batches = []
     for part in np.split(chosen, range(config.train.batch_size, num, config.train.batch_size)):
         batch = bundle.task.collate([bundle.train.features[i] for i in part])
         batches.append((len(part) / num, {key: value.to(device) for key, value in batch.items()}))
+    return batches
+
+
+def _spectra(config: Config, runtime: Runtime, loaded: Loaded) -> dict[int, list[float]] | None:
+    """How many directions the inputs of each layer fill on each hosted peer's first examples, where the method divides by that."""
+    if methods.fill(config.method.name, config.method.params, chosen_slots(config))["rule"].name != "task_bank":
+        return None
+    return {peer: participation(loaded.adapted, loaded.bundle.task,
+                                [batch for _, batch in _first_examples(config, loaded, runtime.device, peer)])
+            for peer in runtime.hosted}
+
+
+def _first_gradient(config: Config, loaded: Loaded, device: torch.device) -> Adapted:
+    bundle, adapted, batches = loaded.bundle, loaded.adapted, _first_examples(config, loaded, device, 0)
     return at_first_gradient(adapted, bundle.task, batches, seed=derive(config.seed, "first gradient"), step=config.lora.start_step)
 
 
@@ -211,7 +229,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     """Peers, rule, executor and evaluator of a run that has not begun, or whose state will come from the checkpoint `resumed_from`."""
     loaded = loaded._replace(adapted=with_first_gradient(config, runtime, loaded, resumed_from))
     bundle, parts, adapted, own = loaded.bundle, loaded.parts, loaded.adapted, loaded.own
-    method = build_method(config, adapted.layout, topology, adapted.ranks, adapted)
+    method = build_method(config, adapted.layout, topology, adapted.ranks, adapted, _spectra(config, runtime, loaded))
     adapted = with_residual(adapted, method.rule.residual)
     lengths = bundle.train.lengths() if config.data.packing or config.data.group_by_length else None
     streams = [make_stream(config.data, parts[p], config.train.batch_size, data_seed(config), p, lengths) for p in runtime.hosted]
@@ -238,8 +256,9 @@ def check_same_start(peers: HostedPeers, bundle, transport: Transport, num_peers
     if adapted.cores is not None:
         common.append(adapted.cores.bases.cpu().numpy().tobytes())
     shared = hashlib.sha256(b"".join(common)).digest()
-    digests = [hashlib.sha256(row.cpu().numpy().tobytes() + shared).digest()
-               for row in (peers.x if adapted.ranks.unequal is None else adapted.start[None].expand(len(peers.ids), -1))]
+    alike = adapted.ranks.unequal is None and adapted.frames is None
+    rows = peers.x if alike else adapted.start[None].expand(len(peers.ids), -1)
+    digests = [hashlib.sha256(row.cpu().numpy().tobytes() + shared).digest() for row in rows]
     first = transport.spread(digests[0])  # peer 0 is hosted by process 0
     differing = next((peer for peer, digest in zip(peers.ids, digests, strict=True) if digest != first), None)
     peer = num_peers - transport.agree(0 if differing is None else num_peers - differing)

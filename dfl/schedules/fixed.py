@@ -3,7 +3,7 @@
 from typing import Any
 
 from dfl.schedules.groups import NOTHING, Groups
-from dfl.slots import Plan, Schedule
+from dfl.slots import OWN, Plan, Schedule
 
 
 def _always(plan: Plan, sends: str, **facts: Any) -> Schedule:
@@ -23,6 +23,16 @@ def frozen_a(groups: Groups) -> Schedule:
     """
     b = frozenset({"B"})
     return _always(groups.plan(b, b), "B", common=frozenset({"A"}))
+
+
+def own_a(groups: Groups) -> Schedule:
+    """Freeze an A of every peer's own, train B and exchange it for others to keep.
+
+    B of one peer means something beside its own A alone, so that no rule may average it. Yang et al. 2026, arXiv
+    2602.20492 (sparse-and-orthogonal LoRA).
+    """
+    b = frozenset({"B"})
+    return _always(groups.plan(b, b), OWN)
 
 
 def share_a(groups: Groups) -> Schedule:

@@ -13,7 +13,7 @@ from dfl.transport import InProcess
 
 NUM = 5
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])
-WANT_AN_ADAPTER = {"fed_sb", "ravan", "dora", "hira"}
+WANT_AN_ADAPTER = {"fed_sb", "ravan", "dora", "hira", "task_bank"}
 EVERY = [name for name in methods.METHODS if name not in WANT_AN_ADAPTER | {"local"}]
 
 

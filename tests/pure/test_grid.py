@@ -92,7 +92,7 @@ PAIRS = {"lora", "replicate", "adf", "tad"}  # those of them that send A and B i
 STATIC = {"fedex_choco"}
 NO_AHEAD = {"fed_svd": DATED, "flora": DATED, "plora": DATED, "lora_a2": DATED, "salf": DATED, "fedex_choco": COPIES}
 # what a guard that weighs messages cannot go with
-WEIGHED = {"lora_a2", "plora", "fedrot", "flora_na", "hetlora", "fedex_choco", "flora"}
+WEIGHED = {"lora_a2", "plora", "fedrot", "flora_na", "hetlora", "fedex_choco", "flora", "task_bank"}
 MANY_LENGTHS = {"florist", "fedhl", "salf"}
 
 

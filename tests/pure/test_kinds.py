@@ -137,7 +137,8 @@ def test_a_rate_of_what_is_not_trained_is_refused_before_anything_is_loaded(tmp_
 
 def test_rows_say_what_they_train():
     assert {name: kind.trains for name, kind in KINDS.items()} == {
-        "lora": ("A", "B"), "dora": ("A", "B", "M"), "hira": ("A", "B"), "sb": ("core",), "ravan": ("core",)}
+        "lora": ("A", "B"), "dora": ("A", "B", "M"), "hira": ("A", "B"), "sb": ("core",), "ravan": ("core",),
+        "orthogonal": ("A", "B")}
     assert kind_of(LoraConfig(adapter="hira")).layers.scaling(16.0, 4, False) == 1.0
     assert kind_of(LoraConfig()).layers.scaling(16.0, 4, True) == 8.0
     assert all(line.endswith(".") for line in describe().values())
