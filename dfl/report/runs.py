@@ -90,6 +90,16 @@ def spent(run: RunData) -> dict[int, tuple[float, float]]:
     return result
 
 
+def counted(run: RunData) -> dict[int, tuple[float, float]]:
+    """Round -> (messages along directed edges, seconds on the simulated clock) from the beginning to the end of that round."""
+    messages, clock, result = 0.0, 0.0, {}
+    for record in run.records:
+        messages += number(record, "ledger", "messages") or 0
+        clock = max(clock, number(record, "ledger", "seconds") or 0)
+        result[record["round"]] = (messages, clock)
+    return result
+
+
 # what a record holds beside measurements of peers and rule
 _BOOKKEEPING = {"round", "lr", "rates", "edges", "message_bytes", "wire_bytes", "control_bytes", "measured_bytes", "rejected_senders",
                 "train_loss", "train_loss_peers", "seconds", "trains", "eval", "measures", "layers", "ledger", "hosted"}

@@ -1,5 +1,7 @@
 """The page of many runs: results with intervals over seeds, paired differences, heat maps, curves by method."""
 
+from collections.abc import Callable
+
 from dfl.report import charts
 from dfl.report.groups import (
     Member,
@@ -15,11 +17,12 @@ from dfl.report.groups import (
     place_name,
 )
 from dfl.report.page import Section, Table
-from dfl.report.runs import evaluated, metrics_of, number, scalars, spent
+from dfl.report.runs import counted, evaluated, metrics_of, number, scalars, spent
 from dfl.report.single import MEANINGS, UNKNOWN, crossing, megabytes, title
 from dfl.report.statistics import LEAST_VALUES, Estimate, estimate
 from dfl.store.runs import RunData
 
+Cost = Callable[[RunData], dict[int, tuple[float, float]]]
 # of a line: a sweep has many of them
 MAX_POINTS = 120
 
@@ -159,21 +162,25 @@ def _curves(members: list[Member], methods: list[str], metric: str, higher: bool
 
 def _cost(members: list[Member], methods: list[str], metric: str, higher: bool, targets: list[float]) -> Section:
     found = []
-    for index, (unit, scale, text) in enumerate((("MB of messages", 1e6, "Bytes of all messages of all peers."),
-                                                 ("seconds of work", 1, "Seconds of local steps, encoding, exchange and mixing."))):
+    clock = any(seconds for m in members for _, seconds in counted(m.run).values())
+    for of_run, index, unit, scale, text in (
+            (spent, 0, "MB of messages", 1e6, "Bytes of all messages of all peers."),
+            (spent, 1, "seconds of work", 1, "Seconds of local steps, encoding, exchange and mixing."),
+            (counted, 0, "messages", 1, "Messages of all peers along directed edges."),
+            *([(counted, 1, "simulated seconds", 1, "Of the slowest peer's clock on the network of the recipe.")] if clock else [])):
         variants = []
         for where in dict.fromkeys(m.where for m in members):
-            lines = [charts.series(method, _over_cost(group, metric, index, scale), "line", k) for k, method in enumerate(methods)
-                     if (group := grouped(members).get((method, *where)))]
+            lines = [charts.series(method, _over_cost(group, metric, of_run, index, scale), "line", k)
+                     for k, method in enumerate(methods) if (group := grouped(members).get((method, *where)))]
             variants.append(charts.variant(place_name(where), metric, lines))
         found.append(charts.lines(f"{title(metric)} by {unit}", f"{text} Means over seeds, of the metric and of what it took.",
                                   variants, x=unit, choose="topology"))
     return Section("What it cost", charts=[c for c in found if c], tables=[_crossings(members, metric, higher, targets)])
 
 
-def _over_cost(group: list[Member], metric: str, index: int, scale: float) -> list[tuple]:
-    """(mean bytes or seconds, mean metric) of the group at each round that all of its seeds have evaluated."""
-    tables = [({r["round"]: number(r, "eval", metric, "mean") for r in evaluated(m.run, metric)}, spent(m.run)) for m in group]
+def _over_cost(group: list[Member], metric: str, of_run: Cost, index: int, scale: float) -> list[tuple]:
+    """(mean cost, mean metric) of the group at each round that all of its seeds have evaluated. of_run: costs by round."""
+    tables = [({r["round"]: number(r, "eval", metric, "mean") for r in evaluated(m.run, metric)}, of_run(m.run)) for m in group]
     shared = sorted(set.intersection(*({t for t, v in values.items() if v is not None} for values, _ in tables)))
     return [(sum(cost[t][index] for _, cost in tables) / len(tables) / scale, sum(values[t] for values, _ in tables) / len(tables))
             for t in shared]

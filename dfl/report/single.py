@@ -7,7 +7,7 @@ from dfl.report import charts
 from dfl.report.lines import on_own_data
 from dfl.report.network import network
 from dfl.report.page import Section, Table
-from dfl.report.runs import OBSERVING, comparable, evaluated, layers, metrics_of, number, scalars, short_of_end, spent
+from dfl.report.runs import OBSERVING, comparable, counted, evaluated, layers, metrics_of, number, scalars, short_of_end, spent
 from dfl.store.runs import RunData
 
 # more bars, columns, lines of peers, or points in each of those no screen shows
@@ -124,9 +124,23 @@ def _progress(run: RunData, metric: str, higher: bool, targets: list[float]) -> 
             points = [(alone[r["round"]][1], number(r, "eval", metric, "mean")) for r in evaluated(run.baseline, metric)]
             lines.append(charts.series("training alone, mean of peers", points, "baseline", 2))
         found.append(charts.lines(f"{title(metric)} by {unit}", text, [charts.variant(metric, metric, lines)], x=unit))
+    found += _by_ledger(run, metric)
     return [Section("Progress", charts=[c for c in (by_round, loss) if c]),
             Section("What it cost", charts=[c for c in found if c], tables=[crossings([run], metric, higher, targets)],
                     notes=[] if any(found) else [f"The mean {metric} over peers was never finite: there is nothing to reach."])]
+
+
+def _by_ledger(run: RunData, metric: str) -> list[dict]:
+    """The metric over messages, and over simulated seconds where there is a clock."""
+    ledger, found = counted(run), []
+    for index, (unit, text) in enumerate((
+            ("messages", "Messages of all peers along directed edges; who is silent, or leaves a link out, sends none."),
+            ("simulated seconds", "Of the slowest peer's clock on the network that the recipe describes."))):
+        if any(of_round[index] for of_round in ledger.values()):
+            lines = [line for line in metric_lines(run, metric, lambda record, index=index: ledger[record["round"]][index])
+                     if line["role"] not in ("peer", "baseline")]
+            found.append(charts.lines(f"{title(metric)} by {unit}", text, [charts.variant(metric, metric, lines)], x=unit))
+    return [chart for chart in found if chart]
 
 
 def _what_happened(run: RunData, metric: str, higher: bool) -> str:

@@ -9,8 +9,8 @@ from made_up_runs import record, write_run, write_sweep
 from dfl.report import several
 from dfl.report.build import write_report
 from dfl.report.groups import choose_baseline, curve, differences, distinct, grouped, outcome, place
-from dfl.report.runs import spent
-from dfl.report.single import crossing, default_targets
+from dfl.report.runs import counted, spent
+from dfl.report.single import crossing, default_targets, sections
 from dfl.report.statistics import estimate, paired
 from dfl.store.runs import read_all, read_run
 
@@ -230,3 +230,20 @@ def test_a_sweep_says_what_is_missing(folders, tmp_path):
     assert len(found) == 5 and all(row[1].endswith("(n = 2: no interval)") and "±" not in row[1] for row in found[1:])
     _, *pairs = rows(text, "Accuracy minus that of lora, on the same topology, setting and seed")
     assert len(pairs) == 3 and all(row[3:] == ["n = 2: no interval", "2"] for row in pairs)
+
+
+def test_accuracy_is_drawn_over_what_the_ledger_counts(tmp_path):
+    """Messages add up, a clock goes on; without one there is no curve over it."""
+    def with_ledger(t: int, clock: float) -> dict:
+        return record(t, [0.1 * t] * 2, ledger={"messages": 3, "seconds": clock * t} if t else {})
+
+    run = read_run(write_run(tmp_path / "timed", [with_ledger(t, 0.5) for t in range(5)]))
+    assert counted(run) == {t: (3 * t, 0.5 * t) for t in range(5)}
+    titles = {chart["title"]: chart for section in sections(run, "accuracy", True, [0.3]) for chart in section.charts}
+    over_time, over_messages = (titles[f"Accuracy by {unit}"]["variants"][0]["series"][0]
+                                for unit in ("simulated seconds", "messages"))
+    assert over_time["x"] == [0.5 * t for t in range(5)] and over_time["y"] == over_messages["y"] == [0, 0.1, 0.2, 0.3, 0.4]
+    assert over_messages["x"] == [3 * t for t in range(5)]
+    plain = read_run(write_run(tmp_path / "plain", [with_ledger(t, 0.0) for t in range(5)]))
+    titles = {chart["title"] for section in sections(plain, "accuracy", True, [0.3]) for chart in section.charts}
+    assert "Accuracy by messages" in titles and "Accuracy by simulated seconds" not in titles
