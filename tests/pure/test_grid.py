@@ -90,7 +90,8 @@ ONE_WAY = {"push_sum", "push_diging"}
 HELD = {"event", "sparq", "eventgrad"}  # triggers that hold messages back
 PAIRS = {"lora", "replicate", "adf", "tad"}  # those of them that send A and B in every round
 STATIC = {"fedex_choco"}
-NO_AHEAD = {"fed_svd": DATED, "flora": DATED, "plora": DATED, "lora_a2": DATED, "salf": DATED, "fedex_choco": COPIES}
+NO_AHEAD = {**dict.fromkeys(("fed_svd", "flora", "plora", "lora_a2", "salf"), DATED), "fedex_choco": COPIES,
+            "task_bank": "a change meanwhile cannot be added"}
 # what a guard that weighs messages cannot go with
 WEIGHED = {"lora_a2", "plora", "fedrot", "flora_na", "hetlora", "fedex_choco", "flora", "task_bank"}
 MANY_LENGTHS = {"florist", "fedhl", "salf"}
