@@ -145,6 +145,18 @@ class RatioConfig(Section):
     head: PositiveOrZero = said(1.0, "of a head that is trained")
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of each peer's examples (DP-SGD; Abadi et al., 2016, arXiv 1607.00133)."""
+
+    noise: PositiveOrZero | None = said(
+        None, "the noise of a step's sum of gradients as a multiple of clip; null: no differential privacy")
+    clip: Positive = said(1.0, "the largest norm of one example's gradient, over all trained factors together")
+    delta: Positive = said(1e-5, "of the guarantee that run.json states, far below one over the number of examples")
+    secret: Switch = said(
+        False, "noise from the operating system: a run that protects, and does not repeat. Else it follows from the "
+               "seed, for studies: who knows the seed can take it off")
+
+
 class TrainConfig(Section):
     rounds: Count = said(20, "of local training and one exchange")
     local_steps: Count | None = said(10, "optimiser steps of each peer in a round")
@@ -160,6 +172,7 @@ class TrainConfig(Section):
     eps: Positive = said(1e-8, "of adamw")
     momentum: PositiveOrZero = said(0.0, "of sgd")
     clip: Positive | None = said(1.0, "per peer, on the norm of its whole gradient")
+    privacy: PrivacyConfig = said(PrivacyConfig(), "privacy.noise: 1.0 makes every step one of DP-SGD")
     schedule: Literal["constant", "linear", "cosine"] = said("constant", "of the learning rate over the run")
     warmup: Fraction = said(0.0, "fraction of the run")
     state: Literal["fresh", "carried"] = said("fresh", "optimiser moments across rounds")

@@ -111,6 +111,13 @@ def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> 
     kinds.check_wanted(lora, who, of_rules.get(rule))
     if method.rule.residual is not None:
         kinds.check_residual(lora, who)
+    private = config.train.privacy.noise is not None
+    if private and rule == "task_bank" and method.rule.facts["layers"] == "spectrum":
+        raise ValueError("method.layers = 'spectrum' looks at examples before training, which train.privacy does not count; allowed: "
+                         "even")
+    if private and "stacked" not in kinds.kind_of(lora).executors or private and kinds.kind_of(lora).core:
+        raise ValueError(f"train.privacy needs a gradient for every example, which lora.adapter = {lora.adapter!r} does not give; "
+                         "allowed: lora, orthogonal")
     kinds.check_start(lora, known is None or known.unequal is not None or len(set(known.scalings)) > 1)
     trained = [*kinds.kind_of(lora).trains, *([] if lora.head == "frozen" else ["head"])]
     for group, ratio in config.train.lr_ratio:
@@ -242,7 +249,8 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
                           None if isinstance(own, str) else own,
                           metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)))
     gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
-    executor = executors.choose(config.train.executor, runtime.device, config.lora.adapter)
+    private = config.train.privacy.noise is not None
+    executor = executors.choose("sequential" if private else config.train.executor, runtime.device, config.lora.adapter)
     return Run(config, peers, gossip, topology, runtime.transport, executor,
                bundle.task, bundle.train, evaluator)
 
