@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from dfl.config.foreign import FOREIGN
+from dfl.config.optimizers import OPTIMIZERS, SCHEDULES
 from dfl.config.recipes import number, set_field
 from dfl.config.schema import Config, TrainConfig, section_of
 from dfl.config.trackers import TRACKERS, check_trackers
@@ -51,8 +52,9 @@ class Alias(NamedTuple):
     half: int | None = None
 
 
-_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
-_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
+_SCHEDULES = {name: name for name in SCHEDULES} | {"constant_with_warmup": "constant"}
+_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit", "lion_32bit": "lion",
+               "paged_adamw_32bit": "paged_adamw", "paged_lion_32bit": "paged_lion"} | {name: name for name in OPTIMIZERS}
 
 ALIASES = {
     "output_dir": Alias("output"),

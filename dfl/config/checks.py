@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from dfl.config.errors import wrong
+from dfl.config.optimizers import check_optimizer, schedule_factor
 from dfl.config.schema import Config, RankConfig
 
 
@@ -17,6 +18,8 @@ def validate(config: Config) -> None:
     if train.state == "fresh" and train.at_switch == "carried":
         raise ValueError("train.at_switch = 'carried' needs train.state = 'carried': fresh moments carry nothing")
     _check_privacy(config)
+    check_optimizer(train.optimizer, train.at_refactor)
+    schedule_factor(train.schedule.name, train.schedule.params, train.warmup)
     _check_lists(config)
 
 

@@ -29,7 +29,7 @@ _ANSWERS: dict[str, str] = {
         "prompt_field field_instruction field_output field_input formatting_func completion_column type",
     "data.messages is the field for it, the column of conversations": "field_messages message_field conversations",
     "data.source (file or hub) with data.train, or data.name, is the field for it": "dataset dataset_name datasets train_dataset "
-        "train_file dataset_dir dataset_path data_path dataset_config train_data media_dir streaming data_files",
+        "train_file dataset_dir dataset_path data_path dataset_config train_data media_dir data_files",
     "data.valid is the field for it, a file or a split": "eval_dataset validation_file test_datasets dataset_test_split eval_file",
     "data.train is the field for it, the name of a split": "dataset_train_split split",
     "data.valid_fraction is the field for it": "val_set_size val_size test_size validation_split_percentage",
@@ -43,11 +43,11 @@ _ANSWERS: dict[str, str] = {
     f"{_ROUNDS}; give num_train_epochs, or train.rounds": "num_epochs epochs n_epochs max_epochs num_rounds num_steps total_steps "
         "train_steps steps",
     "train.lr is the field for it": "lr_rate base_lr learning_rate_init",
-    "train.schedule is the field for it: constant, linear or cosine, with train.warmup": "lr_scheduler scheduler cosine_min_lr_ratio "
+    "train.schedule is the field for it, with its parameters, and train.warmup": "lr_scheduler scheduler cosine_min_lr_ratio "
         "cosine_constant_lr_ratio lr_scheduler_kwargs",
     "train.warmup is the field for it, a fraction of the run": "lr_warmup num_warmup_steps warmup_fraction",
     "train.clip is the field for it": "gradient_clipping clip_grad_norm grad_clip max_gradient_norm gradient_clip_val",
-    "train.optimizer is the field for it (adamw or sgd), with train.betas, train.eps and train.momentum": "optim_args "
+    "train.optimizer is the field for it, with train.betas, train.eps and train.momentum": "optim_args "
         "optim_target_modules use_galore use_badam use_apollo use_muon galore_rank ",
     "train.autocast is the field for it": "bf16_full_eval mixed_precision amp pure_bf16 upcast_layernorm half_precision_backend",
     _PRECISION: "fp16_full_eval float16 bfloat16 torch_dtype precision half tf32 fp8",

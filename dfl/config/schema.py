@@ -97,6 +97,8 @@ class DataConfig(Section):
     max_length: Count = said(128, "tokens")
     packing: Switch = said(False, "causal_lm: fill rows of max_length with several examples, none of which sees another")
     group_by_length: Switch = said(False, "batches of examples of similar length, in random order")
+    streaming: Switch = said(
+        False, "read and tokenise piece by piece into a cache on disk, for files that do not fit into memory")
     max_train: Count | None = said(None, "examples")
     max_valid: Count | None = said(None, "examples")
     valid_fraction: Fraction = said(0.1, "taken off train when no valid is given")
@@ -163,17 +165,20 @@ class TrainConfig(Section):
     local_epochs: Count | None = said(None, "instead of local_steps")
     batch_size: Count = said(16, "examples of one peer in a step")
     accumulation: Count = said(1, "batches whose gradients make one step")
-    optimizer: Literal["adamw", "sgd"] = said("adamw", "of each peer alone")
+    optimizer: Text = said("adamw", "of each peer alone: adamw, sgd, rmsprop, nadam or radam; with bitsandbytes lion, "
+                                    "adamw_8bit, lion_8bit, and on a GPU paged_ in front of adamw, lion and their 8-bit forms")
     # a rate of zero is the cheapest oracle of the mixing
     lr: PositiveOrZero = said(1e-3, "learning rate")
     lr_ratio: RatioConfig = said(RatioConfig(), "lr_ratio.B: 16 is LoRA+")
     weight_decay: PositiveOrZero = said(0.0, "decoupled for adamw")
-    betas: Several[Fraction] = said((0.9, 0.999), "of adamw", min_length=2, max_length=2)
-    eps: Positive = said(1e-8, "of adamw")
-    momentum: PositiveOrZero = said(0.0, "of sgd")
+    betas: Several[Fraction] = said((0.9, 0.999), "of adamw and its like", min_length=2, max_length=2)
+    eps: Positive = said(1e-8, "of adamw and its like")
+    momentum: PositiveOrZero = said(0.0, "of sgd and rmsprop")
     clip: Positive | None = said(1.0, "per peer, on the norm of its whole gradient")
     privacy: PrivacyConfig = said(PrivacyConfig(), "privacy.noise: 1.0 makes every step one of DP-SGD")
-    schedule: Literal["constant", "linear", "cosine"] = said("constant", "of the learning rate over the run")
+    schedule: Plugin = said(
+        Plugin("constant"), "of the learning rate over the run: constant, linear, cosine, cosine_with_restarts, cosine_with_min_lr, "
+                            "polynomial, inverse_sqrt or warmup_stable_decay")
     warmup: Fraction = said(0.0, "fraction of the run")
     state: Literal["fresh", "carried"] = said("fresh", "optimiser moments across rounds")
     at_switch: Literal["fresh", "carried"] = said("fresh", "and of a factor that becomes active again")

@@ -194,7 +194,7 @@ def _training(facts: Facts) -> list[list[str]]:
             ["topology", f"{_plugin(config.topology)}: {topologies.describe().get(config.topology.name, '')}"],
             ["peers", str(config.peers)],
             ["rounds", f"{facts.rounds}, each of {steps} of {train.batch_size} examples a peer"],
-            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}{_ratios(train)}, {train.schedule}; "
+            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}{_ratios(train)}, {_plugin(train.schedule)}; "
                           f"moments {train.state} each round"],
             ["messages", f"codec {_plugin(config.codec)}"],
             ["seed", str(config.seed)]]

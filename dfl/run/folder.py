@@ -132,7 +132,7 @@ def _replace(output: Path, new: bool, overwrite: bool) -> None:
 
 def check_continuation(config: Config, output: Path) -> None:
     before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
-    longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
+    longer = config.train.schedule.name.startswith("constant") and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)
              if one.field.partition(".")[0] not in _FREE and not (longer and one.field in _OF_LENGTH)]
     if found:

@@ -7,7 +7,7 @@ import numpy as np
 
 from dfl.config import DataConfig, ModelConfig
 from dfl.plugins import first_line, lookup
-from dfl.tasks import docstrings, files, hub, models
+from dfl.tasks import docstrings, files, hub, models, streamed
 from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.images import ImageClassification
@@ -55,6 +55,8 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
 def prepare(model: ModelConfig, data: DataConfig, *, data_seed: int = 0) -> Prepared:
     """What `load` does before it reads weights, and every ValueError that comes from there."""
     source = models.locate(model)
+    if data.streaming:
+        return _streamed(source, model, data, data_seed)
     kind, names, tables, facts = read_tables(model, data, data_seed=data_seed)
     return _encoded(kind, source, model, data, names, tables, facts)
 
@@ -112,6 +114,24 @@ def _encoded(kind: type, source: models.Source, model: ModelConfig, data: DataCo
     if kind.modality == "text":
         models.check_ids(model, config, processor.pad_token_id, [f for split in splits for f in split.features])
     return Prepared(kind, source, config, processor, splits[0], splits[-1], facts)
+
+
+def _streamed(source: models.Source, model: ModelConfig, data: DataConfig, data_seed: int) -> Prepared:
+    """As `_encoded`, with training examples that stay on disk."""
+    kind = lookup("model.task", TASKS, model.task.name)
+    if kind.modality != "text":
+        raise ValueError(f"data.streaming = True: the examples of model.task = {kind.name!r} are no texts; allowed: false")
+    rows, valid = streamed.read(data, data_seed)
+    kind.check(valid, data)
+    names = streamed.names_of(rows, data) if kind.labelled else []
+    config, processor = _processor(kind, source, model, data, names)
+    train = streamed.encode(kind, rows, names, data, processor)
+    labels = encode_labels(valid, data.label, names) if kind.labelled else np.zeros(len(valid), dtype=np.int64)
+    encoded = kind.encode(valid, labels, data, processor)
+    some = [train.features[i] for i in range(min(len(train), 1000))]
+    models.check_ids(model, config, processor.pad_token_id, [*encoded.features, *some])
+    split = Split(encoded.features, labels, names, valid.columns, valid.lines, encoded.cut)
+    return Prepared(kind, source, config, processor, train, split, {})
 
 
 def with_weights(ready: Prepared, model: ModelConfig, *, seed: int) -> Bundle:

@@ -24,7 +24,7 @@ class Split:
     features: Sequence[dict[str, Any]]
     labels: np.ndarray
     label_names: list[str]
-    columns: dict[str, list]
+    columns: Mapping[str, list]
     lines: Sequence[int] = ()
     cut: Mapping[str, int] = field(default_factory=dict)
 

@@ -83,6 +83,8 @@ def labels_digest(split) -> str:
 
 def examples_digest(split) -> str:
     """Of all examples as the model gets them, without their label; of images as they are stored (`sources`)."""
+    if hasattr(split.features, "digest"):  # on disk, where it was taken as they were tokenised
+        return split.features.digest[:16]
     if hasattr(split.features, "sources"):
         return _hex(split.features.sources(MAX_SOURCES))
 
