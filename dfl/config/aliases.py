@@ -78,6 +78,12 @@ ALIASES = {
     "eval_steps": Alias("eval.every"),
     "save_steps": Alias("checkpoint.every"),
     "logging_steps": Alias("logging_steps"),
+    "attn_implementation": Alias("model.attention"),
+    "gradient_checkpointing": Alias("train.gradient_checkpointing"),
+    "load_in_4bit": Alias("model.quantization", _choice({True: "nf4", False: None})),
+    "load_in_8bit": Alias("model.quantization", _choice({True: "int8", False: None})),
+    "early_stopping_patience": Alias("eval.patience"),
+    "early_stopping_threshold": Alias("eval.min_delta"),
     "lora.r": Alias("lora.rank"),
     "lora.lora_alpha": Alias("lora.alpha"),
     "lora.lora_dropout": Alias("lora.dropout"),
@@ -96,6 +102,7 @@ REFUSED = {
     "load_best_model_at_end": "a run keeps its last checkpoints; checkpoint.every and checkpoint.keep keep more of them",
     "lora.modules_to_save": "lora.head says what becomes of a new head: frozen, mixed or local",
     "lora.task_type": "give model.task",
+    "lora.revision": "give model.revision, of the base model",
 }
 # with these values they ask for nothing
 _IDLE = {"max_steps": -1, "fp16": False, "load_best_model_at_end": False}

@@ -72,6 +72,12 @@ class ModelConfig(Section):
     layers: Count | None = said(None, "keep only the first k transformer layers")
     dropout: Fraction | None = said(None, "the base model's own dropout; null: what its configuration says")
     dtype: Literal["float32", "bfloat16", "float16"] = said("float32", "of the frozen base weights")
+    quantization: Literal["nf4", "fp4", "int8", "torchao_int8", "torchao_int4"] | None = said(
+        None, "of the linear layers of a language model, in 4 or 8 bits: nf4, fp4 and int8 by bitsandbytes, the others by torchao")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = said(
+        None, "its implementation; null: what transformers chooses")
+    revision: Text | None = said(None, "of a model of the hub: a branch, a tag or a commit")
+    trust_remote_code: Switch = said(False, "run the code that comes with a model: read it first")
     head_std: Positive | None = said(None, "of a new head's weights; null: the model's initializer_range")
 
 
@@ -184,11 +190,22 @@ class TrainConfig(Section):
     at_switch: Literal["fresh", "carried"] = said("fresh", "and of a factor that becomes active again")
     at_refactor: Literal["rotate", "reset", "keep"] = said(
         "rotate", "and where mixing turns the basis: rotate the first, reset the second")
+    gradient_checkpointing: Switch = said(False, "compute activations again in the backward pass: less memory, a third more work")
     # YAML 1.1 reads off as false
     autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(lambda value: "off" if value is False else value)] = said(
         "auto", "of the forward pass; auto: bfloat16 on a GPU")
     executor: Literal["auto", "sequential", "stacked"] = said(
         "auto", "hosted peers one after the other, or stacked in one pass; auto chooses")
+
+
+class GenerateConfig(Section):
+    """Answers that the models write themselves at every evaluation, greedily, to the first evaluation examples."""
+
+    examples: CountOrZero = said(0, "how many examples every model answers; 0: none")
+    max_new_tokens: Count = said(64, "of an answer")
+    shown: CountOrZero = said(3, "answers of the consensus and of one peer that the record and the report hold")
+    metric: Text | None = said(
+        None, "package.module:function of the answers and the references, lists of texts; it gives a number, or several by name")
 
 
 class EvalConfig(Section):
@@ -199,6 +216,9 @@ class EvalConfig(Section):
     primary: Text | None = said(
         None, "the metric that tables, pages and callbacks are about; null: the task's own where it is among "
               "eval.metrics, else their first")
+    generate: GenerateConfig = GenerateConfig()
+    patience: Count | None = said(None, "end the run when so many evaluations in a row were no better than the best; null: never")
+    min_delta: PositiveOrZero = said(0.0, "by how much an evaluation has to be better, for patience")
 
 
 class MeasureConfig(Section):
@@ -211,6 +231,7 @@ class CheckpointConfig(Section):
     minutes: Positive | None = said(
         5.0, "with every = 0: at most so long between two, the first one early; null: only at the end")
     keep: Count = said(2, "the newest")
+    best: Switch = said(False, "keep the best model of each peer and of the consensus, by the primary metric, in the folder best")
 
 
 class Config(Section):
@@ -248,7 +269,7 @@ class Config(Section):
     callbacks: Names = said(
         (), "own hooks: package.module:Class of a dfl.Callback; one or a list. A run imports and executes them: such "
             "a recipe is code")
-    report_to: Names = said((), "tensorboard, wandb, mlflow; one name or a list")
+    report_to: Names = said((), "tensorboard, wandb, mlflow, trackio; one name or a list")
     output: Folder = said("runs/run", "the run's folder")
     device: Literal["auto", "cpu", "cuda"] = said("auto", "auto: a GPU where torch sees one")
     backend: Literal["auto", "gloo", "nccl"] = said("auto", "of torch.distributed; auto: by the device")

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from dfl.config import DataConfig, ModelConfig
 from dfl.plugins import first_line, lookup
-from dfl.tasks import docstrings, files, hub, models, streamed
+from dfl.tasks import docstrings, files, hub, models, quantized, streamed
 from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.images import ImageClassification
@@ -54,6 +55,7 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
 
 def prepare(model: ModelConfig, data: DataConfig, *, data_seed: int = 0) -> Prepared:
     """What `load` does before it reads weights, and every ValueError that comes from there."""
+    quantized.check(model, lookup("model.task", TASKS, model.task.name).auto_class)
     source = models.locate(model)
     if data.streaming:
         return _streamed(source, model, data, data_seed)
@@ -134,10 +136,10 @@ def _streamed(source: models.Source, model: ModelConfig, data: DataConfig, data_
     return Prepared(kind, source, config, processor, train, split, {})
 
 
-def with_weights(ready: Prepared, model: ModelConfig, *, seed: int) -> Bundle:
+def with_weights(ready: Prepared, model: ModelConfig, *, seed: int, device: torch.device = models.CPU) -> Bundle:
     """The bundle, with the weights that are read now. `seed` draws those of a new head."""
     kind, source, train, valid = ready.kind, ready.source, ready.train, ready.valid
-    net, head, model_facts = models.read_weights(model, source, ready.config, kind.auto_class, seed)
+    net, head, model_facts = models.read_weights(model, source, ready.config, kind.auto_class, seed, device)
     facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": train.label_names,
              "num_train": len(train), "num_valid": len(valid), **ready.facts}
     return Bundle(net, ready.processor, train, valid, kind.build(ready.processor, **model.task.params), head, source.name, facts)

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 
 from dfl.metrics.base import Outcome, blocks
 
-IGNORED = -100  # a label that no loss counts: padding and prompt tokens
-
 
 @dataclass(frozen=True)
 class Split:

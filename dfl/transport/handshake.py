@@ -72,6 +72,8 @@ def model_digest(model: torch.nn.Module, without: Collection[int] = ()) -> str:
         for name, tensor in tensors:
             if id(tensor) not in without and not any(part in name for part in (prefix, "modules_to_save")):
                 yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
+                if hasattr(tensor, "dequantize") and type(tensor).__module__.startswith("torchao"):
+                    tensor = tensor.dequantize()
                 yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     return _hex(parts())

@@ -7,9 +7,9 @@ import torch
 import transformers
 from tiny_runs import adapter_digests, local_phase, make_config, make_run, stop_after
 
+from dfl.metrics.base import IGNORED
 from dfl.run import build
 from dfl.run import train as running
-from dfl.tasks.base import IGNORED
 from dfl.tasks.language import CausalLM
 from dfl.training.executors import Sequential, Stacked
 from dfl.training.stream import DataStream, GroupedStream, PackedStream, pack
@@ -109,8 +109,8 @@ def write_text(folder):
 
 def text_config(tmp_path, output="run", **fields):
     model = tmp_path / "llama" if (tmp_path / "llama").exists() else tiny_models.save(tmp_path / "llama", "llama", layers=2)
-    fields = {"data__max_length": 16, "train__batch_size": 2} | fields
-    return make_config(model, write_text(tmp_path), tmp_path / output, model__task="causal_lm", train__lr=1e-2, **fields)
+    fields = {"data__max_length": 16, "train__batch_size": 2, "train__lr": 1e-2} | fields
+    return make_config(model, write_text(tmp_path), tmp_path / output, model__task="causal_lm", **fields)
 
 
 def test_stacked_is_looped_with_packed_rows(tmp_path):
