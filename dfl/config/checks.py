@@ -25,6 +25,10 @@ def validate(config: Config) -> None:
 
 def _check_privacy(config: Config) -> None:
     """What would look at examples outside the steps that are counted, or not go through the model one by one."""
+    for field in ("packing", "group_by_length"):
+        if config.train.privacy.noise is not None and getattr(config.data, field):
+            raise ValueError(f"data.{field} = True and train.privacy.noise = {config.train.privacy.noise}: every example is drawn by "
+                             f"itself there; allowed with it: data.{field}: false")
     train = config.train
     if train.privacy.noise is None:
         return

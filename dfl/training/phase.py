@@ -172,6 +172,7 @@ class ModelTrainer:
         x.copy_(peers.x[row].expand(num, -1))
         batch = self.task.collate([self.split.features[i] for i in chosen])
         batch = {key: value.to(peers.device) for key, value in batch.items()}
+        batch = with_reference(self.task, peers.adapted, batch, self._autocasts)
         # residuals and what else is the peer's own is bound around this already
         rows = Rows(x, None, None if peers.scale is None else (peers.scale[row],) * num)
         skips = untrained(peers.adapted, phase.masks, [row])

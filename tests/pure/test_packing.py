@@ -147,3 +147,9 @@ def test_every_token_of_a_step_counts_alike(tmp_path):
 def test_what_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data.packing = True: rows of model.task = 'sequence_classification' are not.*causal_lm"):
         build.check(make_config(tmp_path, tmp_path, tmp_path / "run", data__packing=True))
+
+
+@pytest.mark.parametrize("field", ["packing", "group_by_length"])
+def test_examples_that_are_drawn_one_by_one_are_not_grouped(tmp_path, field):
+    with pytest.raises(ValueError, match=f"data.{field} = True and train.privacy.noise = 1.0: every example is drawn by itself"):
+        text_config(tmp_path, **{f"data__{field}": True, "train__privacy__noise": 1.0})
