@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dfl.store.checkpoints import complete
 from dfl.store.directory import BEST
 from dfl.store.manifest import UnreadableError, verify
+from dfl.store.runs import read_description
 
 ABOUT = "dfl.json"  # what an exported folder tells about itself
 ADAPTER_CONFIG = "adapter_config.json"
@@ -96,6 +97,13 @@ def best_of(run: Path, peer: str) -> Path:
         raise ValueError(f"--best --peer {peer!r} is not in {str(run)!r}; " + (f"allowed: {', '.join(names)}" if names else
                          "a run keeps its best models with checkpoint.best: true"))
     return folder
+
+
+def check_examples(run: Path | None, data: str | None) -> None:
+    """ValueError for a run whose examples are those of somebody's own script, where no others are given."""
+    script = read_description(run)["facts"].get("script") if run is not None and data is None and read_description(run) else None
+    if script:
+        raise ValueError(f"{str(run)!r} holds no examples: they are those of the script {script}; give --data FILE")
 
 
 def read_json(path: Path) -> dict:
