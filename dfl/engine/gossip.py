@@ -132,6 +132,10 @@ class Gossip:
         self.state = {slot: dict(state.get(slot, {})) for slot in self.state}
         self.state["rule"] = {str(peer): self.state["rule"].get(str(peer), {}) for peer in self.peers}  # a file holds no empty ones
 
+    def graph_changed(self) -> None:
+        """W of a round that was asked for is another now, as of a round that begins again without somebody."""
+        self._planned, self._contracts = (-1, []), (-1, 1.0)
+
     def averaging(self, t: int, peer: int) -> dict[int, float]:
         """The peer's row of W(t), for measures: where a mass is divided by, as the mean that it comes to."""
         row = dict(self.topology.neighbors(t, peer))
@@ -172,8 +176,7 @@ class Gossip:
             plan, row = self.method.schedule.plan, self.ways.row
             self._planned = (t, [Round(t, peer, row(t, peer), plan(t, peer)) for peer in self.peers])
         steps = [local_steps] * len(self.peers) if isinstance(local_steps, int) else local_steps
-        return [Round(t, round.peer, round.weights, round.plan, lr, num, rates)
-                for round, num in zip(self._planned[1], steps, strict=True)]
+        return [round._replace(lr=lr, local_steps=num, rates=rates) for round, num in zip(self._planned[1], steps, strict=True)]
 
     def begin(self, t: int, x: Tensor, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
               rates: Mapping[str, float] = {}) -> None:
@@ -207,9 +210,7 @@ class Gossip:
             report = self._exchanges(x, rounds)
         elif self._due(t, rounds):
             report = Report(ledger={peer: Ledger(due=len(self.topology.receivers(t, peer))) for peer in self.peers})
-        if not self.method.network.timed:
-            return report
-        times = {peer: Ledger(seconds=float(self.clock.now(peer))) for peer in self.peers}
+        times = {peer: Ledger(seconds=float(self.clock.now(peer))) for peer in self.peers if self.method.network.timed}
         return report._replace(ledger=ledger.together(report.ledger, times))
 
     def _due(self, t: int, rounds: Sequence[Round]) -> bool:
@@ -261,7 +262,7 @@ class Gossip:
         mixed = time.perf_counter()
         together = tuple(round.peer for inbox, round in full if len(inbox) > 1)
         entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
-                                      self._usual(t, peer, spoken), self.method.codec.counts) for peer, to in times.items()}
+                                      len(self.topology.receivers(t, peer)), self.method.codec.counts) for peer, to in times.items()}
         if self.method.channel.shared(t):
             entries = {peer: one._replace(channel_uses=messages.numbers(own[peer]) * (peer in together))
                        for peer, one in entries.items()}
@@ -269,10 +270,6 @@ class Gossip:
         return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, sum(one.lost for one in received.values()),
                       tuple((peer, j) for peer, one in received.items() for j in one.rejected), mix_s=mixed - started,
                       ledger=entries, aggregations=1), seen
-
-    def _usual(self, t: int, peer: int, spoken: Spoken) -> int:
-        """How many messages W(t) alone has a peer send."""
-        return len(spoken.due[peer] if self.method.trigger.merges is None else self.topology.receivers(t, peer))
 
     def _fresh(self, x: Tensor, rounds: Sequence[Round]) -> dict[int, Message]:
         """What hosted peers would say now; nothing is remembered of it."""

@@ -75,7 +75,9 @@ class Sending:
     def _say(self, spoken: Spoken, message: Message, round: Round, k: int) -> None:
         peer = round.peer
         packet = spoken.packets[peer] = self.coding.encode(message, round, k)
-        spoken.public[peer] = self.coding.copy_of(message, peer) if self.coding.differences else self.coding.read(packet, message)
+        public = self.coding.copy_of(message, peer) if self.coding.differences else self.coding.decode(packet, message)
+        assert public is not None  # a codec reads its own bytes
+        spoken.public[peer] = public
 
     def _hold(self, spoken: Spoken, message: Message, speaks: bool | frozenset[str], round: Round, k: int) -> None:
         """What a peer says where its neighbours hold what it said last, and remember what that was, and who knows it."""

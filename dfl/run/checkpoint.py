@@ -34,11 +34,13 @@ class Checkpointer:
     """Writes checkpoints of a run together with the other processes, and reads them for any number of processes."""
 
     def __init__(self, run: Path, transport, process: int, base_name: str, keep: int = 2, contents: Mapping[str, Any] | None = None,
-                 lease: Lease | None = None):
-        """contents: digests, by name, of what the run was begun with; they are saved with every checkpoint. lease: is checked before
-        every write and removal, on every process; without one the caller knows that nobody else writes there."""
+                 lease: Lease | None = None, num_peers: int | None = None):
+        """num_peers: of the run, where the folder is of this process alone and holds its own peers; None: it holds
+        all. contents: digests, by name, of what the run was begun with; they are saved with every checkpoint.
+        lease: is checked before every write and removal, on every process; without one the caller knows that nobody
+        else writes there."""
         self.run, self.transport, self.process, self.base_name, self.keep = run, transport, process, base_name, keep
-        self.contents, self._written = dict(contents or {}), []
+        self.contents, self._written, self.num_peers = dict(contents or {}), [], num_peers
         self.guard, self._fence = (lease.check, f".{lease.token[:8]}") if lease else (lambda: None, "")
 
     def save(self, rounds: int, adapted: Adapted, peers: Sequence[int], x: Tensor, rows: Rows, tensors: dict[str, Tensor],
@@ -52,10 +54,12 @@ class Checkpointer:
         # a name of this run's own: a run that has lost the folder, and does not know it yet, writes into another draft
         draft = target.with_name(f".{target.name}{self._fence}.draft")
         self._together(draft, target, lambda: self._discard(draft) if self.process == 0 else None)
-        num_peers = self.transport.agree(max(peers)) + 1
+        num_peers = self.num_peers or self.transport.agree(max(peers)) + 1
+        absent = [] if self.num_peers is None else [peer for peer in range(num_peers) if peer not in peers]
         self._together(draft, target, lambda: self._write(draft, adapted, peers, x, rows, tensors, consensus))
         digests = self._digests(draft)
-        self._together(draft, target, lambda: self._publish(draft, target, rounds, num_peers, digests) if self.process == 0 else None)
+        self._together(draft, target, lambda: self._publish(draft, target, rounds, num_peers, absent, digests)
+                       if self.process == 0 else None)
         return target
 
     def _together(self, draft: Path, target: Path, step: Callable[[], None]) -> None:
@@ -110,15 +114,15 @@ class Checkpointer:
             found |= {name: digest for name, digest in of_process.items() if self.process or (draft / name).is_file()}
         return dict(sorted(found.items()))
 
-    def _publish(self, draft: Path, target: Path, rounds: int, num_peers: int, digests: dict[str, str]) -> None:
+    def _publish(self, draft: Path, target: Path, rounds: int, num_peers: int, absent: list[int], digests: dict[str, str]) -> None:
         for process in range(self.transport.size):
             if f"state-{process}.safetensors" not in digests:
                 raise OSError(f"process 0 does not see what {self.transport.describe(process)} wrote; the output must lie on a file "
                               "system that all processes share")
-        missing = missing_adapter(digests, num_peers)
+        missing = missing_adapter(digests, num_peers, absent)
         if missing is not None:
             raise OSError(f"process 0 does not see {missing}; the output must lie on a file system that all processes share")
-        (draft / NAME).write_text(Manifest(rounds, num_peers, self.contents, digests).text(), encoding="utf-8")
+        (draft / NAME).write_text(Manifest(rounds, num_peers, self.contents, digests, absent).text(), encoding="utf-8")
         _sync(draft / NAME)
         _sync(draft)
         self.guard()

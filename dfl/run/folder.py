@@ -31,7 +31,6 @@ from dfl.store.jsonlines import rewind
 from dfl.store.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
 from dfl.store.records import JsonLines, of_peers
 from dfl.store.runs import mapping, read_description
-from dfl.training.privacy import spent
 from dfl.transport.agreement import together
 
 # so many of the files that --overwrite leaves are named
@@ -39,8 +38,8 @@ MAX_NAMED = 10
 # more classes than this are not counted peer by peer
 MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
-_FREE = {"device", "backend", "processes", "threads", "timeout", "report_to", "callbacks", "output", "eval", "measure", "checkpoint",
-         "baseline"}
+_FREE = {"device", "backend", "processes", "threads", "timeout", "membership", "report_to", "callbacks", "output", "eval",
+         "measure", "checkpoint", "baseline"}
 # and what a run that is made longer changes
 _OF_LENGTH = ("train.rounds", "method.ends", "schedule.ends")
 
@@ -132,7 +131,7 @@ def _replace(output: Path, new: bool, overwrite: bool) -> None:
 
 def check_continuation(config: Config, output: Path) -> None:
     before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
-    longer = config.train.schedule.name.startswith("constant") and not config.train.warmup  # a constant run may be made longer
+    longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)
              if one.field.partition(".")[0] not in _FREE and not (longer and one.field in _OF_LENGTH)]
     if found:
@@ -172,11 +171,12 @@ def naming(output: Path) -> Iterator[None]:
         raise
 
 
-def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool, lease: Lease) -> "Recording":
+def begin(config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, new: bool, lease: Lease,
+          quiet: bool = False) -> "Recording":
     """A start that fails (a full disk, a tracker without an account) leaves nothing that looks like a run."""
     try:
         with naming(output):
-            return Recording(config, run, loaded, output, runtime, lease, new)
+            return Recording(config, run, loaded, output, runtime, lease, new, quiet)
     except LeaseLostError:  # what is there now is another run's
         raise
     except (OSError, ValueError):
@@ -249,14 +249,15 @@ class OwnRecords:
 class Recording:
     """What process 0 writes and prints."""
 
-    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, lease: Lease, new: bool = True):
+    def __init__(self, config: Config, run: Run, loaded: Loaded, output: Path, runtime: Runtime, lease: Lease, new: bool = True,
+                 quiet: bool = False):
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False), lease)
         shards = partition.table(loaded.parts, loaded.bundle.train.labels, loaded.bundle.train.label_names)
         # JSON is written last: a folder with a run.json is a run that has started
         self.primary, before = run.evaluator.primary, None if new else read_description(output)
         facts = loaded.bundle.facts | {"primary": self.primary, "better": _directions(run, before),
-                                       "shards": _shards(loaded), "method": run.gossip.method.facts, **_private(loaded, config),
+                                       "shards": _shards(loaded), "method": run.gossip.method.facts,
                                        "state_length": run.peers.layout.size,
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
@@ -270,7 +271,7 @@ class Recording:
                 rewind(other, recorded + 1)
         self.lines = JsonLines(output / records_of(0), keep_before=recorded + 1 if run.resumed else 0, guard=lease.check)
         self.trackers = Trackers(config.report_to, output, config.to_dict())
-        self.console = Console(config.train.rounds, recorded)
+        self.console = Console(config.train.rounds, recorded, quiet=quiet)
         if run.completed == 0:
             self.console.say(shards)
         self.console.say(_opening(config, run, runtime, loaded))
@@ -298,13 +299,6 @@ def _shards(loaded: Loaded) -> dict:
     labels, num = loaded.bundle.train.labels, len(loaded.bundle.train.label_names)
     counted = [np.bincount(labels[part], minlength=num).tolist() for part in loaded.parts] if 0 < num <= MAX_CLASSES else None
     return {"examples": [len(part) for part in loaded.parts], "classes": counted}
-
-
-def _private(loaded: Loaded, config: Config) -> dict:
-    """What the whole run spends of the privacy of each peer's examples, where it says so."""
-    if config.train.privacy.noise is None:
-        return {}
-    return {"privacy": spent(config.train, [len(part) for part in loaded.parts])}
 
 
 def _opening(config: Config, run: Run, runtime: Runtime, loaded: Loaded) -> str:

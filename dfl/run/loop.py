@@ -13,12 +13,10 @@ from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip, Report
-from dfl.metrics.answers import Answers
 from dfl.metrics.consensus import consensus_rows
 from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
 from dfl.metrics.measures import measure, seen
-from dfl.run.answers import add_answers, add_first_answers
 from dfl.slots import Rule
 from dfl.training.base import DivergenceError, LocalTrainer
 from dfl.training.executors import Executor
@@ -56,10 +54,12 @@ class Run:
     resumed: bool = False  # from a checkpoint
     began: bool = False  # there is more to save than the start
     merged: Rows | None = None  # the consensus model, until the models change
-    answers: Answers | None = None  # that models write at evaluations
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
+    num_there: int = 0  # the peers that are there: all of them, unless the run goes on without some
+    begun: list[tuple] = field(default_factory=list)  # (t, rows and moments, gossip's state) at the start of the last two rounds
 
     def __post_init__(self):
+        self.num_there = self.num_there or self.config.peers
         # six times the row: the pair, the pair before and the residual that a rule may send; as much again for what is to come
         self.transport.most = 12 * self.peers.x[0].nbytes + 2**16
 
@@ -79,7 +79,7 @@ class Run:
         """The consensus model, on all processes, which make it together: once for evaluation and checkpoint of the same models."""
         if self.merged is None:
             self.merged = consensus_rows(self.transport, self.peers.adapted, self.peers.common_scale(), self.gossip.residuals(),
-                                         num_peers=self.config.peers, product=self.rule.product, residual=self.rule.residual)
+                                         num_peers=self.num_there, product=self.rule.product, residual=self.rule.residual)
         return self.merged
 
 
@@ -108,7 +108,7 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
     A stop comes at the end of a round, between two steps of its local phase, or between two batches of its evaluation.
     On divergence the peers go back to the last state known to be good, which is saved, and DivergenceError is raised everywhere.
     """
-    config, begun = run.config, []
+    config = run.config
     if not run.resumed:
         try:
             hooks.record(_start_record(run, hooks.halted))
@@ -120,8 +120,8 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
         if run.pending is None:
             t = run.transport.round = run.completed
             # the start of this round and of the one before it
-            begun = [*begun[-1:], (t, run.peers.round_start(), trees.snapshot(run.gossip.state))]
-            flag = _round(run, t, hooks, begun)
+            run.begun = [*run.begun[-1:], (t, run.peers.round_start(), trees.snapshot(run.gossip.state))]
+            flag = _round(run, t, hooks)
         if flag == _HALT or not _conclude(run, hooks, flag == _STOP):
             hooks.save()
             return False
@@ -133,14 +133,14 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
     return True
 
 
-def _round(run: Run, t: int, hooks: Hooks, begun: list[tuple]) -> int:
+def _round(run: Run, t: int, hooks: Hooks) -> int:
     """Round t up to its evaluation, or, where it gives _HALT, to a step of its local phase."""
     started = time.perf_counter()
     losses, flag = _local(run, t, hooks)
     local_seconds = time.perf_counter() - started
     if flag >= _DIVERGED:
         at_start, peer = divmod(flag - _DIVERGED, run.config.peers)
-        _go_back(run, begun[0] if at_start else begun[-1])
+        go_back(run, run.begun[0] if at_start else run.begun[-1])
         hooks.save()
         raise DivergenceError(f"peer {peer} diverged in round {t + 1}: its training loss or its factors are not finite; the state "
                               f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
@@ -182,7 +182,8 @@ def _agreed(run: Run, work: Callable[[], object]):
     return found
 
 
-def _go_back(run: Run, begun: tuple) -> None:
+def go_back(run: Run, begun: tuple) -> None:
+    """To the start of a round."""
     run.completed, snapshot, run.gossip.state = begun
     run.peers.restore(snapshot)
     run.merged = None
@@ -278,9 +279,9 @@ class Look(NamedTuple):
                     before.kept, run.gossip.residuals(), run.rule.residual)
         found = {}
         if self.whole:
-            found["measures"] = measure(run.transport, look, run.config.peers)
+            found["measures"] = measure(run.transport, look, run.num_there)
         if self.layers:
-            found["layers"] = diagnose(run.transport, look, run.config.peers)
+            found["layers"] = diagnose(run.transport, look, run.num_there)
         return found
 
 
@@ -305,7 +306,7 @@ def round_record(run: Run, t: int, pending: Pending) -> dict:
     table[0, _columns(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
     stacked = torch.stack([table.sum(0), table.amin(0), table.amax(0)])
     total, least, most = (dict(zip(names, row, strict=True)) for row in run.transport.summary(stacked).tolist())
-    now, num_peers = t / run.config.train.rounds, run.config.peers
+    now, num_peers = t / run.config.train.rounds, run.num_there
     lr, rates = run.peers.learning_rate(now), run.peers.rates(now)
     return {"round": t + 1, "trains": "+".join(sorted(run.gossip.plans(t)[0].trains)), "lr": lr,
             **({"rates": rates} if set(rates.values()) != {lr} else {}),
@@ -378,10 +379,7 @@ def evaluate(run: Run, halted: Callable[[], bool] = lambda: False) -> dict:
     """
     sums = _agreed(run, lambda: run.evaluator.sums(run.rows(), run.executor, halted))
     merged = _evaluated_by_all(run, run.consensus(), halted) if run.config.eval.consensus else None
-    record = run.evaluator.record(sums, merged, run.peers.ids)
-    if run.answers:
-        add_answers(run, record, halted)
-    return summarised(record, run.transport, run.config.peers)
+    return summarised(run.evaluator.record(sums, merged, run.peers.ids), run.transport, run.num_there)
 
 
 def _evaluated_by_all(run: Run, model: Rows, halted: Callable[[], bool]) -> Tensor:
@@ -395,6 +393,4 @@ def _start_record(run: Run, halted: Callable[[], bool]) -> dict:
     """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
     sums = _evaluated_by_all(run, run.rows().row(0), halted)
     found = run.evaluator.record(sums.expand(len(run.peers.ids), -1), sums, run.peers.ids)
-    if run.answers:
-        add_first_answers(run, found, halted)
-    return {"round": 0, **_hosted(run), "eval": summarised(found, run.transport, run.config.peers)}
+    return {"round": 0, **_hosted(run), "eval": summarised(found, run.transport, run.num_there)}

@@ -38,6 +38,10 @@ class Worker(NamedTuple):
     file: str
 
 
+# of a process that is started by itself, and not by a launcher that gives it a place: 2/4, the third of four
+PROCESS = "DFL_PROCESS"
+
+
 class Runtime(NamedTuple):
     place: Place
     device: torch.device
@@ -46,7 +50,10 @@ class Runtime(NamedTuple):
 
 
 def place_from_environment(env=os.environ) -> Place:
-    """From torchrun's variables, else from Slurm's (`srun` starts one task a process), else a single process."""
+    """From DFL_PROCESS, else from torchrun's variables, else from Slurm's (`srun` starts one task a process), else a
+    single process. ValueError for a place that is none."""
+    if PROCESS in env:
+        return _own_place(env)
     if "RANK" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)),
                      int(env.get("LOCAL_WORLD_SIZE", 1)))
@@ -58,9 +65,16 @@ def place_from_environment(env=os.environ) -> Place:
     return Place()
 
 
+def _own_place(env) -> Place:
+    process, _, size = env[PROCESS].partition("/")
+    if not process.isdecimal() or not size.isdecimal() or not int(process) < int(size):
+        raise ValueError(f"{PROCESS} = {env[PROCESS]!r}; allowed: K/N, process K, from 0, of N")
+    return Place(int(process), int(size), int(env.get("LOCAL_RANK", 0)), 1)
+
+
 def launched(env=os.environ) -> bool:
     """Whether torchrun, srun or a caller with a group of its own has settled how many processes there are."""
-    return "RANK" in env or place_from_environment(env).size > 1 or dist.is_initialized()
+    return "RANK" in env or PROCESS in env or place_from_environment(env).size > 1 or dist.is_initialized()
 
 
 def _tasks_on_node(counts: str, node: int) -> int:
@@ -141,6 +155,9 @@ def connect(config: Config, place: Place, device: torch.device, worker: Worker |
     """
     if place.size == 1:
         return InProcess()
+    if worker is None and PROCESS in os.environ:
+        raise ValueError(f"{PROCESS} = {os.environ[PROCESS]!r} is for membership: survive, whose processes find each other; with "
+                         "membership: fixed start them with torchrun or srun")
     patience = max(1.2 * config.timeout, START_SECONDS)
     wire = device if choose_backend(config, device, place) == "nccl" else None
     with _within_the_machine() if worker else contextlib.nullcontext():
@@ -176,6 +193,22 @@ def _meet(place: Place, worker: Worker | None, patience: float, wire: torch.devi
     except (RuntimeError, ConnectionError) as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
+                              f"{str(error).splitlines()[0][:200]}") from error
+
+
+def told_addresses(place: Place, worker: Worker | None, mine: str, patience: float) -> list[str]:
+    """What every process says of itself, by process: through the launcher's store, which is not needed afterwards."""
+    try:
+        store = _store(place, worker, patience)
+        store = dist.PrefixStore(f"dfl/{meet(store, place.rank, place.size, patience)}", store)
+        store.set(f"at/{place.rank}", mine)
+        found = [store.get(f"at/{process}").decode() for process in range(place.size)]
+        store.set(f"read/{place.rank}", "")
+        if place.rank == 0:  # which may hold the store: until all have read
+            store.wait([f"read/{process}" for process in range(place.size)], timedelta(seconds=patience))
+        return found
+    except (RuntimeError, ConnectionError) as error:
+        raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1}: "
                               f"{str(error).splitlines()[0][:200]}") from error
 
 

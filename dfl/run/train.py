@@ -5,33 +5,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dfl.config import Config, from_dict
-from dfl.engine import state as trees
 from dfl.report import closing_table
 from dfl.run import workers
-from dfl.run.build import Loaded, assemble, bases_of, check, load
+from dfl.run.build import Loaded, assemble, check, load
 from dfl.run.callbacks import Callback, Callbacks, RunView, load_callbacks, name_of
-from dfl.run.checkpoint import Checkpointer, choose, read_state
+from dfl.run.checkpoint import Checkpointer, choose
 from dfl.run.folder import OwnRecords, Recording, begin, check_shared, continued, describe_data, enter, make_room
-from dfl.run.loop import Hooks, Pending, Run, run_rounds
+from dfl.run.loop import Hooks, Run, run_rounds
 from dfl.run.pace import SaveClock
 from dfl.run.parent import end_with_launcher
-from dfl.run.preflight import memory_lines, ready
+from dfl.run.preflight import ready
 from dfl.run.runtime import Runtime, Worker, start
-from dfl.run.watching import own_callbacks
+from dfl.run.saving import STOPPED, clock_of, restore, save
+from dfl.run.survive import train_on
 from dfl.store import manifest
 from dfl.store.directory import ENDED
 from dfl.store.lease import Lease
-from dfl.store.manifest import verify
-from dfl.store.records import finite
 from dfl.transport.agreement import together
 from dfl.transport.handshake import check_contents, check_secret, check_settings, contents, settings
 from dfl.transport.stopping import Halt, Stopped, StopSignal
-
-# a stop asked for by a signal: "try again later", as in sysexits.h
-STOPPED = 75
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False,
@@ -58,6 +51,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False,
 
 def _train_here(config: Config, worker: Worker | None, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
                 stop: StopSignal) -> int:
+    if config.membership.mode == "survive":
+        return train_on(config, worker, topology, resume, overwrite, stop)
     runtime = start(config, worker)
     try:
         finished = _train_all(config, runtime, topology, resume, overwrite, callbacks, stop)
@@ -97,10 +92,7 @@ def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resume
 
     def load_here() -> Loaded:
         with stop.at_once():
-            examples, parts = ready(config, topology, runtime.device, runtime.place)
-            if parts and runtime.place.rank == 0 and resumed_from is None:
-                print("\n".join(memory_lines(parts, runtime.device, runtime.place)), file=sys.stderr, flush=True)
-            return load(config, runtime.device, examples)
+            return load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0])
 
     loaded = together(transport, load_here)
     loaded = together(transport, lambda: _with_contents(loaded, topology))
@@ -129,9 +121,7 @@ def _with_contents(loaded: Loaded, topology) -> Loaded:
 def _baseline(config: Config) -> Config:
     """The same run without mixing, in a folder inside the run's: by the method's own slots, not by those that the run fills."""
     own = {"method": config.baseline, "rule": None, "schedule": None, "trigger": "always", "wrapper": "none"}
-    tree = config.to_dict()
-    tree["eval"]["patience"], tree["checkpoint"]["best"] = None, False
-    tree |= own | {"baseline": None, "callbacks": [], "output": f"{config.output}/baseline-{config.baseline}"}
+    tree = config.to_dict() | own | {"baseline": None, "callbacks": [], "output": f"{config.output}/baseline-{config.baseline}"}
     return from_dict(tree)
 
 
@@ -152,9 +142,8 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     if first:
         lease.check()
         (output / ENDED).unlink(missing_ok=True)
-    view = RunView(run, output, runtime.place.rank, runtime.place.size)
-    watching = Callbacks([*own_callbacks(config, loaded.bundle.base_name), *callbacks], view, runtime.transport)
-    clock = _clock(run)
+    watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
+    clock = clock_of(run)
     try:
         watching.call("on_train_begin")
         finished = run_rounds(run, _hooks(run, saver, record, stop, watching, clock))
@@ -174,12 +163,6 @@ def _stopped(run: Run) -> str:
         return "stopped before the first round; --resume begins"
     inside = " and in the middle of the next" if run.peers.part else ", before its evaluation" if run.pending is not None else ""
     return f"stopped after round {run.completed}{inside}; the state is saved, --resume goes on"
-
-
-def _clock(run: Run) -> SaveClock:
-    """For checkpoints of rows, two moments and adapters, in float32."""
-    chosen = run.config.checkpoint
-    return SaveClock(None if chosen.every else chosen.minutes, 16 * run.config.peers * run.peers.layout.size)
 
 
 def _hooks(run: Run, saver: Checkpointer, record: Recording | OwnRecords, stop: StopSignal, watching: Callbacks,
@@ -204,43 +187,3 @@ def _note_end(record: Recording, output: Path, rounds: int, callback: str, lease
     lease.check()
     (output / ENDED).write_text(json.dumps({"round": rounds, "callback": callback}))
     record.console.say(f"ended after round {rounds}, as {callback} asked; the state is saved")
-
-
-def save(run: Run, saver: Checkpointer) -> Path:
-    """A checkpoint of the state after `run.completed` rounds, together with the other processes; its folder."""
-    what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
-    merged = run.consensus()
-    tensors = trees.flatten(run.gossip.state) | run.peers.state_tensors()
-    if run.pending is not None:
-        about = _as_tensor({name: value for name, value in run.pending._asdict().items() if name != "table"})
-        for row, peer in enumerate(run.peers.ids):
-            tensors |= {f"pending.{peer}.row": run.pending.table[row], f"pending.{peer}.about": about}
-    if run.config.lora.start == "gradient" and 0 in run.peers.ids:
-        tensors["bases.0"] = run.peers.adapted.cores.bases
-    return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), tensors,
-                      (merged, what) if run.transport.rank == 0 else None)
-
-
-def restore(run: Run, folder: Path) -> None:
-    """Go on from a checkpoint, whatever number of processes wrote it. ValueError where its adapters lie between other bases."""
-    run.completed = verify(folder)
-    if run.config.lora.start == "gradient" and not torch.equal(run.peers.adapted.cores.bases, bases_of(folder)):
-        raise ValueError(f"checkpoint {folder} has other bases than the run that is to go on from it (lora.start = 'gradient')")
-    found = read_state(folder, run.peers.ids)
-    for row, peer in enumerate(run.peers.ids):
-        run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)
-    slots = {name: value.to(run.peers.device) for name, value in found.items() if name.partition(".")[0] in run.gossip.state}
-    run.gossip.restore(trees.unflatten(slots))
-    run.merged = None
-    in_part = any(name.startswith("part.") for name in found)
-    last = run.completed if in_part else run.completed - 1
-    run.peers.load_state(found, run.gossip.plans(last)[0].trains if last >= 0 else frozenset())
-    run.resumed = True
-    about = found.get(f"pending.{run.peers.ids[0]}.about")  # of process 0 what peer 0 has
-    if about is not None:
-        table = torch.stack([found[f"pending.{peer}.row"] for peer in run.peers.ids])
-        run.pending = Pending(table, **json.loads(bytes(about.numpy())))
-
-
-def _as_tensor(record: dict) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(finite(record)).encode()), dtype=torch.uint8)

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: what belongs to it, with digests, and the version of the format, of which older ones are upgraded.
 
-    {"version": 3, "rounds": 20, "peers": 8,
+    {"version": 4, "rounds": 20, "peers": 8, "absent": [],
      "contents": {"base model": ..., "training labels": ..., ...},    digests of what the run was begun with
      "sha256": {"peer-0/adapter_model.safetensors": ..., "state-0.safetensors": ..., ...},
      "self": ...}                                                     digest of all of the above
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-NAME, VERSION = "manifest.json", 3
+NAME, VERSION = "manifest.json", 4
 
 
 class UnreadableError(ValueError):
@@ -27,12 +27,14 @@ class NewerError(ValueError):
 
 
 class Manifest(NamedTuple):
-    """rounds: completed ones. contents: by name, digests of data, partition and base model; empty where they were not saved."""
+    """rounds: completed ones. absent: peers that were not there, and have nothing in it. contents: by name, digests of
+    data, partition and base model; empty where they were not saved."""
 
     rounds: int
     peers: int
     contents: Mapping[str, Any]
     digests: Mapping[str, str]
+    absent: Collection[int] = ()
 
     @property
     def states(self) -> list[str]:
@@ -40,8 +42,8 @@ class Manifest(NamedTuple):
         return [name for name in self.digests if re.fullmatch(r"state-\d+\.safetensors", name)]
 
     def text(self) -> str:
-        tree = {"version": VERSION, "rounds": self.rounds, "peers": self.peers, "contents": dict(self.contents),
-                "sha256": dict(self.digests)}
+        tree = {"version": VERSION, "rounds": self.rounds, "peers": self.peers, "absent": list(self.absent),
+                "contents": dict(self.contents), "sha256": dict(self.digests)}
         return json.dumps(tree | {"self": _digest_of(tree)}, indent=1)
 
 
@@ -63,9 +65,14 @@ def _from_2(tree: dict) -> dict:
     return tree | {"version": 3}
 
 
+def _from_3(tree: dict) -> dict:
+    """The same, when all peers were there."""
+    return tree | {"version": 4, "absent": []}
+
+
 # version k -> a tree of version k + 1 from one of version k; the files beside the manifest may stay as they are, or get a key there
 # that says how they are to be read
-UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1, 2: _from_2}
+UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1, 2: _from_2, 3: _from_3}
 
 
 def read(folder: Path) -> Manifest:
@@ -105,8 +112,9 @@ def _checked(tree: dict, folder: Path) -> Manifest:
             raise ValueError(f"it names {name!r}, which is no file of a checkpoint")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"the digest of {name} is none")
-    found = Manifest(rounds, peers, dict(tree["contents"]), dict(digests))
-    missing = missing_adapter(digests, peers)
+    absent = [_count(peer, "absent", 0) for peer in tree["absent"]]
+    found = Manifest(rounds, peers, dict(tree["contents"]), dict(digests), absent)
+    missing = missing_adapter(digests, peers, absent)
     if missing is not None or not found.states:
         raise ValueError("it names no state" if missing is None else f"it does not name {missing}")
     return found
@@ -118,9 +126,9 @@ def _count(value: Any, name: str, least: int) -> int:
     return value
 
 
-def missing_adapter(names: Collection[str], peers: int) -> str | None:
-    """The first of the adapters of so many peers that is not among the names; None where all are."""
-    wanted = (f"peer-{peer}/adapter_model.safetensors" for peer in range(peers))
+def missing_adapter(names: Collection[str], peers: int, absent: Collection[int] = ()) -> str | None:
+    """The first of the adapters of so many peers, but those absent, that is not among the names; None where all are."""
+    wanted = (f"peer-{peer}/adapter_model.safetensors" for peer in range(peers) if peer not in absent)
     return next((name for name in wanted if name not in names), None)
 
 

@@ -16,11 +16,23 @@ Arrived = dict[int, dict[int, Packet]]  # for each hosted peer, what its neighbo
 class Transport(Protocol):
     """Moves encoded messages along the edges of a round. Counts the bytes that it sends to other processes, headers included."""
 
-    rank: int  # which of how many processes this is
-    size: int
+    @property
+    def rank(self) -> int:
+        """Which of `size` processes this is."""
+
+    @property
+    def size(self) -> int: ...
+
     wire_bytes: int  # of the messages of peers
-    control_bytes: int  # of what processes agree on and tell each other: flags, texts, digests
-    measured_bytes: int  # of rows and sums for measures, evaluation and the consensus model
+
+    @property
+    def control_bytes(self) -> int:
+        """Of what processes agree on and tell each other: flags, texts, digests."""
+
+    @property
+    def measured_bytes(self) -> int:
+        """Of rows and sums for measures, evaluation and the consensus model."""
+
     most: int  # a longer message is refused where its size is announced
     run: int  # a number that all processes of a run share; a message of another run is refused
     round: int | None  # the round at work, for messages of errors

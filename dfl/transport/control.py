@@ -22,6 +22,16 @@ class ControlPlane:
     def __init__(self, link: Link):
         self.link, self.sent, self.summed = link, 0, 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Of this process among those that take part, and how many these are. Below, a process is its place."""
+        return self.link.members.index(self.link.rank), len(self.link.members)
+
+    def _move(self, what: str, sent: dict[int, Tensor], received: dict[int, Tensor]) -> int:
+        members = self.link.members
+        return self.link.transfer(what, {members[k]: tensor for k, tensor in sent.items()},
+                                  {members[k]: tensor for k, tensor in received.items()})
+
     def agree(self, value: int) -> int:
         """The largest value that any process gave."""
         return int(self._all_reduce(torch.tensor([value]), torch.maximum)[0])
@@ -35,7 +45,7 @@ class ControlPlane:
 
         Those beyond the largest power of two give theirs to another before, and get the result after.
         """
-        rank, size = self.link.rank, self.link.size
+        rank, size = self.place
         core = 1 << (size.bit_length() - 1)
         if rank >= core:
             self._swap(rank - core, mine, None)
@@ -53,41 +63,41 @@ class ControlPlane:
         return mine
 
     def _swap(self, process: int, mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-        self.sent += self.link.transfer(_AGREED, {} if mine is None else {process: mine}, {} if theirs is None else {process: theirs})
+        self.sent += self._move(_AGREED, {} if mine is None else {process: mine}, {} if theirs is None else {process: theirs})
         return theirs
 
     def share(self, data: bytes) -> list[bytes]:
         """What each process gave, by process, on all of them."""
         sizes = self._table(torch.tensor([len(data)]))[:, 0].tolist()
         for process, size in enumerate(sizes):
-            self.link.check_size(process, size, MOST)
+            self.link.check_size(self.link.members[process], size, MOST)
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[:len(data)] = _tensor(data)
         return [bytes(row[:size].numpy()) for row, size in zip(self._table(mine), sizes, strict=True)]
 
     def _table(self, mine: Tensor) -> Tensor:
         """The rows (K,) of all processes, (processes, K) on all of them: the algorithm of Bruck et al. 1997."""
-        rank, size = self.link.rank, self.link.size
+        rank, size = self.place
         rows, step = mine[None], 1
         while step < size:
             count = min(step, size - step)
             theirs = rows.new_empty(count, len(mine))
-            self.sent += self.link.transfer(_TABLE, {(rank - step) % size: rows[:count].contiguous()}, {(rank + step) % size: theirs})
+            self.sent += self._move(_TABLE, {(rank - step) % size: rows[:count].contiguous()}, {(rank + step) % size: theirs})
             rows, step = torch.cat([rows, theirs]), 2 * step
         return rows.roll(rank, 0)
 
     def spread(self, data: bytes) -> bytes:
         """What process 0 gave, on all of them; what the others gave is not used. Along a binomial tree."""
-        rank, size = self.link.rank, self.link.size
+        rank, size = self.place
         length = self.agree(len(data) if rank == 0 else 0)
-        self.link.check_size(0, length, MOST)
+        self.link.check_size(self.link.members[0], length, MOST)
         told = _tensor(data) if rank == 0 else torch.empty(length, dtype=torch.uint8)
         step = 1
         while step < size:
             if rank < step and rank + step < size:
-                self.sent += self.link.transfer(_TOLD, {rank + step: told}, {})
+                self.sent += self._move(_TOLD, {rank + step: told}, {})
             elif step <= rank < 2 * step:
-                self.link.transfer(_TOLD, {}, {rank - step: told})
+                self._move(_TOLD, {}, {rank - step: told})
             step *= 2
         return bytes(told.numpy())
 
@@ -97,21 +107,21 @@ class ControlPlane:
         So its bits do not depend on which process holds which row. A piece goes from the first process to the last, each adding
         its rows, and the sum from the last around to all others.
         """
-        link, length = self.link, rows.shape[1]
-        result = torch.zeros(length, dtype=torch.float64, device=link.group.wire)
+        (rank, size), length = self.place, rows.shape[1]
+        result = torch.zeros(length, dtype=torch.float64, device=self.link.group.wire)
         pieces = [slice(start, min(start + PIECE, length)) for start in range(0, length, PIECE)]
-        first, last = link.rank == 0, link.rank == link.size - 1
-        ahead, behind = (link.rank + 1) % link.size, (link.rank - 1) % link.size
+        first, last = rank == 0, rank == size - 1
+        ahead, behind = (rank + 1) % size, (rank - 1) % size
         for piece, before in zip([*pieces, None], [None, *pieces], strict=True):  # one is sent on while the next arrives
             outgoing = {} if before is None or last else {ahead: result[before]}
-            self.summed += link.transfer(_SUM, outgoing, {} if piece is None or first else {behind: result[piece]})
+            self.summed += self._move(_SUM, outgoing, {} if piece is None or first else {behind: result[piece]})
             if piece is not None:
                 add_in_order(result[piece], rows[:, piece])
-        stays = link.size == 1 or link.rank == link.size - 2  # the last but one passes nothing on: the last process has it
+        stays = size == 1 or rank == size - 2  # the last but one passes nothing on: the last process has it
         for piece, before in zip([*pieces, None], [None, *pieces], strict=True):
             source = piece if last else before
             outgoing = {} if source is None or stays else {ahead: result[source]}
-            self.summed += link.transfer(_SUM, outgoing, {} if piece is None or last else {behind: result[piece]})
+            self.summed += self._move(_SUM, outgoing, {} if piece is None or last else {behind: result[piece]})
         return result.to(rows.device)
 
 

@@ -25,15 +25,26 @@ class Distributed:
     """
 
     def __init__(self, num_peers: int, group: Group, *, device: torch.device, run: int = 0, timeout: float = 300.0):
-        self.rank, self.size, self.device, self.wire, self.most = group.rank, group.size, device, group.wire, MOST
-        self.hosts = hosting(num_peers, self.size)
-        self.hosted = self.hosts[self.rank]
+        self.process, self.device, self.wire, self.most = group.rank, device, group.wire, MOST
+        self.hosts = hosting(num_peers, group.size)
+        self.hosted = self.hosts[self.process]
         self.process_of = {peer: process for process, peers in enumerate(self.hosts) for peer in peers}
-        self.link = Link(group, self.hosts, run=run, timeout=timeout)
+        self.link = self._make_link(group, run, timeout)
         self.control = ControlPlane(self.link)
         self.wire_bytes = self.looked_bytes = 0
         self._told = [0] * len(SENT)
         self._lengths: dict[tuple[str, str, int], int] = {}  # of the last frame to and from every other process, the same at both ends
+
+    def _make_link(self, group, run: int, timeout: float) -> Link:
+        return Link(group, self.hosts, run=run, timeout=timeout)
+
+    @property
+    def rank(self) -> int:
+        return self.link.members.index(self.process)
+
+    @property
+    def size(self) -> int:
+        return len(self.link.members)
 
     @property
     def round(self) -> int | None:
@@ -82,12 +93,12 @@ class Distributed:
             draft = wire.draft(entries)
             sent[q] = self.link.buffer("sent", what, q, draft.size, self.wire)
             wire.fill(sent[q], draft)
-            frames.seal(sent[q], self.link.label(what, self.rank))
+            frames.seal(sent[q], self.link.label(what, self.process))
         self._count(what, total_bytes(sent))
         arrived: Arrived = {peer: {} for peer in expected}
         for sender, receivers in addressed.items():
             for receiver in receivers:
-                if self.process_of[receiver] == self.rank:
+                if self.process_of[receiver] == self.process:
                     arrived[receiver][sender] = packets[sender]
         received = self._begin_unknown(what, sent, incoming)
         return lambda: self._arrive(received(), incoming, arrived)
@@ -97,7 +108,7 @@ class Distributed:
             try:
                 self._deliver(q, wire.read(received[q], self.device), senders, arrived)
             except wire.WireError as error:
-                raise ConnectionError(f"{self.describe(q)} sent {error}, {self.link.when()}") from None
+                raise self.link.fault(q, f"{self.link.describe(q)} sent {error}, {self.link.when()}") from None
         return arrived
 
     def _outgoing(self, packets, addressed, due) -> dict[int, list[Entry]]:
@@ -109,7 +120,7 @@ class Distributed:
                 there.setdefault(self.process_of[receiver], []).append(receiver)
             for q, receivers in there.items():
                 wanted = sorted(set(receivers) & set(addressed.get(sender, ())))
-                if q != self.rank:
+                if q != self.process:
                     entry = Entry(sender, packets[sender], None if wanted == receivers else wanted) if wanted else Entry(sender)
                     found.setdefault(q, []).append(entry)
         return {q: found[q] for q in sorted(found)}
@@ -119,19 +130,19 @@ class Distributed:
         found: dict[int, dict[int, list[int]]] = {}
         for receiver, senders in expected.items():
             for sender in senders:
-                if self.process_of[sender] != self.rank:
+                if self.process_of[sender] != self.process:
                     found.setdefault(self.process_of[sender], {}).setdefault(sender, []).append(receiver)
         return {q: dict(sorted(found[q].items())) for q in sorted(found)}
 
     def _deliver(self, q: int, entries: list[Entry], senders: dict[int, list[int]], arrived: Arrived) -> None:
         if [entry.peer for entry in entries] != list(senders):
-            raise ConnectionError(f"{self.describe(q)} sent messages of peers {[entry.peer for entry in entries]} {self.link.when()}; "
-                                  f"expected {list(senders)}")
+            raise self.link.fault(q, f"{self.link.describe(q)} sent messages of peers {[entry.peer for entry in entries]} "
+                                     f"{self.link.when()}; expected {list(senders)}")
         for entry in entries:
             wanted = senders[entry.peer] if entry.receivers is None else entry.receivers
             if not set(wanted) <= set(senders[entry.peer]):
-                raise ConnectionError(f"{self.describe(q)} sent peer {entry.peer}'s message to {list(wanted)} {self.link.when()}; "
-                                      f"expected some of {senders[entry.peer]}")
+                raise self.link.fault(q, f"{self.link.describe(q)} sent peer {entry.peer}'s message to {list(wanted)} "
+                                         f"{self.link.when()}; expected some of {senders[entry.peer]}")
             if entry.packet is not None:
                 for receiver in wanted:
                     arrived[receiver][entry.peer] = entry.packet
@@ -212,7 +223,7 @@ class Distributed:
         return self.control.spread(data)
 
     def describe(self, process: int) -> str:
-        return self.link.describe(process)
+        return self.link.describe(self.link.members[process])
 
     def introduce(self, name: str) -> None:
         """Tell all processes the name of this one's host."""

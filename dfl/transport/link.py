@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ class Link:
         self._store_holder = 0 if ours else None
         self._watch, self._waiter = None, None
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
+
+    @property
+    def members(self) -> Sequence[int]:
+        """The processes that take part, ascending."""
+        return range(self.size)
 
     def watch(self, asked: Callable[[], bool]) -> None:
         # a clone: a connection to the store is for one thread
@@ -102,7 +107,11 @@ class Link:
         try:
             return step(*arguments)
         except frames.FrameError as error:
-            raise ConnectionError(f"{self.describe(q)} sent {error}, {self.when()} ({what})") from None
+            raise self.fault(q, f"{self.describe(q)} sent {error}, {self.when()} ({what})") from None
+
+    def fault(self, process: int, text: str) -> ConnectionError:
+        """The error for what a process sent."""
+        return ConnectionError(text)
 
     def _lost(self, missing: list[int], what: str, seconds: float, silent: bool) -> ConnectionError:
         """What happened, as far as the notes of the other processes, and whom they wait for, explain it."""
@@ -125,7 +134,7 @@ class Link:
     def check_size(self, process: int, size: int, most: int) -> None:
         """ConnectionError for an announcement of more, before memory is asked for."""
         if not 0 <= size <= most:
-            raise ConnectionError(f"{self.describe(process)} announced {size} bytes {self.when()}; allowed: up to {most}")
+            raise self.fault(process, f"{self.describe(process)} announced {size} bytes {self.when()}; allowed: up to {most}")
 
     def _held_up_by(self, missing: list[int]) -> list[int]:
         """Those that the missing wait for themselves, and so on; who waits for nobody holds up all."""

@@ -230,7 +230,7 @@ def test_a_run_of_the_format_before_goes_on_to_the_same_bits(root, done, tmp_pat
     kept = run / "checkpoints" / "round-00003"
     assert all(path.read_bytes() == (done / "checkpoints" / "round-00003" / path.relative_to(kept)).read_bytes()
                for path in kept.rglob("*.safetensors"))
-    assert json.loads((kept / "manifest.json").read_text())["version"] == manifest.VERSION == 3
+    assert json.loads((kept / "manifest.json").read_text())["version"] == manifest.VERSION == 4
 
 
 def test_a_run_of_the_format_before_is_evaluated_exported_and_reported(done, tmp_path, capsys):

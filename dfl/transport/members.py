@@ -1,0 +1,379 @@
+"""The processes of a run that goes on without those it loses: frames between its members, and how they settle who these are.
+
+In place of a process group (group.py): `begin` and `end` send and receive what a step of the run needs, or raise ViewChange as soon
+as anybody is known to be gone, broken, or to have joined. Then every member stops where it is and calls `settle`, from which all come
+back with the same members, and with what each has told of itself.
+"""
+
+import json
+import struct
+import sys
+import time
+from collections.abc import Callable
+from queue import Empty
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dfl.transport import frames
+from dfl.transport.post import Event
+from dfl.transport.view import Known, Member, Settling
+
+# what a message is, and the start of the process that sends it
+_HEAD = struct.Struct("<BI")
+_HAIL, _BOOK, _STATE, _FRAME, _LEAVE, _DONE = range(1, 7)
+# of a frame: the view that it belongs to, and its number among those of this sender in it
+_PLACE = struct.Struct("<8sQ")
+# who is accused has this long to answer before the others go on without it
+ANSWER_SECONDS = 0.2
+# what is known is told again after this time, while it is being settled
+AGAIN_SECONDS = 1.0
+# frames of one sender that nobody has asked for yet
+MAX_AHEAD = 256
+
+
+class ViewChange(Exception):  # noqa: N818 - nothing is wrong: the members have to settle
+    """The members are not those of the last settlement any more. No OSError: nobody may take it for a failed write."""
+
+
+class LeftOutError(ConnectionError):
+    """The others go on without this process."""
+
+
+class FinishedError(Exception):
+    """A member says that all have come to the end, so there is nobody left to wait for."""
+
+
+class FaultError(ConnectionError):
+    """A process sent what no member sends."""
+
+    def __init__(self, process: int, text: str):
+        super().__init__(text)
+        self.process = process
+
+
+class Step(NamedTuple):
+    """places: of what is received, its view and number, by process."""
+
+    sent: dict[int, Tensor]
+    received: dict[int, Tensor]
+    places: dict[int, tuple[bytes, int]]
+
+
+class Mail(Protocol):
+    """What carries the messages: dfl/transport/post.py over TCP, or certified.py with certificates."""
+
+    events: Any
+    waits: dict[int, tuple[int, ...]]
+    life: Any
+    awaited: tuple[int, ...]
+
+    def connected(self) -> list[int]: ...
+
+    def send(self, process: int, data: bytes) -> None: ...
+
+    def cut(self, process: int) -> None: ...
+
+    def flush(self, seconds: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Members:
+    """mail: connections to others; process: which of `size` this is; timeout: seconds that a living member may take for a step.
+
+    members: those of the last settlement, by process; alone before the first. reasons: why others have gone, by member.
+    """
+
+    store = device = None  # nothing is needed after the start
+    wire = torch.device("cpu")
+
+    def __init__(self, mail: Mail, process: int, size: int, timeout: float):
+        self.mail, self.rank, self.size, self.timeout = mail, process, size, timeout
+        self.me = Member(process)
+        self.members: tuple[Member, ...] = (self.me,)
+        self.reasons: dict[Member, str] = {}
+        self.describe: Callable[[int], str] = lambda q: f"process {q}"
+        self._settling = Settling(self.me, Known().with_joined(self.me), None)
+        self._changed, self.open, self._view = False, True, b""
+        self._accused_at = 0.0
+        self.connect: Callable[[], None] = lambda: None  # makes connections to those that are known and not connected
+        self._heard: dict[int, tuple[Known, bool]] | None = None  # what others have answered, before this one has joined
+        self.ending = False  # this process has come to the end, and waits for the others
+        self._finished = False
+        self._last_word = b""
+        self._inbox: dict[int, dict[tuple[bytes, int], bytes]] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        """A view begins: frames count anew, and those of others that are in it already wait."""
+        self._sent: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
+        self._inbox = {q: {place: data for place, data in found.items() if place[0] == self._view} for q, found in self._inbox.items()}
+
+    @property
+    def processes(self) -> list[int]:
+        """Of the members, ascending."""
+        return [member.process for member in self.members]
+
+    def hail(self, seconds: float) -> bool:
+        """Ask who is there, and take a start that none before this one of the process has had; whether the run goes on already.
+
+        Where nobody is at work yet, all are waited for.
+        """
+        until, self._heard = time.monotonic() + seconds, {}
+        asked: dict[int, float] = {}
+        while time.monotonic() < until and not self._enough():
+            self.connect()
+            for process in set(self.mail.connected()) - set(self._heard):
+                if time.monotonic() > asked.get(process, 0.0) + AGAIN_SECONDS:
+                    asked[process] = time.monotonic()
+                    self._send(process, _HAIL)
+            self._take(0.02)
+        books, self._heard = self._heard.values(), None
+        starts = [member.start for known, _ in books for member in known.joined if member.process == self.rank]
+        self.me = Member(self.rank, max(starts, default=-1) + 1)
+        self.members, known = (self.me,), Known().with_joined(self.me)
+        for other, _ in books:
+            known = known.join(other)
+        self._settling = Settling(self.me, known, None)
+        self._tell_all()
+        return any(begun for _, begun in books)
+
+    def _enough(self) -> bool:
+        """All have answered, or, of a run that goes on, all that are connected."""
+        begun = any(begun for _, begun in self._heard.values())
+        wanted = self.mail.connected() if begun else set(range(self.size)) - {self.rank}
+        return set(wanted) <= set(self._heard)
+
+    def await_all(self, seconds: float) -> None:
+        """Until all processes have joined, or so long: who comes later comes to a run that goes on."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and len(self._settling.known.latest()) < self.size:
+            self.connect()
+            self._take(0.02)
+
+    def settle(self, info: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Agree with all others on the members, and get what each of them told of itself, by process.
+
+        LeftOutError where the others go on without this one. Who lives and does not come within the time-out is left behind.
+        """
+        self._settling.info, told = info, 0.0
+        until = time.monotonic() + self.timeout
+        while True:
+            if time.monotonic() > told + AGAIN_SECONDS:
+                told = time.monotonic()
+                self._tell_all()
+            self.connect()
+            self._take(0.02)
+            if self._finished:
+                raise FinishedError
+            self._look_for_silent()
+            if self.me not in self._settling.known.members():
+                self._begin_anew()
+            missing = [member.process for member in self._settling.waits_for()]
+            self.mail.awaited = tuple(missing)
+            if not missing and time.monotonic() > self._accused_at + ANSWER_SECONDS:
+                return self._settled()
+            if missing and time.monotonic() > until:
+                for process in missing:
+                    self.accuse(process, f"did not settle with the others within {self.timeout:g} s")
+                until = time.monotonic() + self.timeout
+
+    def _settled(self) -> dict[int, dict[str, Any]]:
+        infos: dict[int, Any] = {member.process: info for member, info in self._settling.infos().items()}
+        self._last_word = self._state()
+        known = self._settling.known.settled()
+        self.members, self._view = known.members(), known.digest()
+        self._settling, self._changed = Settling(self.me, known, None), False
+        for process in set(self.mail.connected()) - set(self.processes):
+            if any(member.process == process for member in known.out):
+                self._send(process, _STATE, self._state())  # so that it knows
+        self._reset()
+        return infos
+
+    def _begin_anew(self) -> None:
+        """Another start of this process was a member, of which it did not know. LeftOutError for one that was a member itself."""
+        if self._view:
+            raise LeftOutError(self._why_left_out())
+        known, info = self._settling.known, self._settling.info
+        self.me = Member(self.rank, 1 + max(member.start for member in known.joined if member.process == self.rank))
+        self._settling = Settling(self.me, known.with_joined(self.me), info)
+        self._tell_all()
+
+    def _why_left_out(self) -> str:
+        by = sorted({one.by.process for one in self._settling.known.accused if one.of == self.me})
+        why = f"{' and '.join(map(self.describe, by))} could not hear it in time" if by else "it could not hear some whom others hear"
+        return f"the others go on without this process: {why}; started again, it comes back"
+
+    def accuse(self, process: int, text: str) -> None:
+        """Go on without a process."""
+        member = next((one for one in self._settling.known.members() if one.process == process), None)
+        if member is None or member == self.me:
+            return
+        self.reasons.setdefault(member, text)
+        print(f"dfl: going on without {self.describe(process)}: {text}", file=sys.stderr, flush=True)
+        self._accused_at = time.monotonic()
+        if self._settling.learn(Known().accuse(self.me, member)):
+            self._changed = True
+            self._tell_all()
+
+    def check(self) -> None:
+        """ViewChange where the members have to settle; asked now and then while there is something else to do."""
+        self._take(0.0)
+        if self._finished:
+            raise FinishedError
+        self._look_for_silent()
+        if self._changed:
+            raise ViewChange
+
+    def begin(self, sent: dict[int, Tensor], received: dict[int, Tensor]) -> "Step":
+        """Send all of it; what is received is waited for by `end`."""
+        assert {*sent, *received} <= set(self.processes), (sorted({*sent, *received}), self.processes)
+        for q, tensor in sent.items():
+            number = self._sent[q] = self._sent.get(q, 0) + 1
+            self._send(q, _FRAME, _PLACE.pack(self._view, number) + tensor.numpy().tobytes())
+        places = {}
+        for q in received:
+            number = self._wanted[q] = self._wanted.get(q, 0) + 1
+            places[q] = (self._view, number)
+        return Step(sent, received, places)
+
+    def end(self, step: "Step", deadline: float, watch, waiter) -> tuple[list[int], bool]:
+        """Wait for all that is received, or ViewChange."""
+        places = step.places
+        while missing := [q for q, place in places.items() if place not in self._inbox.get(q, {})]:
+            self.mail.awaited = tuple(missing)
+            if time.monotonic() > deadline:
+                for q in self._held_up_by(missing):
+                    self.accuse(q, f"lives, but did not answer for {self.timeout:g} s")
+            self._take(0.05)
+            self.check()
+        self.mail.awaited = ()
+        self.check()
+        for q, place in places.items():
+            self._put(q, self._inbox[q].pop(place), step.received[q])
+        return [], False
+
+    def _put(self, q: int, data: bytes, buffer: Tensor) -> None:
+        if not frames.HEADER <= len(data) <= len(buffer):
+            raise FaultError(q, f"sent a message of {len(data)} bytes; allowed: {frames.HEADER} to {len(buffer)}")
+        buffer[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _held_up_by(self, missing: list[int]) -> list[int]:
+        """Those that the missing wait for themselves, and so on; who waits for nobody holds up all."""
+        found, seen, left = set(), {self.rank}, list(missing)
+        while left:
+            process = left.pop()
+            others = set(self.mail.waits.get(process, ())) - {process}
+            seen.add(process)
+            left += sorted(others - seen)
+            found |= set() if others else {process}
+        return sorted(found) or missing
+
+    def _look_for_silent(self) -> None:
+        for member in self._settling.known.members():
+            if member != self.me and self.mail.life.silent(member.process):
+                self.accuse(member.process, f"has shown no life for {self.mail.life.patience:g} s")
+
+    def _send(self, process: int, kind: int, data: bytes = b"") -> None:
+        self.mail.send(process, _HEAD.pack(kind, self.me.start) + data)
+
+    def _state(self) -> bytes:
+        return json.dumps({"known": json.loads(self._settling.known.text()), "info": self._settling.info}).encode()
+
+    def _tell_all(self) -> None:
+        for process in self.mail.connected():
+            self._send(process, _STATE, self._state())
+
+    def _take(self, seconds: float) -> None:
+        """All that has arrived; waits so long for the first."""
+        try:
+            event = self.mail.events.get(timeout=seconds) if seconds else self.mail.events.get_nowait()
+            while True:
+                self._handle(event)
+                event = self.mail.events.get_nowait()
+        except Empty:
+            pass
+
+    def _handle(self, event: Event) -> None:
+        if event.kind == "refused":
+            print(f"dfl: refused: {event.text}", file=sys.stderr, flush=True)
+        elif event.kind != "message":
+            self.accuse(event.process, event.text)
+        else:
+            try:
+                self._read(event.process, event.data)
+            except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+                self.mail.cut(event.process)
+                self.accuse(event.process, f"sent what no member sends: {' '.join(str(error).split())[:200]}")
+
+    def _read(self, process: int, data: bytes) -> None:
+        kind, start = _HEAD.unpack_from(data)
+        sender = Member(process, start)
+        if kind == _HAIL:
+            known = Known() if self._heard is not None else self._settling.known
+            self._send(process, _BOOK, json.dumps({"known": json.loads(known.text()), "begun": bool(self._view)}).encode())
+        elif kind == _BOOK:
+            tree = json.loads(data[_HEAD.size:])
+            if self._heard is not None:
+                self._heard[process] = Known.read(tree["known"], self.size), bool(tree["begun"])
+        elif self._heard is not None:  # this process has not joined yet
+            pass
+        elif kind == _STATE:
+            self._learn(sender, json.loads(data[_HEAD.size:]))
+        elif kind == _LEAVE:
+            self.reasons[sender] = str(json.loads(data[_HEAD.size:]))[:1000]
+        elif kind == _DONE:
+            if not self.ending:
+                raise ValueError("the word that all have ended, which this process has not")
+            self._finished = True
+        elif kind == _FRAME:
+            view, number = _PLACE.unpack_from(data, _HEAD.size)
+            held = self._inbox.setdefault(process, {})
+            if len(held) >= MAX_AHEAD:
+                raise ValueError(f"{len(held)} messages that nobody waits for")
+            held[view, number] = data[_HEAD.size + _PLACE.size:]
+        else:
+            raise ValueError(f"a message of kind {kind}")
+
+    def _learn(self, sender: Member, tree: dict[str, Any]) -> None:
+        known, info = Known.read(tree["known"], self.size), tree["info"]
+        if info is not None and not isinstance(info, dict):
+            raise ValueError(f"what it tells of itself is no table: {str(info)[:80]}")
+        if sender not in known.joined:
+            raise ValueError("it has not joined itself")
+        if sender in self._settling.known.out:  # it has missed that
+            self._send(sender.process, _STATE, self._state())
+            return
+        before = self._settling.known
+        if self._settling.receive(sender, known, info):
+            self._changed = True
+            for member in self._settling.known.joined - before.joined:  # it has so long to be heard here
+                self.mail.life.begin(member.process)
+            if self._settling.known.accused != before.accused:
+                self._accused_at = time.monotonic()
+            self._tell_all()
+        elif info is not None and self._settling.info is None and self._view:  # it has missed what this one said when it settled
+            self._send(sender.process, _STATE, self._last_word)
+
+    def leave(self, text: str) -> None:
+        """Tell the others why, and go."""
+        for process in self.mail.connected():
+            self._send(process, _LEAVE, json.dumps(text).encode())
+        self.close()
+
+    def finish(self) -> None:
+        """All have come to the end: tell it those who still wait, and go."""
+        for process in self.mail.connected():
+            self._send(process, _DONE)
+        self.close()
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            self.mail.flush(2.0)
+            self.mail.close()
+
+    abort = close

@@ -1,0 +1,370 @@
+"""Messages between the processes of a run that goes on without those it loses: a TCP connection for each pair, and no process, store
+or port that all depend on. Beside them go signs of life, with whom a process waits for.
+
+A connection begins with a hello of both sides, a line of JSON: who it is, what it was started with, and a proof that it knows the
+secret of the run (HMAC-SHA256 over a number that the other has drawn); before that nothing else is read. It hides nothing: where
+others can listen on the way, take the transport with certificates (certified.py).
+"""
+
+import contextlib
+import hmac
+import json
+import queue
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# kind of what follows, and its bytes
+_HEAD = struct.Struct("<BQ")
+_LIFE, _MESSAGE = 1, 2
+HELLO_SECONDS = 5.0
+MAX_HELLO = 2**18
+_PIECE = 2**20
+MAX_AWAITED = 4096
+Address = tuple[str, int]
+
+
+class Event(NamedTuple):
+    """What happened: "message" with its bytes; "gone", "harm" or "refused" with a text. About whom."""
+
+    kind: str
+    process: int
+    data: bytes = b""
+    text: str = ""
+
+
+class RefusedError(ValueError):
+    """The other side does not want this process, and says why."""
+
+
+class Life:
+    """How long others have shown no sign of life. A gap in our own time, as of a machine that was asleep, is nobody's silence."""
+
+    def __init__(self, patience: float):
+        self.patience, self.tick = patience, min(1.0, patience / 8)
+        self._heard: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+        self._quiet: dict[int, float] = {}
+        self._at = time.monotonic()
+
+    def hear(self, process: int) -> None:
+        self._heard[process] = self._heard.get(process, 0) + 1
+
+    def begin(self, process: int) -> None:
+        self._quiet[process] = 0.0
+
+    def count(self) -> None:
+        """Once a tick."""
+        now = time.monotonic()
+        gap, self._at = min(now - self._at, 2 * self.tick), now
+        for process in list(self._quiet):
+            heard = self._heard.get(process, 0)
+            self._quiet[process] = 0.0 if heard != self._seen.get(process) else self._quiet[process] + gap
+            self._seen[process] = heard
+
+    def silent(self, process: int) -> bool:
+        return self._quiet.get(process, 0.0) >= self.patience
+
+
+class Post:
+    """This process's connections. `events`: what arrives, in the order of each sender; `waits`: whom others say that they wait for.
+
+    about: what this process was started with; check(process, its about) -> why it does not belong here, or "". most: bytes of one.
+    """
+
+    def __init__(self, process: int, size: int, *, secret: bytes, about: Mapping[str, Any],
+                 check: Callable[[int, Mapping[str, Any]], str], patience: float, listen: Address = ("", 0), host: str = "",
+                 most: int = 2**31):
+        self.process, self.size, self.secret, self.about, self.check, self.most = process, size, secret, dict(about), check, most
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.life = Life(patience)
+        self.waits: dict[int, tuple[int, ...]] = {}
+        self.awaited: tuple[int, ...] = ()
+        self.book: dict[int, Address] = {}
+        self._instance = secrets.token_hex(8)  # of this start of the process
+        self._lines: dict[int, _Line] = {}
+        self._calling: dict[int, threading.Lock] = {}
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._socket = socket.create_server(listen, backlog=64)
+        self.book[process] = (host or "127.0.0.1", self._socket.getsockname()[1])
+        for work in (self._accept, self._show_life):
+            threading.Thread(target=work, name=f"dfl-{work.__name__.strip('_')}", daemon=True).start()
+
+    def connected(self) -> list[int]:
+        with self._lock:
+            return sorted(self._lines)
+
+    def send(self, process: int, data: bytes) -> None:
+        """Never waits; nothing happens where there is no connection, which an event has told."""
+        with self._lock:
+            line = self._lines.get(process)
+        if line is not None:
+            line.put(_MESSAGE, data)
+
+    def connect(self, address: Address) -> int | None:
+        """The process that listens there, connected; None where nobody answers. RefusedError where it does not want this one."""
+        try:
+            with contextlib.ExitStack() as undo:
+                connection = undo.enter_context(socket.create_connection(address, timeout=HELLO_SECONDS))
+                process = self._greet(connection, first=True)
+                undo.pop_all()
+                return process
+        except RefusedError:
+            raise
+        except (OSError, ValueError):
+            return None
+
+    def cut(self, process: int) -> None:
+        """Read nothing more of a process; a new connection of it begins anew."""
+        with self._lock:
+            line = self._lines.pop(process, None)
+        if line is not None:
+            line.close()
+
+    def flush(self, seconds: float) -> None:
+        """Until all has left, or so long."""
+        until = time.monotonic() + seconds
+        with self._lock:
+            lines = list(self._lines.values())
+        while any(line.busy for line in lines) and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # an accept that waits notices
+        self._socket.close()
+        for process in self.connected():
+            self.cut(process)
+
+    def _accept(self) -> None:
+        while not self._ended.is_set():
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._welcome, args=(connection,), name="dfl-welcome", daemon=True).start()
+
+    def _welcome(self, connection: socket.socket) -> None:
+        """A stranger gets a number that we have drawn, and then nothing."""
+        try:
+            connection.settimeout(HELLO_SECONDS)
+            self._greet(connection, first=False)
+        except (OSError, ValueError):
+            connection.close()
+
+    def _greet(self, connection: socket.socket, first: bool) -> int:
+        """Hello of both sides; the other's process. first: this one has called.
+
+        Of two processes the higher one calls the lower, so that there is one connection and both know which; a lower one that calls
+        asks to be called.
+        """
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        nonce = secrets.token_hex(16)
+        _say(connection, {"dfl": 1, "nonce": nonce, "process": self.process, "instance": self._instance})
+        opening = _hear(connection)
+        if opening["instance"] == self._instance:
+            raise OSError("this is the process itself, under another address")
+        if not first:
+            return self._answer(connection, opening, nonce)
+        with self._calling.setdefault(opening["process"], threading.Lock()):
+            if self._has(opening["process"], opening["instance"]):
+                raise OSError("connected already")
+            return self._call(connection, opening, nonce)
+
+    def _has(self, process: int, instance: str) -> bool:
+        with self._lock:
+            line = self._lines.get(process)
+        return line is not None and line.instance == instance
+
+    def _hello(self, nonce: str, first: bool) -> dict[str, Any]:
+        return {"process": self.process, "about": self.about, "proof": self._proof(nonce, self.process, first),
+                "at": self.book[self.process]}
+
+    def _call(self, connection: socket.socket, opening: Mapping[str, Any], nonce: str) -> int:
+        _say(connection, self._hello(opening["nonce"], True))
+        process = self._checked_hello(connection, opening, nonce, False)
+        if process > self.process:
+            connection.close()
+        else:
+            self._take(process, connection, opening["instance"])
+        return process
+
+    def _answer(self, connection: socket.socket, opening: Mapping[str, Any], nonce: str) -> int:
+        process = self._checked_hello(connection, opening, nonce, True)
+        book = {str(other): at for other, at in self.book.items()}
+        _say(connection, self._hello(opening["nonce"], False) | {"book": book})
+        if process < self.process:
+            connection.close()
+            if not self._has(process, opening["instance"]):
+                self.connect(self.book[process])
+        else:
+            self._take(process, connection, opening["instance"])
+        return process
+
+    def _checked_hello(self, connection: socket.socket, opening: Mapping[str, Any], nonce: str, first: bool) -> int:
+        """The other's process. RefusedError, on both sides, for one that does not belong here."""
+        hello = _hear(connection)
+        if "refused" in hello:
+            raise RefusedError(str(hello["refused"])[:1000])
+        process = hello["process"]
+        refused = self._refused(process, hello, nonce, first) or ("" if process == opening["process"] else "it has two names")
+        if refused:
+            self.events.put(Event("refused", process, text=refused))
+            _say(connection, {"refused": refused})
+            raise RefusedError(refused)
+        self._learn(process, hello)
+        return process
+
+    def _proof(self, nonce: str, process: int, first: bool) -> str:
+        return hmac.digest(self.secret, f"{nonce} {process} {first}".encode(), "sha256").hex()
+
+    def _refused(self, process: int, hello: Mapping[str, Any], nonce: str, first: bool) -> str:
+        if not 0 <= process < self.size or process == self.process:
+            return f"process {process} does not belong to this run: allowed are 0 to {self.size - 1} other than {self.process}"
+        if not hmac.compare_digest(str(hello["proof"]), self._proof(nonce, process, first)):
+            return f"process {process} does not belong to this run: its DFL_SECRET is not that of process {self.process}"
+        return self.check(process, hello["about"])
+
+    def _learn(self, process: int, hello: Mapping[str, Any]) -> None:
+        found = {**hello.get("book", {}), str(process): hello["at"]}
+        for other, (host, port) in found.items():
+            if 0 <= int(other) < self.size and int(other) != self.process:
+                self.book[int(other)] = (str(host), int(port))
+
+    def _take(self, process: int, connection: socket.socket, instance: str) -> None:
+        """From now on this is the connection with a process; one with an earlier start of it ends."""
+        connection.settimeout(None)
+        line = _Line(connection, instance)
+        with self._lock:
+            before, self._lines[process] = self._lines.get(process), line
+        self.life.begin(process)
+        if before is not None:
+            before.close()
+        threading.Thread(target=self._read, args=(process, line), name=f"dfl-from-{process}", daemon=True).start()
+
+    def _read(self, process: int, line: "_Line") -> None:
+        """All that comes on one connection."""
+        try:
+            while True:
+                kind, size = _HEAD.unpack(self._bytes(process, line, _HEAD.size))
+                most = self.most if kind == _MESSAGE else 8 * MAX_AWAITED
+                if kind not in (_LIFE, _MESSAGE) or size > most:
+                    raise ValueError(f"announced {size} bytes of kind {kind}; allowed: up to {most}")
+                data = self._bytes(process, line, size)
+                if kind == _MESSAGE:
+                    self.events.put(Event("message", process, data))
+                else:
+                    self.waits[process] = struct.unpack(f"<{size // 8}q", data[:size // 8 * 8])
+        except ValueError as error:
+            self._lost(process, line, "harm", str(error))
+        except OSError:
+            self._lost(process, line, "gone", "its connection closed")
+        finally:
+            line.connection.close()
+
+    def _bytes(self, process: int, line: "_Line", size: int) -> bytes:
+        """Memory is taken as bytes come, not as they are announced."""
+        found = bytearray()
+        while len(found) < size:
+            piece = line.connection.recv(min(_PIECE, size - len(found)))
+            if not piece:
+                raise OSError("closed")
+            found += piece
+            self.life.hear(process)
+        return bytes(found)
+
+    def _lost(self, process: int, line: "_Line", kind: str, text: str) -> None:
+        line.close()
+        with self._lock:
+            ours = self._lines.get(process) is line
+            if ours:
+                del self._lines[process]
+        if ours and not self._ended.is_set():
+            self.events.put(Event(kind, process, text=text))
+
+    def _show_life(self) -> None:
+        while not self._ended.wait(self.life.tick):
+            self.life.count()
+            told = struct.pack(f"<{len(self.awaited)}q", *self.awaited)
+            with self._lock:
+                lines = list(self._lines.values())
+            for line in lines:
+                if not line.busy:
+                    line.put(_LIFE, told)
+
+
+class _Line:
+    """A connection, written by a thread of its own: who sends never waits for who reads."""
+
+    def __init__(self, connection: socket.socket, instance: str):
+        self.connection, self.instance, self._writing = connection, instance, False
+        self._out: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name="dfl-write", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        return self._writing or not self._out.empty()
+
+    def put(self, kind: int, data: bytes) -> None:
+        self._out.put((kind, data))
+
+    def close(self) -> None:
+        self._out.put(None)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _write(self) -> None:
+        try:
+            while (one := self._out.get()) is not None:
+                self._writing = True
+                self.connection.sendall(_HEAD.pack(one[0], len(one[1])))
+                self.connection.sendall(one[1])
+                self._writing = not self._out.empty()
+        except OSError:  # who reads notices
+            pass
+        self._writing = False
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+
+
+def _say(connection: socket.socket, tree: Mapping[str, Any]) -> None:
+    connection.sendall(json.dumps(tree).encode() + b"\n")
+
+
+def _hear(connection: socket.socket) -> dict[str, Any]:
+    """A line of JSON. ValueError for anything else, or a long one."""
+    found, until = bytearray(), time.monotonic() + HELLO_SECONDS
+    while not found.endswith(b"\n"):
+        piece = connection.recv(1)  # not a byte of what comes behind it
+        if not piece or len(found) > MAX_HELLO or time.monotonic() > until:
+            raise ValueError("no hello")
+        found += piece
+    tree = json.loads(found)
+    if not isinstance(tree, dict):
+        raise ValueError("no hello")
+    try:
+        return _checked(tree)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("no hello") from None
+
+
+def _checked(tree: dict[str, Any]) -> dict[str, Any]:
+    """A hello has its parts, of the right kind."""
+    if "refused" in tree:
+        return tree
+    if "dfl" in tree:
+        if not all(isinstance(tree[name], kind) for name, kind in (("nonce", str), ("process", int), ("instance", str))):
+            raise ValueError("no hello")
+        return tree
+    (host, port), book = tree["at"], tree.get("book", {})
+    kinds = ((tree["process"], int), (tree["about"], dict), (tree["proof"], str), (host, str), (port, int),
+             (book, dict))
+    right = all(isinstance(value, kind) for value, kind in kinds) and all(key.isdecimal() and len(at) == 2 for key, at in book.items())
+    if not right:
+        raise ValueError("no hello")
+    return tree
