@@ -291,6 +291,13 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
         if cannot:
             raise ValueError(f"channel.name = {name!r} delivers sums of numbers, which {cannot} cannot have; allowed with it: trigger "
                              "always, codec none, a method that averages rows")
+    if channel.cancels:
+        cannot = ("a trigger" if not method.trigger.always else "a codec of differences" if method.codec.update is not None
+                  else "a rule that does not average rows" if not (rule.linear and rule.averages)
+                  else "a guard that weighs messages" if method.guard.screen is not None else None)
+        if cannot:
+            raise ValueError(f"channel.name = {name!r} adds noise that cancels in the sums of one round alone, which {cannot} cannot "
+                             "have; allowed with it: trigger always, methods that average rows, guard norm or finite")
     if channel.static and method.schedule.sends == "active":
         raise ValueError(f"channel.payload = 'difference' is to what was told before, but {method.name!r} exchanges another factor "
                          "from round to round; allowed: payload model")

@@ -251,6 +251,7 @@ class Channel(NamedTuple):
     aggregations: how often peers exchange and mix in one round; None: chosen in every round (`injects`).
     most: the largest number that may be. injects(receiver, weights, mean square of a number) -> the variance that one
     aggregation adds to a number of the receiver's; None: none.
+    cancels: what it adds cancels in the sums that all receivers of a message take with W(t), and in no others.
     """
 
     init: Callable[[], State]
@@ -265,6 +266,7 @@ class Channel(NamedTuple):
     aggregations: int | None = 1
     most: int = 1
     injects: Callable[[int, Mapping[int, float], float], float] | None = None
+    cancels: bool = False
     facts: Mapping[str, object] = {}
 
 

@@ -11,6 +11,7 @@ from dfl.wrappers.diffusion import d2, exact_diffusion
 from dfl.wrappers.flexatc import flexatc, led, proxskip
 from dfl.wrappers.gradient_tracking import gradient_tracking, momentum_tracking
 from dfl.wrappers.momentum import quasi_global
+from dfl.wrappers.muffliato import muffliato
 from dfl.wrappers.none import none
 from dfl.wrappers.outer import outer
 from dfl.wrappers.push import push_diging, push_sum
@@ -31,4 +32,5 @@ WRAPPERS: dict[str, Callable[..., Rule]] = {
     "relay": relay,
     "outer": outer,
     "adaptive_consensus": adaptive_consensus,
+    "muffliato": muffliato,
 }

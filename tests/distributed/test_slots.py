@@ -37,6 +37,9 @@ SLOTS = {
     "over the air": {"channel": Choice("over_the_air", {"snr": 10.0, "least_gain": 0.2, "refresh": 3})},
     "ahead": {"delay": 1}, "ahead, rounded": {"delay": 1, "codec": Choice("int8")},
     "ahead, event": {"delay": 1, "trigger": Choice("event", {"threshold": 0.8, "decay": "constant"})},
+    "noise that cancels": {"channel": Choice("zip_noise", {"sigma": 0.3})},
+    "masks": {"channel": Choice("masked")},
+    "noise once": {"wrapper": Choice("muffliato", {"sigma": 0.1, "steps": 3})},
     "late": {"trigger": Choice("late", {"share": 0.5})},
 }
 
@@ -44,7 +47,8 @@ SLOTS = {
 def rounds(transport, hosted, slots: dict) -> torch.Tensor:
     """The rows of the hosted peers, and beside them what their ledgers hold: (P, D + 10)."""
     slots = dict(slots)
-    built = build("lora", LAYOUT, delay=slots.pop("delay", 0), slots=slots, peers=NUM, rounds=ROUNDS)
+    built = build("lora", LAYOUT, delay=slots.pop("delay", 0), slots=slots, peers=NUM, rounds=ROUNDS,
+                  topology=topologies.build("ring", NUM))
     x = empty_rows(len(hosted), LAYOUT.size)
     heart, counted = Gossip(built.method, LAYOUT, topologies.build("ring", NUM), transport, hosted, x), []
     for t in range(ROUNDS):

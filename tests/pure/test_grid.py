@@ -27,6 +27,8 @@ LIMITS = {"event": {"trigger": Choice("event", {"threshold": 0.0})}, "lossy": {"
           **{f"segments, {mode}": {"channel": Choice("segments", {"rate": 0.0, "mode": mode})} for mode in MODES},
           "bursts": {"channel": Choice("bursts", {"to_bad": 0.0})}, "noise": {"channel": Choice("noise", {"sigma": 0})},
           "delay": {"channel": Choice("delay", {"by": 0})}, "perfect": {"channel": Choice("perfect", {"aggregations": 1})},
+          "zip_noise": {"channel": Choice("zip_noise", {"sigma": 0.0})},
+          "muffliato": {"wrapper": Choice("muffliato", {"sigma": 0, "steps": 1})},
           "links": {"network": Choice("links")}}
 REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 3})},
         "products": {"trigger": Choice("event", {"threshold": 4.0, "norm": "product"})},
@@ -45,6 +47,9 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "noise": {"channel": Choice("noise", {"sigma": 0.05})},
         "delay": {"channel": Choice("delay", {"by": 1, "jitter": 1})},
         "over_the_air": {"channel": Choice("over_the_air", {"least_gain": 0.1})},
+        "zip_noise": {"channel": Choice("zip_noise", {"sigma": 0.3})},
+        "zip_noise, int8": {"channel": Choice("zip_noise", {"sigma": 0.3}), "codec": CODEC_SETTINGS["int8"]},
+        "masked": {"channel": Choice("masked", {"bits": 12})},
         "twice": {"channel": Choice("perfect", {"aggregations": 2})},
         "as often as noise allows": {"channel": Choice("noise", {"sigma": 0.3, "aggregations": "auto"})},
         "measured": {"network": Choice("links"), "trigger": Choice("efhc", {"r": 3e3, "bandwidth": "measured"})},
@@ -68,7 +73,7 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "attack": {"channel": Choice("attack", {"kind": "ipm", "by": [2]})},
         "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["int8"]},
         "tracking, top_k": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["top_k"]}}
-PARAMETERS = {"adaptive_consensus": {"gamma": 0.5}, "proxskip": {"p": 0.5}}
+PARAMETERS = {"adaptive_consensus": {"gamma": 0.5}, "proxskip": {"p": 0.5}, "muffliato": {"sigma": 0.1, "steps": 2}}
 WRAPPED = {name: Choice(name, PARAMETERS.get(name, {})) for name in WRAPPERS if name != "none"}
 WRAPPED["aug_dgm"] = Choice("flexatc", {"member": "aug_dgm"})  # exchanges twice in a round
 for _name, _choice in WRAPPED.items():
@@ -108,7 +113,7 @@ def refusal(name: str, slots: dict) -> str | None:
         return "exchanges 'active', which rule"
     if wrapper == "relay" and (trigger or "channel" in slots):
         return COPIES
-    if trigger and wrapper in ONE_WAY:
+    if trigger and wrapper in ONE_WAY | {"muffliato"}:
         return DATED
     if trigger and "member" in slots.get("wrapper", Choice("none")).params and name not in NO_SILENCE:
         return "exchanges twice in a round"
@@ -125,8 +130,10 @@ def refusal(name: str, slots: dict) -> str | None:
         return COPIES
     if channel.name == "delay" and name in NO_SILENCE:
         return NO_SILENCE[name]
-    if channel.name == "over_the_air" and name not in AVERAGED:
+    if channel.name in ("over_the_air", "masked") and name not in AVERAGED:
         return "delivers sums of numbers"
+    if channel.name == "zip_noise" and name not in AVERAGED and name != "fedex_choco":
+        return "noise that cancels in the sums of one round alone"
     if channel.name == "over_the_air" and name == "rolora":
         return "exchanges another factor"
     if channel.params.get("aggregations", 1) != 1 and name not in AVERAGED:
@@ -236,7 +243,8 @@ def test_a_real_setting_is_finite_and_resumes_to_the_same_bits(name, setting):
 
 
 @pytest.mark.parametrize("setting", ["silent", "sparq", "eventgrad", "efhc", "random_gossip", "late", "tracking, int8",
-                                     "silent, lossy", "ahead", "ahead, int8", "ahead, silent", "ahead, sign",
+                                     "silent, lossy", "zip_noise", "zip_noise, int8",
+                                     "ahead", "ahead, int8", "ahead, silent", "ahead, sign",
                                      "silent, sign", "sparq, top_k", "periodic, sign", "tracking, top_k", *CODEC_SETTINGS,
                                      *MEAN_KEPT, *(f"silent, {name}" for name in MEAN_KEPT if name not in ONE_WAY)])
 @pytest.mark.parametrize("name", ["lora", "adf", "ffa", "fed_sb"])

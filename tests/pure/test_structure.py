@@ -16,7 +16,7 @@ PURE = {
     "schedules": {"schedules", "slots", "adapters", "plugins", "seeds"},
     "triggers": {"triggers", "slots", "adapters", "plugins"},
     "codecs": {"codecs", "slots", "plugins", "adapters"},
-    "channels": {"channels", "slots", "plugins"},
+    "channels": {"channels", "slots", "plugins", "seeds"},
     "guards": {"guards", "slots", "plugins", "adapters"},
     "networks": {"networks", "slots", "plugins", "transport"},
     "wrappers": {"wrappers", "slots", "rules", "plugins", "adapters", "seeds"},
