@@ -130,7 +130,8 @@ def test_a_rule_without_a_method_is_refused_with_what_to_write(given):
     assert resolve({"method": "tad", "rule": None}).rule is None
 
 
-def test_the_list_says_what_fills_the_slots(capsys):
+def test_the_list_says_what_fills_the_slots(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["list"]) == 0
     said = capsys.readouterr().out
     assert "  rolora       Train B and A in turn" in said
