@@ -65,6 +65,11 @@ def recipes() -> dict[str, str]:
     return found
 
 
+def scripts() -> dict[str, str]:
+    """The scripts that documents give under a name, `# sft.py` in the block's first line."""
+    return {name[1]: code for path in paths() for code in blocks(path, "python") if (name := re.match(r"# ([\w-]+\.py)\n", code))}
+
+
 def workplace(folder: Path) -> Path:
     """A folder like a checkout in which somebody has written the recipes of the documents: with small models in place of those
     that they name, data of the same columns, and two rounds of two steps of short texts."""
@@ -78,6 +83,11 @@ def workplace(folder: Path) -> Path:
         tree["train"] |= SHORT
         tree["data"]["max_length"] = 32  # small models have few positions
         (folder / name).write_text(yaml.safe_dump(tree))
+    for name, code in scripts().items():
+        for model, path in local.items():
+            code = code.replace(model, str(path))
+        code = re.sub(r"max_steps=\d+", "max_steps=4, max_length=16, use_cpu=True", code)
+        (folder / name).write_text(re.sub(r"(every|_steps)=\d\d+", r"\1=2", code))
     return folder
 
 

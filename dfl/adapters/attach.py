@@ -2,13 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,7 +39,25 @@ class Site(NamedTuple):
     def weight(self) -> Tensor:
         """The frozen weight as (O, I)."""
         base = self.module.get_base_layer()
-        return base.weight.T if isinstance(base, Conv1D) else base.weight
+        plain = type(base.weight) is nn.Parameter and base.weight.is_floating_point()
+        weight = base.weight if plain else dequantize_module_weight(base)
+        return weight.T if isinstance(base, Conv1D) else weight
+
+
+class FrozenWeights(Mapping):
+    """The frozen weights (O, I) of adapted layers by name, each made when it is asked for: quantised ones are not kept twice."""
+
+    def __init__(self, sites: Mapping[str, Site]):
+        self.sites = sites
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sites[name].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
 
 class HeadSite(NamedTuple):

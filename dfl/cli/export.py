@@ -11,6 +11,7 @@ def add(parser) -> None:
     parser.add_argument("--peer", metavar="PEER", default="consensus", help="a number, or consensus (the default)")
     parser.add_argument("--output", metavar="FOLDER", type=path, help="default: a folder in RUN/exports")
     parser.add_argument("--round", metavar="N", type=int, help="the checkpoint after so many rounds, in place of the last")
+    parser.add_argument("--best", action="store_true", help="the best model of the evaluations (checkpoint.best)")
     parser.add_argument("--rank", metavar="R", type=int, help="refactor the factors to this rank, and say what is lost")
     parser.add_argument("--merge", action="store_true", help="a whole model in place of an adapter")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -25,6 +26,6 @@ def add(parser) -> None:
 def run(args, overrides: list[str]) -> int:
     from dfl.export import Wish, export, lines
     wish = Wish(args.peer, args.output, args.round, args.rank, args.merge, args.dtype, args.shard_size, args.base, args.push,
-                args.private, args.overwrite)
+                args.private, args.overwrite, args.best)
     print("\n".join(lines(export(args.run, wish, overrides))))
     return 0

@@ -19,13 +19,14 @@ from dfl.config.schema import (
     MeasureConfig,
     ModelConfig,
     Plugin,
+    PrivacyConfig,
     RankConfig,
     RatioConfig,
     TrainConfig,
 )
 
 __all__ = ["CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "Plugin",
-           "RankConfig", "RatioConfig", "TrainConfig", "from_dict", "load", "resolve"]
+           "PrivacyConfig", "RankConfig", "RatioConfig", "TrainConfig", "from_dict", "load", "resolve"]
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from dfl.config.foreign import FOREIGN
+from dfl.config.optimizers import OPTIMIZERS, SCHEDULES
 from dfl.config.recipes import number, set_field
 from dfl.config.schema import Config, TrainConfig, section_of
 from dfl.config.trackers import TRACKERS, check_trackers
@@ -51,8 +52,9 @@ class Alias(NamedTuple):
     half: int | None = None
 
 
-_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
-_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
+_SCHEDULES = {name: name for name in SCHEDULES} | {"constant_with_warmup": "constant"}
+_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit", "lion_32bit": "lion",
+               "paged_adamw_32bit": "paged_adamw", "paged_lion_32bit": "paged_lion"} | {name: name for name in OPTIMIZERS}
 
 ALIASES = {
     "output_dir": Alias("output"),
@@ -76,6 +78,12 @@ ALIASES = {
     "eval_steps": Alias("eval.every"),
     "save_steps": Alias("checkpoint.every"),
     "logging_steps": Alias("logging_steps"),
+    "attn_implementation": Alias("model.attention"),
+    "gradient_checkpointing": Alias("train.gradient_checkpointing"),
+    "load_in_4bit": Alias("model.quantization", _choice({True: "nf4", False: None})),
+    "load_in_8bit": Alias("model.quantization", _choice({True: "int8", False: None})),
+    "early_stopping_patience": Alias("eval.patience"),
+    "early_stopping_threshold": Alias("eval.min_delta"),
     "lora.r": Alias("lora.rank"),
     "lora.lora_alpha": Alias("lora.alpha"),
     "lora.lora_dropout": Alias("lora.dropout"),
@@ -94,6 +102,7 @@ REFUSED = {
     "load_best_model_at_end": "a run keeps its last checkpoints; checkpoint.every and checkpoint.keep keep more of them",
     "lora.modules_to_save": "lora.head says what becomes of a new head: frozen, mixed or local",
     "lora.task_type": "give model.task",
+    "lora.revision": "give model.revision, of the base model",
 }
 # with these values they ask for nothing
 _IDLE = {"max_steps": -1, "fp16": False, "load_best_model_at_end": False}

@@ -1,6 +1,9 @@
 """What only several fields together can decide: combinations that cannot work are refused before anything is loaded."""
 
+from importlib.util import find_spec
+
 from dfl.config.errors import wrong
+from dfl.config.optimizers import check_optimizer, schedule_factor
 from dfl.config.schema import Config, RankConfig
 
 
@@ -14,7 +17,33 @@ def validate(config: Config) -> None:
                          "give exactly one of them, null for the other")
     if train.state == "fresh" and train.at_switch == "carried":
         raise ValueError("train.at_switch = 'carried' needs train.state = 'carried': fresh moments carry nothing")
+    _check_privacy(config)
+    check_optimizer(train.optimizer, train.at_refactor)
+    schedule_factor(train.schedule.name, train.schedule.params, train.warmup)
     _check_lists(config)
+
+
+def _check_privacy(config: Config) -> None:
+    """What would look at examples outside the steps that are counted, or not go through the model one by one."""
+    for field in ("packing", "group_by_length"):
+        if config.train.privacy.noise is not None and getattr(config.data, field):
+            raise ValueError(f"data.{field} = True and train.privacy.noise = {config.train.privacy.noise}: every example is drawn by "
+                             f"itself there; allowed with it: data.{field}: false")
+    train = config.train
+    if train.privacy.noise is None:
+        return
+    if train.executor == "stacked":
+        raise wrong("train.executor", "stacked", "sequential or auto with train.privacy, where examples are stacked in place of peers")
+    if train.accumulation != 1:
+        raise wrong("train.accumulation", train.accumulation, "1 with train.privacy, whose batches are drawn anew for every step")
+    if config.data.packing:
+        raise wrong("data.packing", config.data.packing, "false with train.privacy, where every example counts by itself")
+    if train.privacy.noise and find_spec("dp_accounting") is None:
+        raise ValueError("train.privacy needs the package dp-accounting, which says what is spent; allowed: pip install "
+                         "'dfl[privacy]', or train.privacy.noise: null")
+    if config.lora.start == "gradient":
+        raise ValueError("lora.start = 'gradient' looks at peer 0's examples before training, which train.privacy does not count; "
+                         "allowed: kaiming, pissa, olora")
 
 
 def _check_lists(config: Config) -> None:

@@ -12,8 +12,8 @@ _PREFERENCES = "there is DPO against the base model, model.task: {name: preferen
 _ONE_SHAPE = "every adapted layer of a peer has one lora.rank and one lora.alpha; ranks may differ from peer to peer"
 _HUB = "`dfl export RUN --push OWNER/NAME` uploads a model when the run is done"
 _PRECISION = "model.dtype is that of the frozen base weights, train.autocast that of the computation; factors are float32"
-_QUANTISED = "base weights are float32, bfloat16 or float16 (model.dtype); quantised ones are not supported"
-_ATTENTION = "attention is what transformers chooses for the model"
+_QUANTISED = "model.quantization is the field for it: nf4, fp4 or int8, torchao_int8 or torchao_int4"
+_ATTENTION = "model.attention is the field for it"
 _TEMPLATE = "data.template is the field for it, with data.messages, data.tools and data.system; null: the tokenizer's own"
 
 # what there is to say -> the names it answers
@@ -29,7 +29,7 @@ _ANSWERS: dict[str, str] = {
         "prompt_field field_instruction field_output field_input formatting_func completion_column type",
     "data.messages is the field for it, the column of conversations": "field_messages message_field conversations",
     "data.source (file or hub) with data.train, or data.name, is the field for it": "dataset dataset_name datasets train_dataset "
-        "train_file dataset_dir dataset_path data_path dataset_config train_data media_dir streaming data_files",
+        "train_file dataset_dir dataset_path data_path dataset_config train_data media_dir data_files",
     "data.valid is the field for it, a file or a split": "eval_dataset validation_file test_datasets dataset_test_split eval_file",
     "data.train is the field for it, the name of a split": "dataset_train_split split",
     "data.valid_fraction is the field for it": "val_set_size val_size test_size validation_split_percentage",
@@ -43,11 +43,11 @@ _ANSWERS: dict[str, str] = {
     f"{_ROUNDS}; give num_train_epochs, or train.rounds": "num_epochs epochs n_epochs max_epochs num_rounds num_steps total_steps "
         "train_steps steps",
     "train.lr is the field for it": "lr_rate base_lr learning_rate_init",
-    "train.schedule is the field for it: constant, linear or cosine, with train.warmup": "lr_scheduler scheduler cosine_min_lr_ratio "
+    "train.schedule is the field for it, with its parameters, and train.warmup": "lr_scheduler scheduler cosine_min_lr_ratio "
         "cosine_constant_lr_ratio lr_scheduler_kwargs",
     "train.warmup is the field for it, a fraction of the run": "lr_warmup num_warmup_steps warmup_fraction",
     "train.clip is the field for it": "gradient_clipping clip_grad_norm grad_clip max_gradient_norm gradient_clip_val",
-    "train.optimizer is the field for it (adamw or sgd), with train.betas, train.eps and train.momentum": "optim_args "
+    "train.optimizer is the field for it, with train.betas, train.eps and train.momentum": "optim_args "
         "optim_target_modules use_galore use_badam use_apollo use_muon galore_rank ",
     "train.autocast is the field for it": "bf16_full_eval mixed_precision amp pure_bf16 upcast_layernorm half_precision_backend",
     _PRECISION: "fp16_full_eval float16 bfloat16 torch_dtype precision half tf32 fp8",
@@ -80,7 +80,7 @@ _ANSWERS: dict[str, str] = {
         "eval_every validation_steps eval_table_size eval_causal_lm_metrics eval_max_new_tokens",
     "checkpoint.minutes is the field for it, or checkpoint.every in rounds, with checkpoint.keep": "saves_per_epoch save_only_model "
         "save_on_each_node save_freq checkpointing_steps enable_jit_checkpoint save_safetensors ",
-    "a callback of yours may end a run: `callbacks`": "early_stopping_patience early_stopping early_stopping_threshold ",
+    "eval.patience is the field for it, with eval.min_delta": "early_stopping ",
     "eval.primary is the field for it; a metric itself says whether more of it is better": "metric_for_best_model greater_is_better",
     "`dfl train RECIPE --resume` goes on from the last checkpoint": "resume_from_checkpoint auto_resume_from_checkpoints resume "
         "ignore_data_skip restore_callback_states_from_checkpoint",
@@ -125,21 +125,21 @@ _ANSWERS: dict[str, str] = {
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph local_rank tensor_parallel_size context_parallel_size dp_shard_size "
         "sequence_parallel_degree pipeline_parallel_size device_map gpu_memory_limit world_size num_gpus gpus num_processes "
         "megatron_config megatron_core max_memory lora_on_cpu low_cpu_mem_usage ray_num_workers use_ray",
-    "activations are kept as they are; a smaller train.batch_size with train.accumulation needs less memory": "gradient_checkpointing "
-        "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs activation_offloading use_cache "
+    "train.gradient_checkpointing is the field for it": "gradient_checkpointing_kwargs activation_checkpointing "
+        "activation_checkpointing_kwargs activation_offloading use_cache "
         "torch_empty_cache_steps disable_gradient_checkpointing use_reentrant_gc gradient_checkpointing_reentrant",
     "kernels are those of torch; train.executor trains all peers of a process in one pass": "torch_compile torch_compile_backend "
         "torch_compile_mode use_liger_kernel liger_kernel_config enable_liger_kernel use_unsloth use_kernels jit_mode_eval "
         "lora_mlp_kernel lora_qkv_kernel lora_o_kernel cut_cross_entropy liger_rope liger_rms_norm",
-    _ATTENTION: "flash_attention flash_attn flash_attention_2 use_flash_attention_2 attn_implementation sdp_attention "
+    _ATTENTION: "flash_attention flash_attn flash_attention_2 use_flash_attention_2 sdp_attention "
         "xformers_attention eager_attention flex_attention shift_attn sage_attention s2_attention rope_scaling rope_theta",
-    _QUANTISED: "load_in_4bit load_in_8bit quantization_bit quantization_method quantization_type bnb_4bit_quant_type "
+    _QUANTISED: "quantization_bit quantization_method quantization_type bnb_4bit_quant_type "
         "use_bnb_nested_quant bnb_4bit_compute_dtype bnb_4bit_use_double_quant quantization_config double_quantization gptq "
         "use_qalora qalora_group_size bnb_config_kwargs qat",
     _HUB: "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision hf_hub_token "
         "hub_dataset_id export_dir export_hub_model_id push_to_hub_model_id push_to_hub_token hf_use_auth_token",
-    "code that comes with a model or a data set is never run": "trust_remote_code dataset_trust_remote_code ",
-    "a model is read as it stands at its name; give a folder for another revision": "revision model_revision base_model_revision "
+    "model.trust_remote_code is the field for it; the code of a data set is never run": "dataset_trust_remote_code ",
+    "model.revision is the field for it": "model_revision base_model_revision "
         "model_code_revision dataset_revision",
     "a run begins at the base model; `dfl export --merge` makes a base of an adapter": "adapter_name_or_path lora_model_dir "
         "create_new_adapter inference_mode merge_lora peft_version auto_mapping model_init_kwargs ",

@@ -72,6 +72,12 @@ class ModelConfig(Section):
     layers: Count | None = said(None, "keep only the first k transformer layers")
     dropout: Fraction | None = said(None, "the base model's own dropout; null: what its configuration says")
     dtype: Literal["float32", "bfloat16", "float16"] = said("float32", "of the frozen base weights")
+    quantization: Literal["nf4", "fp4", "int8", "torchao_int8", "torchao_int4"] | None = said(
+        None, "of the linear layers of a language model, in 4 or 8 bits: nf4, fp4 and int8 by bitsandbytes, the others by torchao")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = said(
+        None, "its implementation; null: what transformers chooses")
+    revision: Text | None = said(None, "of a model of the hub: a branch, a tag or a commit")
+    trust_remote_code: Switch = said(False, "run the code that comes with a model: read it first")
     head_std: Positive | None = said(None, "of a new head's weights; null: the model's initializer_range")
 
 
@@ -97,6 +103,8 @@ class DataConfig(Section):
     max_length: Count = said(128, "tokens")
     packing: Switch = said(False, "causal_lm: fill rows of max_length with several examples, none of which sees another")
     group_by_length: Switch = said(False, "batches of examples of similar length, in random order")
+    streaming: Switch = said(
+        False, "read and tokenise piece by piece into a cache on disk, for files that do not fit into memory")
     max_train: Count | None = said(None, "examples")
     max_valid: Count | None = said(None, "examples")
     valid_fraction: Fraction = said(0.1, "taken off train when no valid is given")
@@ -145,32 +153,59 @@ class RatioConfig(Section):
     head: PositiveOrZero = said(1.0, "of a head that is trained")
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of each peer's examples (DP-SGD; Abadi et al., 2016, arXiv 1607.00133)."""
+
+    noise: PositiveOrZero | None = said(
+        None, "the noise of a step's sum of gradients as a multiple of clip; null: no differential privacy")
+    clip: Positive = said(1.0, "the largest norm of one example's gradient, over all trained factors together")
+    delta: Positive = said(1e-5, "of the guarantee that run.json states, far below one over the number of examples")
+    secret: Switch = said(
+        False, "noise from the operating system: a run that protects, and does not repeat. Else it follows from the "
+               "seed, for studies: who knows the seed can take it off")
+
+
 class TrainConfig(Section):
     rounds: Count = said(20, "of local training and one exchange")
     local_steps: Count | None = said(10, "optimiser steps of each peer in a round")
     local_epochs: Count | None = said(None, "instead of local_steps")
     batch_size: Count = said(16, "examples of one peer in a step")
     accumulation: Count = said(1, "batches whose gradients make one step")
-    optimizer: Literal["adamw", "sgd"] = said("adamw", "of each peer alone")
+    optimizer: Text = said("adamw", "of each peer alone: adamw, sgd, rmsprop, nadam or radam; with bitsandbytes lion, "
+                                    "adamw_8bit, lion_8bit, and on a GPU paged_ in front of adamw, lion and their 8-bit forms")
     # a rate of zero is the cheapest oracle of the mixing
     lr: PositiveOrZero = said(1e-3, "learning rate")
     lr_ratio: RatioConfig = said(RatioConfig(), "lr_ratio.B: 16 is LoRA+")
     weight_decay: PositiveOrZero = said(0.0, "decoupled for adamw")
-    betas: Several[Fraction] = said((0.9, 0.999), "of adamw", min_length=2, max_length=2)
-    eps: Positive = said(1e-8, "of adamw")
-    momentum: PositiveOrZero = said(0.0, "of sgd")
+    betas: Several[Fraction] = said((0.9, 0.999), "of adamw and its like", min_length=2, max_length=2)
+    eps: Positive = said(1e-8, "of adamw and its like")
+    momentum: PositiveOrZero = said(0.0, "of sgd and rmsprop")
     clip: Positive | None = said(1.0, "per peer, on the norm of its whole gradient")
-    schedule: Literal["constant", "linear", "cosine"] = said("constant", "of the learning rate over the run")
+    privacy: PrivacyConfig = said(PrivacyConfig(), "privacy.noise: 1.0 makes every step one of DP-SGD")
+    schedule: Plugin = said(
+        Plugin("constant"), "of the learning rate over the run: constant, linear, cosine, cosine_with_restarts, cosine_with_min_lr, "
+                            "polynomial, inverse_sqrt or warmup_stable_decay")
     warmup: Fraction = said(0.0, "fraction of the run")
     state: Literal["fresh", "carried"] = said("fresh", "optimiser moments across rounds")
     at_switch: Literal["fresh", "carried"] = said("fresh", "and of a factor that becomes active again")
     at_refactor: Literal["rotate", "reset", "keep"] = said(
         "rotate", "and where mixing turns the basis: rotate the first, reset the second")
+    gradient_checkpointing: Switch = said(False, "compute activations again in the backward pass: less memory, a third more work")
     # YAML 1.1 reads off as false
     autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(lambda value: "off" if value is False else value)] = said(
         "auto", "of the forward pass; auto: bfloat16 on a GPU")
     executor: Literal["auto", "sequential", "stacked"] = said(
         "auto", "hosted peers one after the other, or stacked in one pass; auto chooses")
+
+
+class GenerateConfig(Section):
+    """Answers that the models write themselves at every evaluation, greedily, to the first evaluation examples."""
+
+    examples: CountOrZero = said(0, "how many examples every model answers; 0: none")
+    max_new_tokens: Count = said(64, "of an answer")
+    shown: CountOrZero = said(3, "answers of the consensus and of one peer that the record and the report hold")
+    metric: Text | None = said(
+        None, "package.module:function of the answers and the references, lists of texts; it gives a number, or several by name")
 
 
 class EvalConfig(Section):
@@ -181,6 +216,9 @@ class EvalConfig(Section):
     primary: Text | None = said(
         None, "the metric that tables, pages and callbacks are about; null: the task's own where it is among "
               "eval.metrics, else their first")
+    generate: GenerateConfig = GenerateConfig()
+    patience: Count | None = said(None, "end the run when so many evaluations in a row were no better than the best; null: never")
+    min_delta: PositiveOrZero = said(0.0, "by how much an evaluation has to be better, for patience")
 
 
 class MeasureConfig(Section):
@@ -193,6 +231,7 @@ class CheckpointConfig(Section):
     minutes: Positive | None = said(
         5.0, "with every = 0: at most so long between two, the first one early; null: only at the end")
     keep: Count = said(2, "the newest")
+    best: Switch = said(False, "keep the best model of each peer and of the consensus, by the primary metric, in the folder best")
 
 
 class MembershipConfig(Section):
@@ -245,7 +284,7 @@ class Config(Section):
     callbacks: Names = said(
         (), "own hooks: package.module:Class of a dfl.Callback; one or a list. A run imports and executes them: such "
             "a recipe is code")
-    report_to: Names = said((), "tensorboard, wandb, mlflow; one name or a list")
+    report_to: Names = said((), "tensorboard, wandb, mlflow, trackio; one name or a list")
     output: Folder = said("runs/run", "the run's folder")
     device: Literal["auto", "cpu", "cuda"] = said("auto", "auto: a GPU where torch sees one")
     backend: Literal["auto", "gloo", "nccl"] = said("auto", "of torch.distributed; auto: by the device")

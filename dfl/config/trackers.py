@@ -5,7 +5,7 @@ from importlib import import_module
 
 from dfl.plugins import did_you_mean
 
-TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "none")
 
 
 def check_trackers(names: Iterable[str]) -> None:

@@ -49,6 +49,14 @@ class Coding:
             return None
         return Message(parts, {name: value for name, value in packet.meta.items() if name != CLOCK})
 
+    def read(self, packet: Packet, message: Message) -> Message:
+        """What others take a peer's message for that is in a packet of its own."""
+        if self.codec.exact:
+            return message._replace(meta=packet.meta)
+        found = self.decode(packet, message)
+        assert found is not None  # a codec reads its own bytes
+        return found
+
     def copy_of(self, message: Message, peer: int) -> Message:
         """What all neighbours hold of a peer, where differences travel."""
         own = self.memory.tree["codec"][str(peer)]

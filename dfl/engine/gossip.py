@@ -176,7 +176,8 @@ class Gossip:
             plan, row = self.method.schedule.plan, self.ways.row
             self._planned = (t, [Round(t, peer, row(t, peer), plan(t, peer)) for peer in self.peers])
         steps = [local_steps] * len(self.peers) if isinstance(local_steps, int) else local_steps
-        return [round._replace(lr=lr, local_steps=num, rates=rates) for round, num in zip(self._planned[1], steps, strict=True)]
+        return [Round(t, round.peer, round.weights, round.plan, lr, num, rates)
+                for round, num in zip(self._planned[1], steps, strict=True)]
 
     def begin(self, t: int, x: Tensor, *, lr: float = 0.0, local_steps: int | Sequence[int] = 0,
               rates: Mapping[str, float] = {}) -> None:
@@ -210,7 +211,9 @@ class Gossip:
             report = self._exchanges(x, rounds)
         elif self._due(t, rounds):
             report = Report(ledger={peer: Ledger(due=len(self.topology.receivers(t, peer))) for peer in self.peers})
-        times = {peer: Ledger(seconds=float(self.clock.now(peer))) for peer in self.peers if self.method.network.timed}
+        if not self.method.network.timed:
+            return report
+        times = {peer: Ledger(seconds=float(self.clock.now(peer))) for peer in self.peers}
         return report._replace(ledger=ledger.together(report.ledger, times))
 
     def _due(self, t: int, rounds: Sequence[Round]) -> bool:
@@ -262,7 +265,7 @@ class Gossip:
         mixed = time.perf_counter()
         together = tuple(round.peer for inbox, round in full if len(inbox) > 1)
         entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
-                                      len(self.topology.receivers(t, peer)), self.method.codec.counts) for peer, to in times.items()}
+                                      self._usual(t, peer, spoken), self.method.codec.counts) for peer, to in times.items()}
         if self.method.channel.shared(t):
             entries = {peer: one._replace(channel_uses=messages.numbers(own[peer]) * (peer in together))
                        for peer, one in entries.items()}
@@ -270,6 +273,10 @@ class Gossip:
         return Report(together, sent.messages, sent.total_bytes, sent.broadcasts, sum(one.lost for one in received.values()),
                       tuple((peer, j) for peer, one in received.items() for j in one.rejected), mix_s=mixed - started,
                       ledger=entries, aggregations=1), seen
+
+    def _usual(self, t: int, peer: int, spoken: Spoken) -> int:
+        """How many messages W(t) alone has a peer send."""
+        return len(spoken.due[peer] if self.method.trigger.merges is None else self.topology.receivers(t, peer))
 
     def _fresh(self, x: Tensor, rounds: Sequence[Round]) -> dict[int, Message]:
         """What hosted peers would say now; nothing is remembered of it."""

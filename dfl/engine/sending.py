@@ -75,9 +75,7 @@ class Sending:
     def _say(self, spoken: Spoken, message: Message, round: Round, k: int) -> None:
         peer = round.peer
         packet = spoken.packets[peer] = self.coding.encode(message, round, k)
-        public = self.coding.copy_of(message, peer) if self.coding.differences else self.coding.decode(packet, message)
-        assert public is not None  # a codec reads its own bytes
-        spoken.public[peer] = public
+        spoken.public[peer] = self.coding.copy_of(message, peer) if self.coding.differences else self.coding.read(packet, message)
 
     def _hold(self, spoken: Spoken, message: Message, speaks: bool | frozenset[str], round: Round, k: int) -> None:
         """What a peer says where its neighbours hold what it said last, and remember what that was, and who knows it."""

@@ -37,6 +37,7 @@ class Wish(NamedTuple):
     push: str | None = None
     private: bool = False
     overwrite: bool = False
+    best: bool = False
 
 
 class Exported(NamedTuple):
@@ -57,7 +58,8 @@ def export(run: Path, wish: Wish, overrides=()) -> Exported:
     config = read_config(run, overrides)
     record = targets.read_json(run / "run.json")
     checkpoint = targets.choose_checkpoint(run, wish.rounds)
-    adapter = targets.adapter_of(checkpoint, wish.peer)
+    adapter = targets.best_of(run, wish.peer) if wish.best else targets.adapter_of(checkpoint, wish.peer)
+    rounds = targets.read_json(adapter / "best.json")["round"] if wish.best else int(checkpoint.name.removeprefix("round-"))
     output = wish.output or run / "exports" / _name(checkpoint, wish)
     earlier = _check_output(output, wish.overwrite)
     if wish.push and output.exists() and others(output, earlier):
@@ -67,7 +69,7 @@ def export(run: Path, wish: Wish, overrides=()) -> Exported:
     # a name that nobody else has: this folder is removed as it is
     draft = output.absolute().with_name(f".{output.absolute().name}.{secrets.token_hex(8)}.draft")
     try:
-        facts = _write(draft, wish, config, record, run, checkpoint, adapter, base)
+        facts = _write(draft, wish, config, record, run, rounds, adapter, base, _origin(checkpoint / wish.peer))
         _open_to_others(draft)
         _replace(output, draft, earlier)
     finally:
@@ -86,6 +88,8 @@ def _open_to_others(folder: Path) -> None:
 def _check(wish: Wish) -> None:
     if wish.dtype != "auto" and not wish.merge:
         raise ValueError(f"--dtype {wish.dtype!r} is the type of a merged model: add --merge")
+    if wish.best and wish.rounds is not None:
+        raise ValueError(f"--round {wish.rounds} and --best: give one of them")
     if wish.private and not wish.push:
         raise ValueError("--private says how to upload: add --push OWNER/NAME")
     if wish.rank is not None and wish.rank < 1:
@@ -97,7 +101,7 @@ def _check(wish: Wish) -> None:
 
 
 def _name(checkpoint: Path, wish: Wish) -> str:
-    parts = [checkpoint.name, wish.peer if wish.peer == "consensus" else f"peer-{wish.peer}"]
+    parts = ["best" if wish.best else checkpoint.name, wish.peer if wish.peer == "consensus" else f"peer-{wish.peer}"]
     return "-".join(parts + ([f"rank{wish.rank}"] if wish.rank else []) + (["merged"] if wish.merge else []))
 
 
@@ -157,13 +161,14 @@ def base_name(used: str, written: str, wish: Wish) -> str:
     return used
 
 
-def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run: Path, checkpoint: Path, adapter: Path,
-           base: str) -> card.Facts:
+def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run: Path, rounds: int, adapter: Path,
+           base: str, origin: str | None) -> card.Facts:
     """The whole folder but for its name; what there is to say about it."""
     names = record["facts"]["label_names"]
     draft.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(adapter, draft)
-    (draft / "consensus.json").unlink(missing_ok=True)
+    for name in ("consensus.json", "best.json"):
+        (draft / name).unlink(missing_ok=True)
     losses = ranks.refactor_folder(draft, wish.rank) if wish.rank else []
     settings = targets.read_json(draft / ADAPTER_CONFIG)
     merged = None
@@ -174,8 +179,7 @@ def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run:
         base_config, processor = tasks.load_processor(config.model, config.data, names)
         base_config.save_pretrained(draft / BASE_CONFIG)
         merging.save_processor(processor, draft)
-    rounds = int(checkpoint.name.removeprefix("round-"))
-    facts = card.Facts(config, record, run, rounds, wish.peer, _origin(adapter), base, settings, losses, merged, wish.push)
+    facts = card.Facts(config, record, run, rounds, wish.peer, origin, base, settings, losses, merged, wish.push)
     (draft / "README.md").write_text(card.render(facts), encoding="utf-8")
     written = sorted({ABOUT, *(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())})
     (draft / ABOUT).write_text(json.dumps(_about(config, names, facts) | {"files": written}, indent=1))

@@ -96,7 +96,7 @@ def _metadata(facts: Facts) -> ModelCardData:
 def _results(facts: Facts) -> list[EvalResult]:
     """This model's own numbers, where what is exported is what was evaluated."""
     found = evaluation(facts)
-    if not found or not facts.evaluated:
+    if not found or not facts.evaluated or _script(facts):
         return []
     kind, name = (" ".join(text.split()) for text in _data_set(facts.config, facts.config.data.valid or facts.config.data.train))
     task = pipeline(facts.config.model.task.name) or facts.config.model.task.name
@@ -193,11 +193,24 @@ def _training(facts: Facts) -> list[list[str]]:
             *([["chosen for the method", ", ".join(f"{key} = {value}" for key, value in chosen.items())]] if chosen else []),
             ["topology", f"{_plugin(config.topology)}: {topologies.describe().get(config.topology.name, '')}"],
             ["peers", str(config.peers)],
-            ["rounds", f"{facts.rounds}, each of {steps} of {train.batch_size} examples a peer"],
-            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}{_ratios(train)}, {train.schedule}; "
-                          f"moments {train.state} each round"],
+            *_trained_how(facts, steps),
             ["messages", f"codec {_plugin(config.codec)}"],
             ["seed", str(config.seed)]]
+
+
+def _trained_how(facts: Facts, steps: str) -> list[list[str]]:
+    """The rounds, and what optimises; of somebody's own script only what is known of it."""
+    train, script = facts.config.train, _script(facts)
+    if script:
+        return [["rounds", f"{facts.rounds}, each of {steps} of the script {inline(script)}"]]
+    return [["rounds", f"{facts.rounds}, each of {steps} of {train.batch_size} examples a peer"],
+            ["optimiser", f"{train.optimizer}, learning rate {train.lr:g}{_ratios(train)}, {_plugin(train.schedule)}; "
+                          f"moments {train.state} each round"]]
+
+
+def _script(facts: Facts) -> str | None:
+    """The script that trained, where it was not `dfl train`."""
+    return facts.record["facts"].get("script")
 
 
 def _ratios(train: Any) -> str:
@@ -215,6 +228,9 @@ def _data(facts: Facts) -> str:
     columns += [config.data.label] if getattr(TASKS.get(config.model.task.name), "labelled", False) else []
     held = found.get("shards", {}).get("examples")
     spread = f" ({min(held)} to {max(held)} examples a peer)" if held else ""
+    if _script(facts):
+        return (f"Trained on what the script gave each peer{spread}. What travelled were factors, never examples; factors may still "
+                "tell something about the examples they were trained on.")
     trained, tested = (_data_set(config, file)[1] for file in (config.data.train, config.data.valid or config.data.train))
     held_out = (f"{found['num_valid']:,} evaluation examples " + (f"from {inline(tested)}" if config.data.valid else "held out of it")
                 if config.data.source == "file" else f"{found['num_valid']:,} evaluation examples")
@@ -233,7 +249,8 @@ def _evaluation(facts: Facts) -> str:
     ways = facts.record["facts"].get("better", {})
     rows = [["metric", "better", *columns]]
     rows += [[metric, ways.get(metric, "–"), *(_cell(v[key]) for key in columns.values())] for metric, v in found.items()]
-    text = f"On the run's {facts.record['facts']['num_valid']:,} evaluation examples, after round {facts.rounds}:\n\n{_table(rows)}"
+    whose = "On the script's own" if _script(facts) else f"On the run's {facts.record['facts']['num_valid']:,}"
+    text = f"{whose} evaluation examples, after round {facts.rounds}:\n\n{_table(rows)}"
     if not facts.evaluated:
         text += ("\n\nThese numbers were measured before the rank was lowered or the weights were rounded; "
                  "`dfl eval FOLDER --run RUN` measures this folder.")

@@ -38,7 +38,9 @@ def merge_folder(folder: Path, config: Config, names: list[str], dtype: str, sha
     dtype `auto` is that of the run's base model. Merged in float32, then rounded. ValueError where the merged model does not
     compute what the adapter did.
     """
-    base, processor = tasks.load_model(config.model, config.data, names, seed=derive(config.seed, "head"))
+    # rounded weights would be rounded once more: the adapter is merged into those of the file
+    whole_base = config.model.model_copy(update={"quantization": None})
+    base, processor = tasks.load_model(whole_base, config.data, names, seed=derive(config.seed, "head"))
     model = with_adapter(base, folder).float().eval()
     probe = _probe(model, config, processor)
     with torch.no_grad(), quiet(), warnings.catch_warnings():

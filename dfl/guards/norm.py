@@ -44,6 +44,9 @@ def is_finite(sizes: Mapping[str, float]) -> bool:
 
 def too_large(own: int, sizes: Mapping[int, Mapping[str, float]], bound: float, row: Tensor) -> list[int]:
     """The senders that peer `own`, with its row (D,), rejects by the norms of the parts, its own message's among them."""
+    least = {name: bound * size for name, size in sizes[own].items()}  # of the limits below
+    if all(size <= least.get(name, 0.0) < math.inf for one in sizes.values() for name, size in one.items()):
+        return []
     good = [j for j in sizes if is_finite(sizes[j])]
     bad = [j for j in sizes if j != own and j not in good]
     if own not in good:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100  # a label that no loss counts: padding and prompt tokens
 # what a task may predict of an item: a class, the next token, a real number, which of two responses is preferred; a task from outside
 # may have a word of its own
 PREDICTS = ("class", "token", "number", "preference")

@@ -9,7 +9,7 @@ from dfl.metrics.base import Metric
 from dfl.plugins import check_parameters, first_line, lookup, parameters
 
 # what a record has beside the metrics of an evaluation
-RESERVED = ("peers", "consensus", "own", "gap")
+RESERVED = ("peers", "consensus", "own", "gap", "samples", "answer_match")
 
 
 def choose(config: EvalConfig, task: Any, num_classes: int) -> dict[str, Metric]:

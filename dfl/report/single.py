@@ -43,7 +43,7 @@ def megabytes(count: float) -> str:
 def sections(run: RunData, metric: str, higher: bool, targets: list[float]) -> list[Section]:
     """What is to be read about one run, in order. A section without data says so."""
     return [*_progress(run, metric, higher, targets), _disagreement(run), _time(run), _network(run), _data(run),
-            _peers(run, metric), _facts(run)]
+            _peers(run, metric), *_samples(run), _facts(run)]
 
 
 def tiles(run: RunData, metric: str, higher: bool) -> list[tuple[str, str]]:
@@ -313,6 +313,18 @@ def peers_table(run: RunData, metric: str) -> Table | None:
               *(cell(_of(r["eval"]["peers"][metric], k)) for _, r in columns)] for k in range(run.num_peers)]
     head = ["peer", *(["examples"] if examples else []), *(name for name, _ in columns)]
     return Table(f"{title(metric)} of every peer", head, rows)
+
+
+def _samples(run: RunData) -> list[Section]:
+    """What models wrote themselves, at the last evaluation."""
+    records = [record for record in run.records if isinstance((record.get("eval") or {}).get("samples"), list)]
+    if not records or not records[-1]["eval"]["samples"]:
+        return []
+    samples = records[-1]["eval"]["samples"]
+    head = list(dict.fromkeys(key for sample in samples for key in sample))
+    rows = [[str(sample.get(key, "")) for key in head] for sample in samples]
+    title = f"Answers after round {records[-1]['round']}, written greedily"
+    return [Section("What they say", tables=[Table(title, head, rows, words=True)])]
 
 
 def _facts(run: RunData) -> Section:

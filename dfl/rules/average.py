@@ -1,5 +1,7 @@
 """Averages of what is trained, group by group: the rule of plain, frozen-A, alternating and core gossip, by its schedule."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,13 @@ def average(layout: Layout) -> Rule:
     al. 2025, arXiv 2410.01463 (FedSA-LoRA); alternate: Wang, Li, Zhou, Li, Liu 2025, arXiv 2511.18291 (ADF-LoRA) and
     2026, arXiv 2602.00451 (TAD-LoRA); on cores it is exact for any W: Ponkshe et al. 2025, arXiv 2502.15436 (Fed-SB).
     """
+    @cache
+    def is_all(groups: frozenset[str]) -> bool:
+        return layout.length(groups) == layout.size
+
     def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
         # a whole row that travels is written over
-        out = torch.empty_like(x) if layout.length(round.plan.sends) == len(x) else x.clone()
+        out = torch.empty_like(x) if is_all(round.plan.sends) else x.clone()
         mean_of_groups(out, layout, round.plan.sends, inbox, round)
         return out, state
 

@@ -28,11 +28,12 @@ def parts_of(x: Tensor, layout: Layout, groups: Iterable[str]) -> dict[str, Tens
 
 def mean_of_groups(out: Tensor, layout: Layout, groups: Iterable[str], inbox: Inbox, round: Round) -> None:
     """out_F <- sum_j w_ij F_j for the groups F, which are parts of all messages; in place."""
+    first, *rest = [(inbox[j].parts, float(round.weights[j])) for j in sorted(inbox)]  # ascending, as `weighted_mean`
     for group in layout.present(groups):
         cut = out[layout.groups[group]]
-        for place, j in enumerate(sorted(inbox)):  # ascending, as `weighted_mean`
-            part, weight = inbox[j].parts[group], float(round.weights[j])
-            torch.mul(part, weight, out=cut) if place == 0 else cut.add_(part, alpha=weight)
+        torch.mul(first[0][group], first[1], out=cut)
+        for parts, weight in rest:
+            cut.add_(parts[group], alpha=weight)
 
 
 def send_groups(layout: Layout) -> Callable[[Tensor, State, Round], tuple[Message, State]]:

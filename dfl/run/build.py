@@ -12,7 +12,7 @@ import torch
 
 from dfl import extensions, methods, partition, tasks
 from dfl.adapters import kinds, ranks
-from dfl.adapters.attach import Adapted, attach
+from dfl.adapters.attach import Adapted, FrozenWeights, attach
 from dfl.adapters.layout import Layout, make_layout
 from dfl.adapters.residuals import with_residual, with_start
 from dfl.config import Config, RatioConfig
@@ -25,6 +25,7 @@ from dfl.metrics.evaluator import Evaluator
 from dfl.metrics.own import Own, own_distributions
 from dfl.plugins import check_parameters, lookup
 from dfl.run import memory
+from dfl.run.answers import make_answers
 from dfl.run.checkpoint import read_state
 from dfl.run.loop import Run
 from dfl.run.runtime import Runtime
@@ -33,6 +34,7 @@ from dfl.store.manifest import UnreadableError
 from dfl.training import executors
 from dfl.training.hosted import HostedPeers
 from dfl.training.packing import check_packing
+from dfl.training.recomputing import recompute_activations
 from dfl.training.spectrum import participation
 from dfl.training.starts import at_first_gradient
 from dfl.training.stream import DataStream, make_stream
@@ -68,6 +70,9 @@ def check(config: Config):
         raise ValueError(f"data.packing = True: rows of model.task = {config.model.task.name!r} are not packed; allowed: false, "
                          f"or {', '.join(able)}")
     choose_metrics(config.eval, task, 2)
+    if config.eval.generate.examples and task.auto_class != "AutoModelForCausalLM":
+        raise ValueError(f"eval.generate.examples = {config.eval.generate.examples}: model.task = {config.model.task.name!r} "
+                         "writes no answers; allowed with it: 0")
     lookup("data.source", tasks.SOURCES, config.data.source)
     slots = chosen_slots(config)
     for field, choice in {"method": config.method, **slots}.items():
@@ -133,6 +138,16 @@ def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> 
     kinds.check_wanted(lora, who, of_rules.get(rule))
     if method.rule.residual is not None:
         kinds.check_residual(lora, who)
+    private = config.train.privacy.noise is not None
+    if private and rule == "task_bank" and method.rule.facts["layers"] == "spectrum":
+        raise ValueError("method.layers = 'spectrum' looks at examples before training, which train.privacy does not count; allowed: "
+                         "even")
+    if private and "stacked" not in kinds.kind_of(lora).executors or private and kinds.kind_of(lora).core:
+        raise ValueError(f"train.privacy needs a gradient for every example, which lora.adapter = {lora.adapter!r} does not give; "
+                         "allowed: lora, orthogonal")
+    if lora.adapter == "hira" and config.model.quantization:
+        raise ValueError(f"lora.adapter = 'hira' multiplies the weights themselves, which model.quantization = "
+                         f"{config.model.quantization!r} has rounded; allowed with it: lora, dora, sb, ravan")
     kinds.check_start(lora, known is None or known.unequal is not None or len(set(known.scalings)) > 1)
     trained = [*kinds.kind_of(lora).trains, *([] if lora.head == "frozen" else ["head"])]
     for group, ratio in config.train.lr_ratio:
@@ -168,14 +183,21 @@ def divide(config: Config, labels: np.ndarray, columns, label_names) -> list:
 def load(config: Config, device: torch.device, examples: Examples | None = None) -> Loaded:
     """Read data (unless they are given) and model, split the data, attach LoRA."""
     prepared, parts = examples or read_examples(config)
-    bundle = tasks.with_weights(prepared, config.model, seed=derive(config.seed, "head"))
+    bundle = tasks.with_weights(prepared, config.model, seed=derive(config.seed, "head"), device=device)
     by = config.partition.params.get("column") if config.partition.name == "column" else None
     return adapt(config, bundle, parts, device)._replace(own=own_distributions(bundle.train, bundle.valid, parts, by))
 
 
 def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
     """Attach LoRA to the model of a bundle whose training examples are already divided."""
-    adapted = attach(bundle.model.to(device), config.lora, config.model.task.name, bundle.head_modules, derive(config.seed, "lora"),
+    chosen = config.model.quantization
+    if config.lora.adapter == "dora" and chosen in ("nf4", "fp4", "int8") and device.type == "cpu":
+        raise ValueError(f"model.quantization = {chosen!r} with lora.adapter = 'dora': on a CPU bitsandbytes packs weights as DoRA "
+                         "cannot read them; allowed with it: torchao_int8, or a GPU")
+    net = bundle.model if config.model.quantization else bundle.model.to(device)
+    if config.train.gradient_checkpointing:
+        recompute_activations(net)
+    adapted = attach(net, config.lora, config.model.task.name, bundle.head_modules, derive(config.seed, "lora"),
                      partial(ranks.resolve, config.lora, config.peers, config.seed))
     if config.lora.start != "gradient":  # which needs the processes together: `assemble`
         adapted = with_start(adapted, config.lora.start)
@@ -187,7 +209,7 @@ def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | 
     """known: None where the ranks follow from the model, which is not loaded yet; they may differ. spectra: of the inputs of the
     adapted layers, by hosted peer."""
     unequal = (1, config.lora.rank.largest) if known is None else known.unequal
-    weights = None if adapted is None else {site.pair.name: site.weight for site in adapted.sites}
+    weights = None if adapted is None else FrozenWeights({site.pair.name: site for site in adapted.sites})
     context = Context(layout, config.lora.head, unequal, config.peers, known and known.largest, weights, topology, config.train.rounds,
                       adapted and adapted.frames, spectra)
     return methods.build(config.method.name, context, config.method.params, chosen_slots(config), config.delay)
@@ -264,9 +286,10 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
                           None if isinstance(own, str) else own,
                           metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)))
     gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
-    executor = executors.choose(config.train.executor, runtime.device, config.lora.adapter)
+    private = config.train.privacy.noise is not None
+    executor = executors.choose("sequential" if private else config.train.executor, runtime.device, config.lora.adapter)
     return Run(config, peers, gossip, topology, runtime.transport, executor,
-               bundle.task, bundle.train, evaluator)
+               bundle.task, bundle.train, evaluator, answers=make_answers(config, adapted, bundle, runtime.device))
 
 
 def check_same_start(peers: HostedPeers, bundle, transport: Transport, num_peers: int) -> None:

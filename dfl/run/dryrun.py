@@ -5,15 +5,14 @@ Nothing is written, no callback is executed, and no hub is asked; modules in `pl
 
 from pathlib import Path
 
-import torch
 import yaml
 
 from dfl import tasks
 from dfl.config import Config
-from dfl.run import callbacks, memory, workers
+from dfl.run import callbacks, workers
 from dfl.run.build import check, data_seed, divide
 from dfl.run.folder import look
-from dfl.run.preflight import ready, room
+from dfl.run.preflight import memory_lines, ready
 from dfl.run.runtime import Place, choose_backend, choose_device, launched, place_from_environment
 from dfl.tasks.models import folder_of, locate
 from dfl.tasks.tables import encode_labels
@@ -38,17 +37,11 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     else:
         parts = ready(config, topology, device, place)[1]
     return "".join([*_comments([*_code(config), *missing]), yaml.safe_dump(config.to_dict(), sort_keys=False),
-                    *_comments(_table(parts, device, place) if parts else [])])
+                    *_comments(memory_lines(parts, device, place) if parts else [])])
 
 
 def _comments(lines: list[str]) -> list[str]:
     return [f"# {line}\n" for line in lines]
-
-
-def _table(parts: list[memory.Part], device: torch.device, place: Place) -> list[str]:
-    available, where, sharing = room(device, place)
-    return [f"memory of {'the' if place.size == 1 else 'each'} process, without the activations of a step:",
-            *memory.lines(parts, available, where, sharing)]
 
 
 def planned_place(config: Config) -> Place:

@@ -41,6 +41,7 @@ def evaluate_target(path: Path, overrides: Sequence[str] = (), *, data: str | No
     ValueError for what does not fit together.
     """
     target = targets.find(path)
+    targets.check_examples(run or target.run, data)
     whole = target.kind in ("run", "checkpoint")
     if not whole and (peer is not None or rounds is not None):
         raise ValueError(f"--peer and --round choose among the models of a run; {str(path)!r} is one model")

@@ -31,6 +31,7 @@ from dfl.store.jsonlines import rewind
 from dfl.store.lease import SHARED_SECONDS, Lease, LeaseLostError, hold, owners
 from dfl.store.records import JsonLines, of_peers
 from dfl.store.runs import mapping, read_description
+from dfl.training.privacy import spent
 from dfl.transport.agreement import together
 
 # so many of the files that --overwrite leaves are named
@@ -131,7 +132,7 @@ def _replace(output: Path, new: bool, overwrite: bool) -> None:
 
 def check_continuation(config: Config, output: Path) -> None:
     before, now = _begun_with(output / "recipe.yaml"), config.to_dict()
-    longer = config.train.schedule == "constant" and not config.train.warmup  # a constant run may be made longer
+    longer = config.train.schedule.name.startswith("constant") and not config.train.warmup  # a constant run may be made longer
     found = [one for one in differences(before, now)
              if one.field.partition(".")[0] not in _FREE and not (longer and one.field in _OF_LENGTH)]
     if found:
@@ -257,7 +258,7 @@ class Recording:
         # JSON is written last: a folder with a run.json is a run that has started
         self.primary, before = run.evaluator.primary, None if new else read_description(output)
         facts = loaded.bundle.facts | {"primary": self.primary, "better": _directions(run, before),
-                                       "shards": _shards(loaded), "method": run.gossip.method.facts,
+                                       "shards": _shards(loaded), "method": run.gossip.method.facts, **_private(loaded, config),
                                        "state_length": run.peers.layout.size,
                                        "own": loaded.own if isinstance(loaded.own, str) else loaded.own.facts(),
                                        "processes": runtime.place.size, "device": str(runtime.device),
@@ -299,6 +300,13 @@ def _shards(loaded: Loaded) -> dict:
     labels, num = loaded.bundle.train.labels, len(loaded.bundle.train.label_names)
     counted = [np.bincount(labels[part], minlength=num).tolist() for part in loaded.parts] if 0 < num <= MAX_CLASSES else None
     return {"examples": [len(part) for part in loaded.parts], "classes": counted}
+
+
+def _private(loaded: Loaded, config: Config) -> dict:
+    """What the whole run spends of the privacy of each peer's examples, where it says so."""
+    if config.train.privacy.noise is None:
+        return {}
+    return {"privacy": spent(config.train, [len(part) for part in loaded.parts])}
 
 
 def _opening(config: Config, run: Run, runtime: Runtime, loaded: Loaded) -> str:

@@ -13,10 +13,12 @@ from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip, Report
+from dfl.metrics.answers import Answers
 from dfl.metrics.consensus import consensus_rows
 from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
 from dfl.metrics.layers import diagnose
 from dfl.metrics.measures import measure, seen
+from dfl.run.answers import add_answers, add_first_answers
 from dfl.slots import Rule
 from dfl.training.base import DivergenceError, LocalTrainer
 from dfl.training.executors import Executor
@@ -54,6 +56,7 @@ class Run:
     resumed: bool = False  # from a checkpoint
     began: bool = False  # there is more to save than the start
     merged: Rows | None = None  # the consensus model, until the models change
+    answers: Answers | None = None  # that models write at evaluations
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
     num_there: int = 0  # the peers that are there: all of them, unless the run goes on without some
     begun: list[tuple] = field(default_factory=list)  # (t, rows and moments, gossip's state) at the start of the last two rounds
@@ -379,7 +382,10 @@ def evaluate(run: Run, halted: Callable[[], bool] = lambda: False) -> dict:
     """
     sums = _agreed(run, lambda: run.evaluator.sums(run.rows(), run.executor, halted))
     merged = _evaluated_by_all(run, run.consensus(), halted) if run.config.eval.consensus else None
-    return summarised(run.evaluator.record(sums, merged, run.peers.ids), run.transport, run.num_there)
+    record = run.evaluator.record(sums, merged, run.peers.ids)
+    if run.answers:
+        add_answers(run, record, halted)
+    return summarised(record, run.transport, run.num_there)
 
 
 def _evaluated_by_all(run: Run, model: Rows, halted: Callable[[], bool]) -> Tensor:
@@ -393,4 +399,6 @@ def _start_record(run: Run, halted: Callable[[], bool]) -> dict:
     """The evaluation before the first round: all peers' models are equal, so one is evaluated."""
     sums = _evaluated_by_all(run, run.rows().row(0), halted)
     found = run.evaluator.record(sums.expand(len(run.peers.ids), -1), sums, run.peers.ids)
+    if run.answers:
+        add_first_answers(run, found, halted)
     return {"round": 0, **_hosted(run), "eval": summarised(found, run.transport, run.num_there)}

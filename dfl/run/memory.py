@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dfl.config import Config
+from dfl.config.optimizers import OPTIMIZERS
 
 # bytes that every process keeps of each peer, hosted or not (its rank, its shard), and of each that it hosts (its stream of data,
 # parameters, random generator), without a number of its model
@@ -61,7 +62,7 @@ def parts(config: Config, *, hosted: int, row: int, active: int, message: int, m
     in a round; model: bytes of the base model.
     """
     train, of = config.train, f"{hosted:,} peer{'s' if hosted > 1 else ''}"
-    moments = {"adamw": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
+    moments = OPTIMIZERS[train.optimizer].kept / _NUMBER if train.momentum or train.optimizer != "sgd" else 0
     carried = moments if train.state == "carried" else 0
     found = [Part("base model", model), Part(f"adapters of {of}", _NUMBER * hosted * row),
              Part("their gradients", _NUMBER * hosted * row),

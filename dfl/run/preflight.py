@@ -14,7 +14,7 @@ from dfl.config import Config
 from dfl.run import memory
 from dfl.run.build import Examples, build_method, read_examples
 from dfl.run.runtime import Place
-from dfl.tasks import heads
+from dfl.tasks import heads, quantized
 from dfl.tasks.models import quiet
 from dfl.training import executors
 from dfl.transport import hosting
@@ -45,11 +45,12 @@ def shapes_of(config: Config, prepared: tasks.Prepared) -> Shapes | None:
     auto = getattr(transformers, prepared.kind.auto_class)
     with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet():
         try:
-            net = auto.from_config(prepared.config, dtype=getattr(torch, config.model.dtype))
+            net = auto.from_config(prepared.config, dtype=getattr(torch, config.model.dtype),
+                                   trust_remote_code=config.model.trust_remote_code)
         except Exception:  # whatever code of an architecture is not made for it; the weights are read all the same
             return None
         head = heads.modules(net, set()) if prepared.kind.auto_class != "AutoModelForCausalLM" else ()
-        size = sum(p.numel() * p.element_size() for p in net.parameters())
+        size = quantized.bytes_of(net, config.model)
         fitted = fit(net, config.lora, config.model.task.name, head, partial(ranks.resolve, config.lora, config.peers, config.seed))
     return Shapes(size, fitted.layout, fitted.lora, fitted.ranks)
 
@@ -68,6 +69,13 @@ def _memory(config: Config, topology, shapes: Shapes, device: torch.device, plac
                   residual=residual.size if residual else 0, remote=_remote(config, topology, place))
     memory.check(config, found, sharing, available, where)
     return found
+
+
+def memory_lines(parts: list[memory.Part], device: torch.device, place: Place) -> list[str]:
+    """What a process needs, part by part, beside what there is."""
+    available, where, sharing = room(device, place)
+    return [f"memory of {'the' if place.size == 1 else 'each'} process, without the activations of a step:",
+            *memory.lines(parts, available, where, sharing)]
 
 
 def room(device: torch.device, place: Place) -> tuple[float, str, int]:

@@ -1,4 +1,4 @@
-"""Numbers of each round to TensorBoard, Weights & Biases or MLflow."""
+"""Numbers of each round to TensorBoard, Weights & Biases, MLflow or Trackio."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,7 +7,7 @@ from dfl.store.records import flatten
 
 
 class Trackers:
-    """Numbers of each round to TensorBoard, Weights & Biases or MLflow, imported only when asked for."""
+    """Numbers of each round to TensorBoard, Weights & Biases, MLflow or Trackio, imported only when asked for."""
 
     def __init__(self, names, folder: Path, config: dict):
         """ValueError for a tracker that will not start (no account, no server)."""
@@ -53,4 +53,9 @@ def _mlflow(folder: Path, config: dict):
     return (lambda numbers, t: mlflow.log_metrics({k: float(v) for k, v in numbers.items()}, step=t)), mlflow.end_run
 
 
-_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+def _trackio(folder: Path, config: dict):
+    run = import_module("trackio").init(project="dfl", name=folder.name, config=config)
+    return (lambda numbers, t: run.log(numbers, step=t)), run.finish
+
+
+_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}

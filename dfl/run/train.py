@@ -15,10 +15,11 @@ from dfl.run.folder import OwnRecords, Recording, begin, check_shared, continued
 from dfl.run.loop import Hooks, Run, run_rounds
 from dfl.run.pace import SaveClock
 from dfl.run.parent import end_with_launcher
-from dfl.run.preflight import ready
+from dfl.run.preflight import memory_lines, ready
 from dfl.run.runtime import Runtime, Worker, start
 from dfl.run.saving import STOPPED, clock_of, restore, save
 from dfl.run.survive import train_on
+from dfl.run.watching import own_callbacks
 from dfl.store import manifest
 from dfl.store.directory import ENDED
 from dfl.store.lease import Lease
@@ -92,7 +93,10 @@ def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resume
 
     def load_here() -> Loaded:
         with stop.at_once():
-            return load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0])
+            examples, parts = ready(config, topology, runtime.device, runtime.place)
+            if parts and runtime.place.rank == 0 and resumed_from is None:
+                print("\n".join(memory_lines(parts, runtime.device, runtime.place)), file=sys.stderr, flush=True)
+            return load(config, runtime.device, examples)
 
     loaded = together(transport, load_here)
     loaded = together(transport, lambda: _with_contents(loaded, topology))
@@ -121,7 +125,9 @@ def _with_contents(loaded: Loaded, topology) -> Loaded:
 def _baseline(config: Config) -> Config:
     """The same run without mixing, in a folder inside the run's: by the method's own slots, not by those that the run fills."""
     own = {"method": config.baseline, "rule": None, "schedule": None, "trigger": "always", "wrapper": "none"}
-    tree = config.to_dict() | own | {"baseline": None, "callbacks": [], "output": f"{config.output}/baseline-{config.baseline}"}
+    tree = config.to_dict()
+    tree["eval"]["patience"], tree["checkpoint"]["best"] = None, False
+    tree |= own | {"baseline": None, "callbacks": [], "output": f"{config.output}/baseline-{config.baseline}"}
     return from_dict(tree)
 
 
@@ -142,7 +148,8 @@ def _train_one(config: Config, runtime: Runtime, loaded: Loaded, topology, outpu
     if first:
         lease.check()
         (output / ENDED).unlink(missing_ok=True)
-    watching = Callbacks(callbacks, RunView(run, output, runtime.place.rank, runtime.place.size), runtime.transport)
+    view = RunView(run, output, runtime.place.rank, runtime.place.size)
+    watching = Callbacks([*own_callbacks(config, loaded.bundle.base_name), *callbacks], view, runtime.transport)
     clock = clock_of(run)
     try:
         watching.call("on_train_begin")

@@ -25,16 +25,22 @@ class Phases:
     last phase is one of A, as late and as long as it takes B to come together by the end.
 
     mixing: what has num_peers and matrix(t). ends: the number of rounds of the run; before it those of the shorter runs that it
-    goes on from, whose phases it keeps: each stretch is divided by itself, and ends in A. cap: None for a quarter of a stretch, so
+    goes on from, whose phases it keeps: each stretch is divided by itself, and ends in A; beyond the last more of its length
+    follow. cap: None for a quarter of a stretch, so
     that both factors have two phases. One n x n product a round up to 512 peers; beyond, 64 random vectors of signs stand for it,
     with a relative error of c of about sqrt(2 / 64) or less.
     """
 
     def __init__(self, mixing: Mixing, ends: Sequence[int], theta: float, cap: int | None = None):
-        bounds = list(zip([0, *ends], ends, strict=False))
-        self._stretches = [_Stretch(mixing, start, stop, theta, cap or max(1, (stop - start) // 4)) for start, stop in bounds]
+        self._mixing, self._theta, self._cap = mixing, theta, cap
+        self._stretches = [self._stretch(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+    def _stretch(self, start: int, stop: int) -> "_Stretch":
+        return _Stretch(self._mixing, start, stop, self._theta, self._cap or max(1, (stop - start) // 4))
 
     def __call__(self, t: int) -> str:
+        while t >= (last := self._stretches[-1]).stop:  # a loop of somebody's own, whose end nobody knew
+            self._stretches.append(self._stretch(last.stop, 2 * last.stop - last.start))
         return next(s for s in self._stretches if t < s.stop).factor(t)
 
 

@@ -42,12 +42,13 @@ class Mixing:
     """The gossip of one peer with `model` and `optimizer`, which are the script's.
 
     rounds: how many there will be, for methods that plan by it; None: nobody knows, and train.rounds stands for it.
-    state: goes on from what `state` gave.
+    state: goes on from what `state` gave. examples: how many the peer trains on, for the pages.
     All peers make theirs together. ValueError, on all of them, for what cannot be mixed.
     """
 
     def __init__(self, peer: Peer, model: nn.Module, optimizer: torch.optim.Optimizer, *, rounds: int | None = None,
-                 facts: Mapping[str, Any] = {}, state: Mapping[str, Any] | None = None, output: str | None = None):
+                 facts: Mapping[str, Any] = {}, state: Mapping[str, Any] | None = None, output: str | None = None,
+                 examples: int | None = None):
         self.peer, self.every = peer, peer.config.train.local_steps
         found = adapters.find(model)
         adapted, config = self._meet(peer, found, rounds, state)
@@ -72,6 +73,7 @@ class Mixing:
         self.run = Run(config, hosted, gossip, peer.topology, transport, rest, rest, rest, rest)
         self.steps, self.started = 0, time.perf_counter()
         self.losses: list[float] = []
+        self._ended: list[float] = []  # of the round that the last mix has ended
         self.evaluations: dict[str, float] = {}
         self._kept: Kept = {}
         self._trained: Plan | None = None
@@ -79,6 +81,8 @@ class Mixing:
         resumed = state is not None
         if state is not None:
             self._load(state)
+        told = [json.loads(data) for data in transport.share(json.dumps(examples).encode())]
+        facts = dict(facts) if None in told else {"shards": {"examples": told, "classes": None}} | dict(facts)
         self.records = Records(self.run, peer, found, facts, output, resumed=resumed)
         self._begin_round(new=not resumed)
 
@@ -136,9 +140,14 @@ class Mixing:
         self.row.read()
         self._held = self.row.x[0].clone() if plan.mask is not None else None
         self._after_step: AfterStep | None = self.run.gossip.after_step(self.completed, **self._told())
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What does not train in this round asks for no gradient."""
+        trains = self.plan.trains
         for one in self.parameters:
-            one.parameter.requires_grad_(one.group in plan.trains)
-            if one.group not in plan.trains:
+            one.parameter.requires_grad_(one.group in trains)
+            if one.group not in trains:
                 one.parameter.grad = None
 
     def _told(self) -> dict[str, Any]:
@@ -171,12 +180,13 @@ class Mixing:
                 part = one.of(correction)
                 grad += (part if self._out is None else part.masked_fill(one.of(self._out), 0)).to(grad)
 
-    def after_step(self) -> bool:
-        """Behind a step of the optimiser: what the rule makes of it, and a mix where that is due. Whether there was one."""
+    def after_step(self, last: bool = False) -> bool:
+        """Behind a step of the optimiser: what the rule makes of it, and a mix where that is due, or where it was the last step.
+        Whether there was one."""
         if self._after_step is not None or self._held is not None:
             self._change_row()
         self.steps += 1
-        if self.steps < self.every:
+        if self.steps < self.every and not last:
             return False
         return self.mix()
 
@@ -225,7 +235,7 @@ class Mixing:
             self.row.x.copy_(own)
         self.row.write()
         self.run.completed, self.steps = self.completed + 1, 0
-        self.losses = []
+        self._ended, self.losses = self.losses, []
         self._begin_round()
 
     def flush(self) -> None:
@@ -239,8 +249,12 @@ class Mixing:
         self.evaluations |= {name: float(value) for name, value in metrics.items()}
 
     def logged(self, loss: float) -> None:
-        """A training loss of the round at work."""
-        self.losses.append(float(loss))
+        """A training loss of the round at work; right behind a mix, before another step, of the round that it has ended."""
+        if self.steps == 0 and self.run.pending is not None:
+            self._ended.append(float(loss))
+            self.run.pending.table[0, 0] = sum(self._ended) / len(self._ended)
+        else:
+            self.losses.append(float(loss))
 
     def finish(self, keep: bool = False) -> None:
         """The script's training is over: mix on with those that still train until all are done, then record and save together.
@@ -321,6 +335,9 @@ def _with_model(config: Config, found: Found, ranks: Ranks, rounds: int | None) 
                      "alpha": alphas[0] if same else alphas, "head": head if found.others else "frozen",
                      "targets": sorted({name.rpartition(".")[2] for name, _ in found.layers})}
     tree["model"] |= {"name": base, "task": _task(found.model)}
+    positions = getattr(getattr(found.model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:  # what reads the folder prepares texts for the model
+        tree["data"]["max_length"] = min(tree["data"]["max_length"], positions)
     tree["train"] |= {} if rounds is None else {"rounds": rounds}
     return from_dict(tree)
 

@@ -68,7 +68,7 @@ class Records:
         write_whole(self.folder / "recipe.yaml", yaml.safe_dump(run.config.to_dict() | {"output": str(self.folder)}, sort_keys=False),
                     self.lease)
         model = getattr(found.model, "config", None)
-        labels = getattr(model, "id2label", None) if run.config.model.task == "sequence_classification" else None
+        labels = getattr(model, "id2label", None) if run.config.model.task.name == "sequence_classification" else None
         known = {"base": run.config.model.name, "primary": "loss", "better": {"loss": "lower", "perplexity": "lower"},
                  "label_names": [labels[key] for key in sorted(labels)] if labels else [], "method": run.gossip.method.facts,
                  "state_length": run.peers.layout.size, "own": "the examples are the script's", "processes": self.peer.size,

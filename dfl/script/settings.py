@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfl import extensions, methods
+from dfl.adapters import kinds
 from dfl.adapters.layout import make_layout
+from dfl.adapters.peft_layers import DORA, LORA
 from dfl.config import Config, resolve
 from dfl.config.aliases import own_names
 from dfl.config.sources import Source, overrides_of, tree_of
@@ -53,10 +55,20 @@ def _tell_unused(tree: Mapping[str, Any], keys: list[str]) -> None:
 def check(config: Config):
     """The topology. ValueError for slots that do not go together, or need a loop of ours; nothing of the model is known yet."""
     extensions.load(config.plugins)
+    _check_adapter(config)
     topology = build_topology(config)
     context = Context(make_layout(()), config.lora.head, peers=config.peers, topology=topology, rounds=config.train.rounds)
     check_able(config, build_method(config, context), topology)
     return topology
+
+
+def _check_adapter(config: Config) -> None:
+    """ValueError for a method that is for an adapter other than plain layers of PEFT's LoRA, which is all that a script has."""
+    wanted = methods.METHODS[config.method.name].adapter if config.method.name in methods.METHODS else None
+    kind = kinds.KINDS[wanted] if wanted in kinds.KINDS else None
+    if kind is not None and (kind.core is not None or kind.layers not in (LORA, DORA)):
+        raise ValueError(f"method.name = {config.method.name!r} needs lora.adapter = {wanted!r}, whose layers a script's model does "
+                         "not have; allowed: dfl train, or a method for LoRA or DoRA")
 
 
 def build_method(config: Config, context: Context) -> Method:

@@ -14,6 +14,9 @@ from pathlib import Path, PurePosixPath
 
 # what process 0 leaves in the folder of a run that a callback has ended
 ENDED = "ended.json"
+BEST = "best"  # the folder of the best models, each in the folder of its name
+_OF_BEST = re.compile(r"(\.(peer-\d+|consensus)\.[0-9a-f]{16}\.draft|peer-\d+|consensus)/"
+                      r"(adapter_model\.safetensors|adapter_config\.json|best\.json)")
 STATE = ".dfl"  # the folder in a run directory for what is no result: marker and lease
 FORMAT = 1
 # what a run leaves at the top of its directory, in the order of removal: who finds a recipe finds all that belongs to it
@@ -170,6 +173,7 @@ def written(run: Path) -> list[Path]:
     for folder in _folders(run, re.compile(r"baseline-.+").fullmatch):
         if marked(folder):
             found += [*written(folder), folder / STATE / "marker.json"]
+    found += [run / BEST / name for name in below(run / BEST) if _OF_BEST.fullmatch(name)]
     for name, pattern in OF_TRACKERS.items():
         found += [run / name / below for below in below(run / name) if re.fullmatch(pattern, below)]
     found += [run / name for name in REPORTS if made_by_report(run / name)]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dfl.store.checkpoints import complete
+from dfl.store.directory import BEST
 from dfl.store.manifest import UnreadableError, verify
+from dfl.store.runs import read_description
 
 ABOUT = "dfl.json"  # what an exported folder tells about itself
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,6 +38,8 @@ def find(path: Path) -> Target:
     if (path / "manifest.json").is_file():
         return Target("checkpoint", path, _run_of(path), path)
     if (path / ADAPTER_CONFIG).is_file():
+        if path.resolve().parent.name == BEST and (path / "best.json").is_file():
+            return Target("adapter", path, _run_of(path))
         inside = (path.resolve().parent / "manifest.json").is_file()
         checkpoint = path.resolve().parent if inside else None
         return Target("adapter", path, checkpoint and _run_of(checkpoint), checkpoint)
@@ -83,6 +87,23 @@ def adapter_of(checkpoint: Path, peer: str) -> Path:
         raise ValueError(f"--peer {peer!r} is not in {str(checkpoint)!r}; allowed: {names[0]} to {names[-1]}, consensus"
                          if names else f"{str(checkpoint)!r} holds no adapter")
     return folder
+
+
+def best_of(run: Path, peer: str) -> Path:
+    """The folder of the best model of `--peer 3` or `--peer consensus`. ValueError names those there are."""
+    folder = run / BEST / (peer if peer == "consensus" else f"peer-{peer}")
+    if not (folder / "best.json").is_file():
+        names = sorted(path.parent.name.removeprefix("peer-") for path in run.glob(f"{BEST}/*/best.json"))
+        raise ValueError(f"--best --peer {peer!r} is not in {str(run)!r}; " + (f"allowed: {', '.join(names)}" if names else
+                         "a run keeps its best models with checkpoint.best: true"))
+    return folder
+
+
+def check_examples(run: Path | None, data: str | None) -> None:
+    """ValueError for a run whose examples are those of somebody's own script, where no others are given."""
+    script = read_description(run)["facts"].get("script") if run is not None and data is None and read_description(run) else None
+    if script:
+        raise ValueError(f"{str(run)!r} holds no examples: they are those of the script {script}; give --data FILE")
 
 
 def read_json(path: Path) -> dict:

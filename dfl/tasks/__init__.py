@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from dfl.config import DataConfig, ModelConfig
 from dfl.plugins import first_line, lookup
-from dfl.tasks import docstrings, files, hub, models
+from dfl.tasks import docstrings, files, hub, models, quantized, streamed
 from dfl.tasks.base import Bundle, Split, Task
 from dfl.tasks.classification import SequenceClassification
 from dfl.tasks.images import ImageClassification
@@ -54,7 +55,10 @@ def load(model: ModelConfig, data: DataConfig, *, seed: int, data_seed: int = 0)
 
 def prepare(model: ModelConfig, data: DataConfig, *, data_seed: int = 0) -> Prepared:
     """What `load` does before it reads weights, and every ValueError that comes from there."""
+    quantized.check(model, lookup("model.task", TASKS, model.task.name).auto_class)
     source = models.locate(model)
+    if data.streaming:
+        return _streamed(source, model, data, data_seed)
     kind, names, tables, facts = read_tables(model, data, data_seed=data_seed)
     return _encoded(kind, source, model, data, names, tables, facts)
 
@@ -114,10 +118,28 @@ def _encoded(kind: type, source: models.Source, model: ModelConfig, data: DataCo
     return Prepared(kind, source, config, processor, splits[0], splits[-1], facts)
 
 
-def with_weights(ready: Prepared, model: ModelConfig, *, seed: int) -> Bundle:
+def _streamed(source: models.Source, model: ModelConfig, data: DataConfig, data_seed: int) -> Prepared:
+    """As `_encoded`, with training examples that stay on disk."""
+    kind = lookup("model.task", TASKS, model.task.name)
+    if kind.modality != "text":
+        raise ValueError(f"data.streaming = True: the examples of model.task = {kind.name!r} are no texts; allowed: false")
+    rows, valid = streamed.read(data, data_seed)
+    kind.check(valid, data)
+    names = streamed.names_of(rows, data) if kind.labelled else []
+    config, processor = _processor(kind, source, model, data, names)
+    train = streamed.encode(kind, rows, names, data, processor)
+    labels = encode_labels(valid, data.label, names) if kind.labelled else np.zeros(len(valid), dtype=np.int64)
+    encoded = kind.encode(valid, labels, data, processor)
+    some = [train.features[i] for i in range(min(len(train), 1000))]
+    models.check_ids(model, config, processor.pad_token_id, [*encoded.features, *some])
+    split = Split(encoded.features, labels, names, valid.columns, valid.lines, encoded.cut)
+    return Prepared(kind, source, config, processor, train, split, {})
+
+
+def with_weights(ready: Prepared, model: ModelConfig, *, seed: int, device: torch.device = models.CPU) -> Bundle:
     """The bundle, with the weights that are read now. `seed` draws those of a new head."""
     kind, source, train, valid = ready.kind, ready.source, ready.train, ready.valid
-    net, head, model_facts = models.read_weights(model, source, ready.config, kind.auto_class, seed)
+    net, head, model_facts = models.read_weights(model, source, ready.config, kind.auto_class, seed, device)
     facts = {"task": kind.name, "base": source.name, "sha256": source.verified, **model_facts, "label_names": train.label_names,
              "num_train": len(train), "num_valid": len(valid), **ready.facts}
     return Bundle(net, ready.processor, train, valid, kind.build(ready.processor, **model.task.params), head, source.name, facts)

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 
 from dfl.metrics.base import Outcome, blocks
 
-IGNORED = -100  # a label that no loss counts: padding and prompt tokens
-
 
 @dataclass(frozen=True)
 class Split:
@@ -24,7 +22,7 @@ class Split:
     features: Sequence[dict[str, Any]]
     labels: np.ndarray
     label_names: list[str]
-    columns: dict[str, list]
+    columns: Mapping[str, list]
     lines: Sequence[int] = ()
     cut: Mapping[str, int] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfl.config import DataConfig
-from dfl.tasks.base import IGNORED
+from dfl.metrics.base import IGNORED
 from dfl.tasks.tables import Table, column
 
 # templates for bases that have none; the markers tell which tokens are the assistant's

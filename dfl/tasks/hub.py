@@ -15,7 +15,7 @@ def load(data: DataConfig) -> tuple[Table, Table | None, dict[str, Any]]:
     """A data set of the Hugging Face hub, `name` or `name:configuration`, or a local folder; train and valid name splits."""
     if data.name is None:
         raise ValueError("data.name is missing: data.source = 'hub' needs the name of a data set, or a folder")
-    with _quiet():
+    with quiet():
         splits = _splits(data)
     train = _table(data, "train", data.train or "train", splits)
     return train, None if data.valid is None else _table(data, "valid", data.valid, splits), {}
@@ -47,6 +47,19 @@ def _table(data: DataConfig, key: str, split: str, splits: Any) -> Table:
     rows = splits[split]
     if not len(rows):
         raise ValueError(f"data.{key} = {split!r} of {data.name} is empty: it has no row of examples")
+    return _from_rows(data, split, rows)
+
+
+def rows(data: DataConfig, key: str, split: str) -> Any:
+    """The rows of a split as the library has them, on disk. ValueError for one that is not there."""
+    with quiet():
+        splits = _splits(data)
+    if split not in splits:
+        raise ValueError(f"data.{key} = {split!r}: {data.name} has no such split; it has: {', '.join(splits)}")
+    return splits[split]
+
+
+def _from_rows(data: DataConfig, split: str, rows: Any) -> Table:
     names = {column: list(feature.names) for column, feature in rows.features.items() if hasattr(feature, "int2str")}
     for column, feature in rows.features.items():
         if type(feature).__name__ == "Image":  # encoded images are a tenth of decoded ones
@@ -58,7 +71,7 @@ def _table(data: DataConfig, key: str, split: str, splits: Any) -> Table:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars for the folders that are read and cached: every process would draw its own. No lines about retries."""
     try:
         from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

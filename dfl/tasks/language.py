@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from dfl.config import DataConfig
-from dfl.metrics.base import Outcome, blocks
+from dfl.metrics.base import IGNORED, Outcome, blocks
 from dfl.tasks import chat
-from dfl.tasks.base import IGNORED, Encoded, pad, without_labels
+from dfl.tasks.base import Encoded, pad, without_labels
 from dfl.tasks.tables import Table, column, texts
 
 

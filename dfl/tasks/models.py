@@ -12,19 +12,26 @@ from typing import Any
 import torch
 
 from dfl.config import DataConfig, ModelConfig
-from dfl.tasks import chat, embedded, heads
+from dfl.tasks import chat, embedded, heads, quantized
 
+CPU = torch.device("cpu")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
 ALLOWED = "'minilm', a folder with config.json and model.safetensors, or the name of a model on the hub"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from: a folder, or a hub name."""
+    """Where a model is read from: a folder, or a hub name and its revision; and whether code that lies there may run."""
 
     name: str
     local: bool
     verified: str | None = None  # SHA-256 of weights that are pinned
+    revision: str | None = None
+    trusted: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.trusted, **({"revision": self.revision} if self.revision else {})}
 
 
 def locate(model: ModelConfig) -> Source:
@@ -35,10 +42,12 @@ def locate(model: ModelConfig) -> Source:
     path = Path(model.name).expanduser()
     if path.is_dir():
         _check_folder(model, path)
-        return Source(str(path.resolve()), True)
+        if model.revision is not None:
+            raise ValueError(f"model.revision = {model.revision!r} is of a model of the hub; model.name = {model.name!r} is a folder")
+        return Source(str(path.resolve()), True, trusted=model.trust_remote_code)
     if path.exists() or model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
         raise ValueError(f"model.name = {model.name!r} is not a folder; allowed: {ALLOWED}")
-    return Source(model.name, False)
+    return Source(model.name, False, revision=model.revision, trusted=model.trust_remote_code)
 
 
 def folder_of(source: Source) -> Path | None:
@@ -47,7 +56,7 @@ def folder_of(source: Source) -> Path | None:
         return Path(source.name)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(source.name, "config.json")
+    found = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -162,15 +171,19 @@ def read_image_processor(model: ModelConfig, source: Source) -> Any:
         return _fetch(AutoImageProcessor.from_pretrained, source)
 
 
-def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: str,
-                 seed: int) -> tuple[torch.nn.Module, tuple[str, ...], dict[str, Any]]:
-    """The frozen model, the names of its head's modules, and facts. New weights depend on `seed` alone."""
+def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: str, seed: int,
+                 device: torch.device = CPU) -> tuple[torch.nn.Module, tuple[str, ...], dict[str, Any]]:
+    """The frozen model, the names of its head's modules, and facts. New weights depend on `seed` alone.
+
+    On the CPU; quantised weights on `device`, where they are rounded.
+    """
     import transformers
 
     auto = getattr(transformers, auto_class)
     with quiet(), _one_line(model), torch.random.fork_rng(devices=[]):
         net, info = _fetch(auto.from_pretrained, source, config=config, dtype=getattr(torch, model.dtype),
-                           use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+                           use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                           **({"attn_implementation": model.attention} if model.attention else {}), **quantized.options(model, device))
     new = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     _check_layers(model, source, config, info)
     head = heads.modules(net, new) if auto_class != "AutoModelForCausalLM" else ()
@@ -179,7 +192,7 @@ def read_weights(model: ModelConfig, source: Source, config: Any, auto_class: st
     heads.initialise(net, new, config, seed, model.head_std)
     net.requires_grad_(False).eval()
     facts = {"layers": getattr(config, "num_hidden_layers", None), "truncated": model.layers is not None,
-             "new_weights": sorted(new), "num_parameters": sum(p.numel() for p in net.parameters())}
+             "new_weights": sorted(new), "num_parameters": net.num_parameters()}
     return net, head, facts
 
 
@@ -189,7 +202,7 @@ def _check_layers(model: ModelConfig, source: Source, config: Any, info: dict) -
         return
     from transformers import AutoConfig
 
-    have = AutoConfig.from_pretrained(source.name, local_files_only=True).num_hidden_layers
+    have = AutoConfig.from_pretrained(source.name, local_files_only=True, **source.options).num_hidden_layers
     if model.layers < have and not any(f".{have - 1}." in key for key in info["unexpected_keys"]):
         raise ValueError(f"model.layers = {model.layers}: the architecture {config.model_type!r} of model.name = "
                          f"{model.name!r} does not follow its number of layers; leave it out")
@@ -198,11 +211,11 @@ def _check_layers(model: ModelConfig, source: Source, config: Any, info: dict) -
 def _fetch(read: Any, source: Source, **options: Any) -> Any:
     """What lies in a folder or the cache; the hub is asked only for what is not here."""
     try:
-        return read(source.name, local_files_only=True, **options)
+        return read(source.name, local_files_only=True, **source.options, **options)
     except OSError:
         if source.local:
             raise
-    return read(source.name, **options)
+    return read(source.name, **source.options, **options)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfl.config import DataConfig
-from dfl.metrics.base import Outcome, blocks
+from dfl.metrics.base import IGNORED, Outcome, blocks
 from dfl.plugins import check_fraction, check_positive
 from dfl.tasks import chat
-from dfl.tasks.base import IGNORED, Encoded, pad
+from dfl.tasks.base import Encoded, pad
 from dfl.tasks.language import answer, end_of, token_ids
 from dfl.tasks.tables import Table, column, texts
 

@@ -20,6 +20,8 @@ PERCENTILES = (50, 90, 99)
 NAMED = 5
 _FIELDS = {"sequence_classification": ("text", "pair"), "sequence_regression": ("text", "pair"), "image_classification": ("image",),
            "preference": ("prompt", "chosen", "rejected")}
+# tasks of which it is known what they read
+KNOWN = {*_FIELDS, "causal_lm"}
 
 
 def summarise(bundle: Bundle, data: DataConfig) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def read_fields(task: str, data: DataConfig) -> list[tuple[str, str]]:
 
 
 def _of_split(split: Split, fields: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    columns = [split.columns.get(column, []) for _, column in fields]
+    columns = [] if not isinstance(split.columns, dict) else [split.columns.get(column, []) for _, column in fields]
     return {"rows": len(split), "tokens": _tokens(split), "cut": dict(split.cut),
             "empty": sum(len(_where(values, _is_empty)) for values in columns),
             "missing": sum(len(_where(values, _is_missing)) for values in columns)}
@@ -69,9 +71,9 @@ def _of_split(split: Split, fields: Sequence[tuple[str, str]]) -> dict[str, Any]
 
 def _tokens(split: Split) -> dict[str, int] | None:
     """Percentiles of the tokens of a row, as the model sees them; None where rows have none."""
-    if not isinstance(split.features, list) or "input_ids" not in split.features[0]:
+    if not hasattr(split.features, "lengths") and (not isinstance(split.features, list) or "input_ids" not in split.features[0]):
         return None
-    lengths = np.array([len(feature["input_ids"]) for feature in split.features])
+    lengths = split.lengths()
     cuts = np.percentile(lengths, PERCENTILES, method="higher")
     return {f"p{p}": int(value) for p, value in zip(PERCENTILES, cuts, strict=True)} | {"max": int(lengths.max())}
 
@@ -90,6 +92,8 @@ def _where(values: Sequence, test: Any) -> list[int]:
 
 def _keys(split: Split, fields: Sequence[tuple[str, str]]) -> list | None:
     """What makes rows the same: their texts; None for an empty row. None where rows are not made of texts."""
+    if not isinstance(split.columns, dict):  # on disk: too many to compare
+        return None
     columns = [_as_texts(split.columns.get(column)) for _, column in fields]
     if any(column is None or not all(isinstance(value, str) for value in column) for column in columns):
         return None
@@ -113,6 +117,7 @@ def _repeated(keys: Mapping[str, list | None], labels: np.ndarray | None) -> dic
 
 def _about_texts(splits: Mapping[str, Split], fields: Sequence[tuple[str, str]], data: DataConfig) -> list[str]:
     said = []
+    splits = {name: split for name, split in splits.items() if isinstance(split.columns, dict)}
     for field, column in fields:
         for test, what, do in ((_is_empty, "are empty or blank", "fill or remove them"),
                                (_is_missing, "hold only 'nan' or the like, a missing value that was written as text",
@@ -120,7 +125,7 @@ def _about_texts(splits: Mapping[str, Split], fields: Sequence[tuple[str, str]],
             rows = {name: _where(split.columns.get(column, []), test) for name, split in splits.items()}
             name = next((name for name in rows if rows[name]), None)
             if name:
-                said.append(f"{field} = {column!r}: {len(rows['train']):,} training and {len(rows['valid']):,} validation "
+                said.append(f"{field} = {column!r}: {len(rows.get('train', ())):,} training and {len(rows['valid']):,} validation "
                             f"rows {what} ({_line(splits[name], rows[name][0], name)}); {do}")
     return said
 

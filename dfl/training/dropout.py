@@ -1,6 +1,7 @@
 """Dropout from one generator per peer, so that a peer's masks do not depend on who is hosted beside it."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,26 @@ class PeerDropout(TorchFunctionMode):
     scaled_dot_product_attention is covered too: there the attention is written out, since the kernel draws by itself.
     """
 
+    active: ClassVar["PeerDropout | None"] = None
+
     def __init__(self, generators: Sequence[torch.Generator]):
         super().__init__()
         self.generators = generators
+
+    def __enter__(self) -> "PeerDropout":
+        self.before, PeerDropout.active = PeerDropout.active, self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        PeerDropout.active = self.before
+        super().__exit__(*error)
+
+    def again(self) -> "PeerDropout":
+        """The same from now on, for whoever computes a part of the pass a second time."""
+        copies = [torch.Generator(generator.device) for generator in self.generators]
+        for copy, generator in zip(copies, self.generators, strict=True):
+            copy.set_state(generator.get_state())
+        return PeerDropout(copies)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

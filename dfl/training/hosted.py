@@ -14,6 +14,7 @@ from dfl.adapters.attach import Adapted, Rows, start_of
 from dfl.adapters.layout import empty_rows
 from dfl.adapters.residuals import residual_rows
 from dfl.config import TrainConfig
+from dfl.config.optimizers import OPTIMIZERS
 from dfl.training.factors import Factors
 from dfl.training.optimizer import PeerOptimizer, learning_rate
 from dfl.training.stream import DataStream
@@ -104,6 +105,10 @@ class HostedPeers:
 
     def begin_phase(self, trains: frozenset[str], masked: bool) -> Part:
         """The part of the phase that was stopped, or of one that begins now."""
+        if masked and not OPTIMIZERS[self.train.optimizer].masks:
+            able = [name for name, one in OPTIMIZERS.items() if one.masks]
+            raise ValueError(f"train.optimizer = {self.train.optimizer!r} cannot leave out single numbers, as this run's schedule "
+                             f"does; allowed: {', '.join(able)}")
         if self.part is None:
             start, self._start = self.round_start(), None
             self.optimizer.begin_round(trains)

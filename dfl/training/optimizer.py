@@ -1,14 +1,19 @@
 """The optimiser of the hosted peers: rates, steps, and moments across rounds. It knows rows, and no model."""
 
-import math
-from collections.abc import Collection, Iterable, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfl.adapters.layout import GROUPS, Layout
 from dfl.config import TrainConfig
+from dfl.config.optimizers import OPTIMIZERS, SCHEDULES
 from dfl.training.moments import rotate
+
+_PLAIN = "!"
 
 
 def learning_rate(train: TrainConfig, progress: float) -> float:
@@ -16,8 +21,7 @@ def learning_rate(train: TrainConfig, progress: float) -> float:
     if progress < train.warmup:
         return train.lr * progress / train.warmup
     rest = (progress - train.warmup) / (1 - train.warmup)
-    factor = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[train.schedule]
-    return train.lr * factor
+    return train.lr * SCHEDULES[train.schedule.name](**train.schedule.params)(rest, train.warmup)
 
 
 class PeerOptimizer:
@@ -40,11 +44,7 @@ class PeerOptimizer:
             for group, parameter in params.items():
                 shared.setdefault((steps[row], self.ratio(group)), []).append(parameter)
         flat = [{"params": params, "steps": steps, "ratio": ratio} for (steps, ratio), params in shared.items()]
-        train = self.train
-        if train.optimizer == "sgd":
-            return torch.optim.SGD(flat, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True)
-        return torch.optim.AdamW(flat, lr=train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps,
-                                 weight_decay=train.weight_decay, fused=True)
+        return make_torch(self.train, flat, self.params[0])
 
     def ratio(self, group: str) -> float:
         """The rate of a group of trained numbers over `learning_rate`."""
@@ -81,14 +81,15 @@ class PeerOptimizer:
 
     @property
     def turns_moments(self) -> bool:
-        return self.train.state == "carried" and self.train.at_refactor == "rotate"
+        return self.train.state == "carried" and self.train.at_refactor == "rotate" and OPTIMIZERS[self.train.optimizer].turns
 
     def after_refactor(self, old: Tensor | None, new: Tensor, mixed: Collection[int]) -> None:
         """The factors of the peers `mixed` have a new basis: apply train.at_refactor to their moments.
 
         new: the rows (P, D); old: before, for rotate.
         """
-        if self.train.state == "fresh" or self.train.at_refactor == "reset":
+        turns = OPTIMIZERS[self.train.optimizer].turns
+        if self.train.state == "fresh" or self.train.at_refactor == "reset" or (self.train.at_refactor == "rotate" and not turns):
             self.reset(rows=[row for row, peer in enumerate(self.ids) if peer in mixed])
         elif self.train.at_refactor == "rotate":
             for row, (before, after) in enumerate(zip(old, new, strict=True)):
@@ -103,8 +104,7 @@ class PeerOptimizer:
     def all_moments(self) -> dict[str, Tensor]:
         """As they are in the middle of a round."""
         return {f"{self.ids[row]}.{group}.{key}": value for row, params in enumerate(self.params)
-                for group, p in params.items() for key, value in self.torch.state.get(p, {}).items()
-                if isinstance(value, Tensor)}
+                for group, p in params.items() for key, value in _as_tensors(self.torch.state.get(p, {})).items()}
 
     def load(self, saved: dict[str, Tensor], last_trained: frozenset[str] | None = None) -> None:
         """Put back what `moments` gave, for the peers hosted here.
@@ -116,8 +116,35 @@ class PeerOptimizer:
             peer, group, key = name.split(".")
             if int(peer) in rows:
                 parameter = self.params[rows[int(peer)]][group]
-                self.torch.state.setdefault(parameter, {})[key] = value.to(parameter.device).clone()
+                state = self.torch.state.setdefault(parameter, {})
+                if key.endswith(_PLAIN):
+                    state[key.removesuffix(_PLAIN)] = value.item()
+                else:
+                    state[key] = value.to(parameter.device).clone()
         self._active = self._active if last_trained is None else last_trained
+
+
+def make_torch(train: TrainConfig, flat: list[dict], example: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    """train.optimizer over parameter groups. ValueError for a paged one without a GPU."""
+    chosen = OPTIMIZERS[train.optimizer]
+    if chosen.paged and not any(parameter.is_cuda for parameter in example.values()):
+        raise ValueError(f"train.optimizer = {train.optimizer!r} moves moments between a GPU and the machine; allowed on a CPU: "
+                         f"{train.optimizer.removeprefix('paged_')}")
+    package, _, name = chosen.source.rpartition(".")
+    make = getattr(import_module(package), name)
+    offered = {"momentum": train.momentum, "weight_decay": train.weight_decay, "betas": (train.betas[0], train.betas[1]),
+               "eps": train.eps, "fused": True}
+    takes = dict(inspect.signature(make).parameters)
+    if not package.startswith("torch") or train.optimizer in ("nadam", "radam", "rmsprop"):
+        takes.pop("fused", None)
+    more = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in takes else {}
+    return make(flat, lr=train.lr, **{key: value for key, value in offered.items() if key in takes}, **more)
+
+
+def _as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter; a plain number, such as the step counter of some, under a name that says so."""
+    found = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return found | {f"{key}{_PLAIN}": torch.tensor(value) for key, value in state.items() if isinstance(value, (int, float))}
 
 
 def _by_group(row: Tensor, layout: Layout) -> dict[str, Tensor]:

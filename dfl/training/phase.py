@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.attach import Rows
+from dfl.adapters.layout import empty_rows
 from dfl.seeds import derive
 from dfl.slots import Plan
 from dfl.training.base import AfterStep, DivergenceError, Halt
 from dfl.training.dropout import PeerDropout
-from dfl.training.executors import Executor, autocasts
+from dfl.training.executors import Executor, Stacked, autocasts
 from dfl.training.hosted import HostedPeers, Part
 from dfl.training.masks import Held
+from dfl.training.privacy import noise_seed, noisy_mean, sampled
 from dfl.training.reference import with_reference
 from dfl.training.skipped import untrained
 
@@ -123,6 +125,8 @@ class ModelTrainer:
     def _step(self, phase: _Phase, k: int, active: list[int], forward) -> Tensor:
         """Step k of the rows `active`: their losses."""
         peers, train = self.peers, self.peers.train
+        if train.privacy.noise is not None:
+            return self._private_step(phase, k, active)
         peers.factors.zero_gradients(active)
         peers.factors.refresh()
         total = torch.zeros(len(active), device=peers.device)
@@ -145,6 +149,40 @@ class ModelTrainer:
         self._correct_and_clip(phase, active)
         peers.optimizer.step(phase.t, k, active, phase.trains)
         return total
+
+    def _private_step(self, phase: _Phase, k: int, active: list[int]) -> Tensor:
+        """The same of DP-SGD: every example is a row of its own for the stacked executor, whose gradients are then one for each."""
+        peers, settings, losses = self.peers, self.peers.train.privacy, torch.zeros(len(active), device=self.peers.device)
+        for place, row in enumerate(active):
+            number = phase.t * peers.steps(row) + k
+            chosen = sampled(peers.streams[row].indices, peers.train.batch_size, derive(peers.seed, "sample", peers.ids[row], number))
+            g = empty_rows(len(chosen), peers.layout.size, device=peers.device)
+            if len(chosen):
+                losses[place] = self._by_example(phase, row, chosen, g)
+            noise = noise_seed(settings, peers.seed, peers.ids[row], number)
+            peers.g[row] = noisy_mean(g, peers.layout, phase.trains, settings, peers.train.batch_size, noise, phase.masks[row])
+        self._correct_and_clip(phase, active)
+        peers.optimizer.step(phase.t, k, active, phase.trains)
+        return losses
+
+    def _by_example(self, phase: _Phase, row: int, chosen: np.ndarray, g: Tensor) -> Tensor:
+        """The mean loss of the examples `chosen` at a peer; g (B, D): the gradient of each."""
+        peers, num = self.peers, len(chosen)
+        x = empty_rows(num, peers.layout.size, device=peers.device)
+        x.copy_(peers.x[row].expand(num, -1))
+        batch = self.task.collate([self.split.features[i] for i in chosen])
+        batch = {key: value.to(peers.device) for key, value in batch.items()}
+        batch = with_reference(self.task, peers.adapted, batch, self._autocasts)
+        # residuals and what else is the peer's own is bound around this already
+        rows = Rows(x, None, None if peers.scale is None else (peers.scale[row],) * num)
+        skips = untrained(peers.adapted, phase.masks, [row])
+        with Stacked().bound(peers.adapted, rows, g, range(num), phase.trains, skips) as forward:
+            with self._autocast(), PeerDropout([self.generators[row]]):
+                output = forward(self.task.inputs(batch), list(range(num)))
+            losses = self.task.losses(output, batch, num)
+            if losses.requires_grad:
+                losses.sum().backward()
+        return losses.detach().mean()
 
     def _shares(self, batches: list[dict[str, Tensor]], num_groups: int) -> Tensor | None:
         """(micro-batches, G): by how much each counts in the step of a peer, so that every token counts alike; None: all alike."""

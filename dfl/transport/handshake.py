@@ -72,6 +72,8 @@ def model_digest(model: torch.nn.Module, without: Collection[int] = ()) -> str:
         for name, tensor in tensors:
             if id(tensor) not in without and not any(part in name for part in (prefix, "modules_to_save")):
                 yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
+                if hasattr(tensor, "dequantize") and type(tensor).__module__.startswith("torchao"):
+                    tensor = tensor.dequantize()
                 yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     return _hex(parts())
@@ -83,6 +85,8 @@ def labels_digest(split) -> str:
 
 def examples_digest(split) -> str:
     """Of all examples as the model gets them, without their label; of images as they are stored (`sources`)."""
+    if hasattr(split.features, "digest"):  # on disk, where it was taken as they were tokenised
+        return split.features.digest[:16]
     if hasattr(split.features, "sources"):
         return _hex(split.features.sources(MAX_SOURCES))
 

@@ -56,9 +56,10 @@ def entry(packet: Packet | None, sent: Mapping[int, float], index: frozenset[str
     meta = {name: value.nbytes for name, value in packet.meta.items() if name != CLOCK}
     indices = sum(size for name, size in meta.items() if name in index)
     payload = sum(part.nbytes for part in packet.payload.values())
-    held = [(packet.numel[name], 0) if counts is None else counts(name, packet.numel[name], part.nbytes)
-            for name, part in packet.payload.items()]
-    numbers, places = (sum(column) for column in zip(*held, strict=True)) if held else (0, 0)
+    numbers, places = sum(packet.numel.values()), 0
+    if counts is not None and packet.payload:
+        held = [counts(name, packet.numel[name], part.nbytes) for name, part in packet.payload.items()]
+        numbers, places = (sum(column) for column in zip(*held, strict=True))
     return Ledger(num, broadcasts, round(times * (payload - places)), num * (sum(meta.values()) - indices),
                   num * indices + round(times * places), round(numbers * times / num), times - num, due, 1)
 
@@ -75,10 +76,10 @@ def together(one: Mapping[int, Ledger], other: Mapping[int, Ledger]) -> dict[int
 
 def total(ledger: Mapping[int, Ledger]) -> Ledger:
     """Over all peers."""
-    found = Ledger()
-    for one in ledger.values():
-        found = found.plus(one)
-    return found._replace(rounds=max((one.rounds for one in ledger.values()), default=0))
+    if not ledger:
+        return Ledger()
+    *counts, rounds, seconds = zip(*ledger.values(), strict=True)
+    return Ledger(*map(sum, counts))._replace(rounds=max(rounds), seconds=max(seconds))
 
 
 def of_one_round(ledger: Mapping[int, Ledger]) -> dict[int, Ledger]:

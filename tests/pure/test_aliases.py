@@ -132,7 +132,7 @@ WRONG = {
     "steps of passes": ({"eval_steps": 10, "train": {"local_steps": None, "local_epochs": 1}}, [], ["eval_steps = 10", "eval.every"]),
     "rare lines": ({"logging_steps": 20}, [], ["logging_steps = 20", "every round is recorded"]),
     "warm-up in steps": ({"warmup_steps": 100}, [], ["warmup_steps = 100", "fraction of the run"]),
-    "another schedule": ({"lr_scheduler_type": "polynomial"}, [], ["lr_scheduler_type = 'polynomial'", "constant_with_warmup"]),
+    "another schedule": ({"lr_scheduler_type": "greedy"}, [], ["lr_scheduler_type = 'greedy'", "constant_with_warmup"]),
     "another optimiser": ({"optim": "adafactor"}, [], ["optim = 'adafactor'", "adamw_torch"]),
     "a number for a switch": ({"bf16": 1}, [], ["bf16 = 1", "True, False"]),
     "a value that ours refuses": ({"learning_rate": -1}, [], ["train.lr = -1"]),
@@ -182,10 +182,10 @@ def test_every_field_of_peft_has_an_answer(name):
 
 
 # of TRL, axolotl and LLaMA-Factory, which are not installed: what their first examples hold
-ELSEWHERE = """max_seq_length packing dataset_text_field completion_only_loss beta ref_model max_prompt_length
-    base_model load_in_4bit sequence_len sample_packing micro_batch_size num_epochs val_set_size lora_r lora_target_modules
-    lora_target_linear flash_attention gradient_checkpointing train_on_inputs datasets wandb_project
-    model_name_or_path stage finetuning_type lora_target lora_rank template cutoff_len max_samples quantization_bit pref_beta
+ELSEWHERE = """max_seq_length dataset_text_field completion_only_loss beta ref_model max_prompt_length
+    base_model sequence_len sample_packing micro_batch_size num_epochs val_set_size lora_r lora_target_modules
+    lora_target_linear flash_attention train_on_inputs datasets wandb_project
+    model_name_or_path stage finetuning_type lora_target lora_rank cutoff_len max_samples quantization_bit pref_beta
     val_size"""
 
 

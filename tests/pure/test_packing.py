@@ -7,9 +7,9 @@ import torch
 import transformers
 from tiny_runs import adapter_digests, local_phase, make_config, make_run, stop_after
 
+from dfl.metrics.base import IGNORED
 from dfl.run import build
 from dfl.run import train as running
-from dfl.tasks.base import IGNORED
 from dfl.tasks.language import CausalLM
 from dfl.training.executors import Sequential, Stacked
 from dfl.training.stream import DataStream, GroupedStream, PackedStream, pack
@@ -109,8 +109,8 @@ def write_text(folder):
 
 def text_config(tmp_path, output="run", **fields):
     model = tmp_path / "llama" if (tmp_path / "llama").exists() else tiny_models.save(tmp_path / "llama", "llama", layers=2)
-    fields = {"data__max_length": 16, "train__batch_size": 2} | fields
-    return make_config(model, write_text(tmp_path), tmp_path / output, model__task="causal_lm", train__lr=1e-2, **fields)
+    fields = {"data__max_length": 16, "train__batch_size": 2, "train__lr": 1e-2} | fields
+    return make_config(model, write_text(tmp_path), tmp_path / output, model__task="causal_lm", **fields)
 
 
 def test_stacked_is_looped_with_packed_rows(tmp_path):
@@ -147,3 +147,9 @@ def test_every_token_of_a_step_counts_alike(tmp_path):
 def test_what_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data.packing = True: rows of model.task = 'sequence_classification' are not.*causal_lm"):
         build.check(make_config(tmp_path, tmp_path, tmp_path / "run", data__packing=True))
+
+
+@pytest.mark.parametrize("field", ["packing", "group_by_length"])
+def test_examples_that_are_drawn_one_by_one_are_not_grouped(tmp_path, field):
+    with pytest.raises(ValueError, match=f"data.{field} = True and train.privacy.noise = 1.0: every example is drawn by itself"):
+        text_config(tmp_path, **{f"data__{field}": True, "train__privacy__noise": 1.0})

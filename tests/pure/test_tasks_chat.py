@@ -7,8 +7,8 @@ import pytest
 import tiny_models
 
 from dfl.config import DataConfig
+from dfl.metrics.base import IGNORED
 from dfl.tasks import chat
-from dfl.tasks.base import IGNORED
 from dfl.tasks.language import CausalLM
 from dfl.tasks.tables import Table
 

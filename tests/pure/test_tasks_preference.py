@@ -11,11 +11,11 @@ from tiny_runs import local_phase, make_config, make_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dfl.config import DataConfig
+from dfl.metrics.base import IGNORED
 from dfl.run.build import check
 from dfl.run.train import train
 from dfl.store.records import read_lines
 from dfl.tasks import chat
-from dfl.tasks.base import IGNORED
 from dfl.tasks.preference import Preference
 from dfl.tasks.tables import Table
 from dfl.training.executors import Sequential, Stacked
