@@ -38,6 +38,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "launch/recipes/sweep.yaml", "dfl/sweep", "dfl/cli/sweep.py", "dfl/run/runtime.py", "dfl/run/folder.py"),
     "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/metrics"),
     "tests/launch/test_report_browser.py": ("dfl/report", "tests/launch/browser.py", "tests/made_up_runs.py"),
+    "tests/real/test_own_trainers.py": (
+        "dfl/hf", "dfl/script", "benchmarks/own_scripts.py", "dfl/run/loop.py", "dfl/transport", "setup.cfg"),
     "tests/real/test_real_runs.py": (
         "launch/recipes", "dfl/tasks", "dfl/partition", "dfl/training", "dfl/run/loop.py"),
 }

@@ -1,6 +1,8 @@
 """Own scripts under the real torchrun: a patched trainer against `dfl train`, TRL on real text, stop and resume."""
 
+import configparser
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,27 @@ def test_a_patched_trainer_ends_where_dfl_train_does(tmp_path, method, state):
     assert run.done == 3 and run.finished and all(len(record["train_loss_peers"]) == 3 for record in run.records)
     losses = [record["train_loss"]["mean"] for record in read_run(tmp_path / "run").records[1:]]
     assert [record["train_loss"]["mean"] for record in run.records] == pytest.approx(losses, abs=1e-4)
+
+
+# what the oldest transformers wants older than the newest does, and what that wants itself
+OLDER = ("tokenizers==0.22.2", "huggingface_hub>=1.3,<2", "httpx", "httpcore", "h11", "anyio", "typer-slim", "shellingham")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_the_oldest_transformers_and_trl_that_we_name_keep_the_contract(tmp_path):
+    """The newest are those of this environment. The tests of a patched trainer, and of DPOTrainer where there are data."""
+    declared = configparser.ConfigParser()
+    declared.read(TESTS.parent / "setup.cfg")
+    wanted = declared["options"]["install_requires"] + declared["options.extras_require"]["trl"]
+    oldest = [f"{name}=={re.search(rf'^{name}>=([0-9.]+)$', wanted, re.M)[1]}.0" for name in ("transformers", "trl")]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old")]
+    subprocess.run([*install, *oldest, *OLDER], check=True)
+    env = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path / 'old'}"}
+    told = subprocess.run([sys.executable, "-c", "import transformers, trl; print(transformers.__version__, trl.__version__)"],
+                          env=env, text=True, capture_output=True)
+    assert told.stdout.split() == [one.partition("==")[2] for one in oldest], told.stderr
+    tests = [TESTS / "pure" / "test_hf.py", f"{TESTS}/real/test_own_trainers.py::test_two_peers_of_a_dpo_script"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-5000:]

@@ -202,3 +202,27 @@ def test_an_error_in_the_training_ends_the_gossip(llama, tmp_path):
         trainer.train()
     assert joining.current() is None
     assert json.loads((tmp_path / "run" / "run.json").read_text())["facts"]["processes"] == 1
+
+
+def test_axolotl_s_plug_in_keeps_its_contract(llama, tmp_path, monkeypatch):
+    """The methods that axolotl 0.19 calls, by name and parameters, and when: `register` before the arguments are made."""
+    import inspect
+
+    from dfl.hf import axolotl
+    contract = {"get_input_args": ["self"], "register": ["self", "cfg"], "post_trainer_create": ["self", "cfg", "trainer"]}
+    for name, parameters in contract.items():
+        assert list(inspect.signature(getattr(axolotl.GossipPlugin, name)).parameters) == parameters
+        if axolotl.BasePlugin is not object:
+            assert list(inspect.signature(getattr(axolotl.BasePlugin, name)).parameters) == parameters
+    plugin = axolotl.GossipPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    assert module == axolotl.__name__ and "gossip" in getattr(axolotl, name).model_fields
+    with pytest.raises(ValueError, match="gossip = None"):
+        plugin.register({})
+    words = {"gossip": {"method": "lora", "every": 2, "output": str(tmp_path / "run")}}
+    plugin.register(words)
+    plugin.register(words)  # axolotl does so twice
+    trainer = make_trainer(llama, tmp_path / "out")
+    plugin.post_trainer_create(words, trainer)
+    trainer.train()
+    assert read_run(tmp_path / "run").done == 3
