@@ -1,5 +1,6 @@
 """The project's documents: which there are, the blocks of code in them, and a folder in which their commands run as written."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -14,7 +15,10 @@ ELSEWHERE = {"launch/README.md": ("tests/launch/test_hosts.py", "tests/launch/te
              "topologies/README.md": ("tests/topologies/test_topologies_readme.py",),
              "topologies/gallery/README.md": ("tests/topologies/test_topologies_readme.py",)}
 # models of the hub that documents name, and the kind of random model of a few kilobytes that takes their place
-MODELS = {"FacebookAI/roberta-base": "bert", "Qwen/Qwen2.5-0.5B": "llama", "openai-community/gpt2": "gpt2"}
+MODELS = {"FacebookAI/roberta-base": "bert", "Qwen/Qwen2.5-0.5B": "llama", "openai-community/gpt2": "gpt2",
+          "Qwen/Qwen2.5-0.5B-Instruct": "llama"}
+TEMPLATE = ("{% for m in messages %}{{ m.role + ' ' + m.content + eos_token }} {% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}")
 SHORT = {"rounds": 2, "local_steps": 2}
 
 
@@ -77,6 +81,9 @@ def workplace(folder: Path) -> Path:
         (folder / entry).symlink_to(ROOT / entry)
     write_data(folder / "my")
     local = {name: tiny_models.save(folder / "models" / kind, kind, layers=2) for name, kind in MODELS.items()}
+    for folder_of in set(local.values()):  # what a model of the hub has beside its weights
+        if folder_of.name == "llama":
+            (folder_of / "chat_template.jinja").write_text(TEMPLATE)
     for name, code in recipes().items():
         tree = yaml.safe_load(code)
         tree["model"]["name"] = str(local[tree["model"]["name"]])
@@ -92,7 +99,8 @@ def workplace(folder: Path) -> Path:
 
 
 def write_data(folder: Path, copies: int = 40) -> None:
-    """train.csv and valid.csv (sentence, label), chat.jsonl (prompt, response), no two rows alike."""
+    """train.csv and valid.csv (sentence, label), chat.jsonl (prompt, response), talk.jsonl (messages), pairs.jsonl (prompt, chosen,
+    rejected), no two rows alike."""
     folder.mkdir()
     words = tiny_models.WORDS
     pairs = [(f"{words[k % len(words)]} {words[k // len(words)]} {word}", word) for k in range(copies) for word in ("good", "bad")]
@@ -101,3 +109,8 @@ def write_data(folder: Path, copies: int = 40) -> None:
     (folder / "valid.csv").write_text("\n".join(["sentence,label", *(f"how {row}" for row in rows[:12])]) + "\n")
     lines = [f'{{"prompt": "what is {sentence}", "response": "{label} {label}"}}' for sentence, label in pairs]
     (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
+    talks = [{"messages": [{"role": "user", "content": f"what is {sentence}"}, {"role": "assistant", "content": label}]}
+             for sentence, label in pairs]
+    preferred = [{"prompt": f"what is {sentence}", "chosen": " good film", "rejected": f" {label} node"} for sentence, label in pairs]
+    for name, rows in (("talk", talks), ("pairs", preferred)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

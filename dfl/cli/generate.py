@@ -7,7 +7,7 @@ OVERRIDES = True
 
 
 def add(parser) -> None:
-    parser.add_argument("run", type=path)
+    parser.add_argument("run", type=path, help="a run, or a folder of dfl export, which stock transformers then reads")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--peer", metavar="PEER", default="consensus", help="a number, or consensus (the default)")
     parser.add_argument("--round", metavar="N", type=int, help="the checkpoint after so many rounds, in place of the last")

@@ -25,10 +25,6 @@ def validate(config: Config) -> None:
 
 def _check_privacy(config: Config) -> None:
     """What would look at examples outside the steps that are counted, or not go through the model one by one."""
-    for field in ("packing", "group_by_length"):
-        if config.train.privacy.noise is not None and getattr(config.data, field):
-            raise ValueError(f"data.{field} = True and train.privacy.noise = {config.train.privacy.noise}: every example is drawn by "
-                             f"itself there; allowed with it: data.{field}: false")
     train = config.train
     if train.privacy.noise is None:
         return
@@ -36,8 +32,9 @@ def _check_privacy(config: Config) -> None:
         raise wrong("train.executor", "stacked", "sequential or auto with train.privacy, where examples are stacked in place of peers")
     if train.accumulation != 1:
         raise wrong("train.accumulation", train.accumulation, "1 with train.privacy, whose batches are drawn anew for every step")
-    if config.data.packing:
-        raise wrong("data.packing", config.data.packing, "false with train.privacy, where every example counts by itself")
+    for field in ("packing", "group_by_length"):
+        if getattr(config.data, field):
+            raise wrong(f"data.{field}", True, "false with train.privacy, where every example is drawn and counts by itself")
     if train.privacy.noise and find_spec("dp_accounting") is None:
         raise ValueError("train.privacy needs the package dp-accounting, which says what is spent; allowed: pip install "
                          "'dfl[privacy]', or train.privacy.noise: null")

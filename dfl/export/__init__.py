@@ -179,6 +179,8 @@ def _write(draft: Path, wish: Wish, config: Config, record: dict[str, Any], run:
         base_config, processor = tasks.load_processor(config.model, config.data, names)
         base_config.save_pretrained(draft / BASE_CONFIG)
         merging.save_processor(processor, draft)
+        if card.writes(config):
+            merging.save_generation(record["facts"]["base"], draft)
     facts = card.Facts(config, record, run, rounds, wish.peer, origin, base, settings, losses, merged, wish.push)
     (draft / "README.md").write_text(card.render(facts), encoding="utf-8")
     written = sorted({ABOUT, *(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())})
@@ -224,4 +226,6 @@ def lines(exported: Exported) -> list[str]:
         if values["this"] is not None:
             said.append(f"{metric} {values['this']:.4f}" + ("" if facts.evaluated else ", before the change of rank or type"))
     said += [f"how to load it: {folder / 'README.md'}", f"evaluate it: python -m dfl eval {folder} --run {facts.run}"]
+    if card.writes(facts.config):
+        said.append(f'ask it, by stock transformers alone: python -m dfl generate {folder} "a prompt"')
     return said + ([f"uploaded: {exported.url}"] if exported.url else [])

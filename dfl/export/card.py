@@ -289,9 +289,20 @@ def _loading(facts: Facts, auto: str) -> list[str]:
             "model = PeftModel.from_pretrained(base, folder).eval()"]
 
 
+def writes(config: Config) -> bool:
+    """Whether the model goes on with a text."""
+    return getattr(TASKS.get(config.model.task.name), "auto_class", None) == "AutoModelForCausalLM"
+
+
 def _example(facts: Facts) -> list[str]:
-    if TASKS[facts.config.model.task.name].auto_class == "AutoModelForCausalLM":
-        return ['inputs = processor("The", return_tensors="pt")', "with torch.no_grad():",
+    if writes(facts.config):
+        data = facts.config.data
+        if data.messages is not None or data.template is not None:
+            given = ['talk = [{"role": "user", "content": "A question."}]',
+                     'inputs = processor.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)']
+        else:
+            given = ['inputs = processor("The", return_tensors="pt")']
+        return [*given, "with torch.no_grad():",
                 "    words = model.generate(**inputs, max_new_tokens=20, do_sample=False)", "print(processor.decode(words[0]))"]
     kind = TASKS[facts.config.model.task.name]
     inputs = 'processor("A text.", return_tensors="pt")' if kind.modality == "text" else \

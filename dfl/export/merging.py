@@ -69,6 +69,16 @@ def save_processor(processor, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
+def save_generation(name: str, folder: Path) -> None:
+    """The generation settings of a language model's base beside its adapter, where it has any."""
+    from transformers import GenerationConfig
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(name, local_files_only=True).save_pretrained(folder)
+    except OSError:  # a base without any
+        pass
+
+
 def _stock(folder: Path, config: Config, dtype: torch.dtype) -> nn.Module:
     """The folder as somebody without this project reads it."""
     return getattr(transformers, tasks.TASKS[config.model.task.name].auto_class).from_pretrained(folder, dtype=dtype).eval()

@@ -1,6 +1,6 @@
 """`dfl generate`: what one model of a run says to prompts of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dfl.seeds import derive
 from dfl.store import targets
 from dfl.store.runs import read_config
 from dfl.tasks import chat
+from dfl.tasks.models import quiet
 
 
 def generate(run: Path, prompts: Sequence[str], overrides: Sequence[str] = (), *, peer: str = "consensus", rounds: int | None = None,
@@ -22,23 +23,57 @@ def generate(run: Path, prompts: Sequence[str], overrides: Sequence[str] = (), *
     """An answer to each prompt by the model of `peer`, or the consensus, in a checkpoint of the run; best: the best of an evaluation.
 
     A run that was trained on conversations gets a prompt as what the user says; others get the text as it stands. Greedy at
-    temperature 0. ValueError for a run that learnt no language, and for a model that is not there.
+    temperature 0. run: or a folder that `dfl export` has written, which is read by stock transformers and PEFT alone.
+    ValueError for a run that learnt no language, and for a model that is not there.
     """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} and --temperature {temperature}: allowed: from 1, and from 0")
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+    if targets.find(run).kind in ("adapter", "model") and not (run / "best.json").is_file():
+        if peer != "consensus" or rounds is not None or best:
+            raise ValueError(f"--peer, --round and --best choose among the models of a run; {str(run)!r} is one model")
+        model, processor, made = stock(run)
+        return _answers(model, processor, [made(prompt) for prompt in prompts], max_new_tokens, seed, options)
     config = read_config(run, overrides)
     extensions.load(config.plugins)
     kind = tasks.TASKS.get(config.model.task.name)
     if getattr(kind, "auto_class", None) != "AutoModelForCausalLM":
         raise ValueError(f"{str(run)!r} has model.task = {config.model.task.name!r}, which writes nothing; allowed: causal_lm, "
                          "preference")
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} and --temperature {temperature}: allowed: from 1, and from 0")
     folder = adapter_folder(run, peer, rounds, best)
     torch.set_num_threads(num_threads(config))
     base, processor = tasks.load_model(config.model, config.data, label_names(run), seed=derive(config.seed, "head"))
     model = with_adapter(base, folder).to(choose_device(config, place_from_environment())).eval()
-    options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+    return _answers(model, processor, [prompt_ids(config, processor, prompt) for prompt in prompts], max_new_tokens, seed, options)
+
+
+def stock(folder: Path) -> tuple[Any, Any, Callable[[str], list[int]]]:
+    """A model of an exported folder, its tokenizer, and how a prompt becomes tokens: nothing of this project is asked.
+
+    With a chat template in the folder a prompt is what the user says. ValueError where they cannot read it.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    auto = AutoPeftModelForCausalLM if (folder / targets.ADAPTER_CONFIG).is_file() else AutoModelForCausalLM
+    try:
+        with quiet():
+            model, processor = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each has its own
+        raise ValueError(f"{str(folder)!r} cannot be read by stock transformers: {' '.join(str(error).split())[:200]}") from error
+    if processor.pad_token_id is None:
+        processor.pad_token = processor.eos_token or processor.unk_token
+
+    def ids(prompt: str) -> list[int]:
+        if processor.chat_template:
+            return list(processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)["input_ids"])
+        return processor(prompt)["input_ids"]
+
+    return model, processor, ids
+
+
+def _answers(model: Any, processor: Any, prompts: Sequence[list[int]], max_new_tokens: int, seed: int, options: dict) -> list[str]:
     torch.manual_seed(seed)
-    ids, mask = left_padded([prompt_ids(config, processor, prompt) for prompt in prompts], processor.pad_token_id)
+    ids, mask = left_padded(prompts, processor.pad_token_id)
     device = next(model.parameters()).device
     with torch.no_grad():
         said = continued(model, processor, ids.to(device), mask.to(device), max_new_tokens, **options)

@@ -175,6 +175,44 @@ def test_a_run_of_conversations_is_asked_through_its_template(tmp_path):
     assert isinstance(generate(tmp_path / "run", ["how good"], max_new_tokens=3)[0], str)
 
 
+def test_an_export_is_asked_by_stock_transformers_alone(tmp_path, capsys, monkeypatch):
+    """Adapter and merged model with the template and the generation settings; the card's own lines run as they stand."""
+    rows = [{"messages": [{"role": "user", "content": f"how {w}"}, {"role": "assistant", "content": w}]}
+            for w in tiny_models.WORDS * 3]
+    config = pairs_config(tmp_path, data__prompt=None, data__response=None, data__messages="messages", data__template="plain",
+                          train__rounds=1)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert running.train(config) == 0
+    said = generate(tmp_path / "run", ["how good"], max_new_tokens=5)
+    for name, words in (("adapter", []), ("merged", ["--merge", "--shard-size", "10KB"])):
+        folder = tmp_path / name
+        assert main(["export", str(tmp_path / "run"), *words, "--output", str(folder)]) == 0
+        assert f"python -m dfl generate {folder}" in capsys.readouterr().out
+        assert "generation" in (folder / "chat_template.jinja").read_text() and (folder / "generation_config.json").is_file()
+        with monkeypatch.context() as patch:
+            patch.setattr(tasks, "load_model", lambda *given, **more: pytest.fail("not stock"))
+            assert generate(folder, ["how good"], max_new_tokens=5) == said
+        card = (folder / "README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(folder)!r}")
+        exec(code, {})
+        assert capsys.readouterr().out and "`messages`" not in card and "messages" in card
+    assert main(["generate", str(tmp_path / "merged"), "how", "--peer", "1"]) == 2
+    assert "is one model" in capsys.readouterr().err
+
+
+def test_a_task_from_outside_has_a_card(tmp_path, monkeypatch):
+    class Own(tasks.TASKS["causal_lm"]):
+        name = "own_language"
+
+    monkeypatch.setitem(tasks.TASKS, "own_language", Own)
+    config = pairs_config(tmp_path, train__rounds=1)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"task": type(config.model.task)("own_language")})})
+    assert running.train(config) == 0
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card and "ask, say" in card
+
+
 def test_an_evaluation_that_is_given_up_gives_up_its_answers(tmp_path):
     from dfl.metrics.evaluator import GivenUp
     run, _ = make_run(pairs_config(tmp_path))

@@ -151,5 +151,5 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
 
 @pytest.mark.parametrize("field", ["packing", "group_by_length"])
 def test_examples_that_are_drawn_one_by_one_are_not_grouped(tmp_path, field):
-    with pytest.raises(ValueError, match=f"data.{field} = True and train.privacy.noise = 1.0: every example is drawn by itself"):
+    with pytest.raises(ValueError, match=f"data.{field} = True is not allowed; allowed: false with train.privacy"):
         text_config(tmp_path, **{f"data__{field}": True, "train__privacy__noise": 1.0})

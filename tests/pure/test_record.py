@@ -164,11 +164,12 @@ class Spy(types.ModuleType):
         return call
 
 
-def test_wandb_gets_configuration_numbers_and_the_end(tmp_path, monkeypatch):
-    spy = Spy("wandb")
-    monkeypatch.setitem(sys.modules, "wandb", spy)
-    check_trackers(["wandb"])
-    trackers = Trackers(["wandb"], tmp_path / "run", {"peers": 4})
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_wandb_and_trackio_get_configuration_numbers_and_the_end(tmp_path, monkeypatch, name):
+    spy = Spy(name)
+    monkeypatch.setitem(sys.modules, name, spy)
+    check_trackers([name])
+    trackers = Trackers([name], tmp_path / "run", {"peers": 4})
     trackers.log(3, RECORD)
     trackers.close()
     assert [name for name, _, _ in spy.calls] == ["init", "log", "finish"]
