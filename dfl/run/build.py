@@ -106,7 +106,8 @@ def check_membership(config: Config, method: Method) -> None:
     if config.membership.mode == "fixed":
         return
     for refused, what in (
-            (bool(config.callbacks), "callbacks are asked by all processes together"),
+            (bool(config.callbacks or config.eval.patience or config.checkpoint.best),
+             "callbacks, eval.patience and checkpoint.best are asked by all processes together"),
             (config.baseline is not None, "a baseline begins when the run has ended for all"),
             (config.delay > 0, "delay: 1 leaves a round's exchange under way"),
             (config.lora.start == "gradient", "who comes later cannot compute lora.start = 'gradient'"),

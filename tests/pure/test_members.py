@@ -1,0 +1,153 @@
+"""What a member of a run may be told by those that lie, are broken, or do not belong: they are put out by name, and it goes on."""
+
+import contextlib
+import json
+import queue
+import socket
+import struct
+import time
+
+import pytest
+
+from dfl import config as configuration
+from dfl.run.build import check
+from dfl.run.joining import differs
+from dfl.transport.members import Members
+from dfl.transport.post import Event, Life, Post, RefusedError
+from dfl.transport.view import Known, Member
+
+
+def a_post(process: int, secret: bytes = b"", **about) -> Post:
+    return Post(process, 3, secret=secret, about=about, check=lambda other, theirs: differs(about, theirs, other), patience=5.0,
+                listen=("127.0.0.1", 0))
+
+
+@pytest.fixture
+def posts():
+    made: list[Post] = []
+
+    def make(*args, **kwargs) -> Post:
+        made.append(a_post(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for post in made:
+        post.close()
+
+
+def test_messages_arrive_in_order_and_a_closed_connection_is_noticed(posts):
+    zero, one = posts(0), posts(1)
+    assert one.connect(zero.book[0]) == 0
+    for number in range(50):
+        one.send(0, bytes([number]) * 1000 * number)
+    assert [zero.events.get(timeout=5).data for _ in range(50)] == [bytes([number]) * 1000 * number for number in range(50)]
+    one.close()
+    assert zero.events.get(timeout=5)[:2] == ("gone", 1)
+
+
+def test_an_announcement_of_200_gb_takes_no_memory_and_is_harm(posts):
+    zero, one = posts(0), posts(1)
+    one.connect(zero.book[0])
+    one._lines[0].connection.sendall(struct.pack("<BQ", 2, 200 * 10**9))
+    event = zero.events.get(timeout=5)
+    assert event[:2] == ("harm", 1) and "announced 200000000000 bytes" in event.text
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"dfl": 1}\n', b"\xff" * 1000 + b"\n",
+                                  b'{"dfl": 1, "nonce": 5, "process": 1, "instance": "x"}\n'])
+def test_a_stranger_is_told_nothing_and_ends_nothing(posts, said):
+    zero, one = posts(0), posts(1)
+    with socket.create_connection(zero.book[0], timeout=10) as stranger:
+        stranger.sendall(said)
+        stranger.shutdown(socket.SHUT_WR)
+        heard = b""
+        with contextlib.suppress(ConnectionResetError):  # what it said was not read to the end
+            while piece := stranger.recv(4096):
+                heard += piece
+    assert heard.count(b"\n") == 1 and set(json.loads(heard)) == {"dfl", "nonce", "process", "instance"}
+    assert one.connect(zero.book[0]) == 0 and zero.events.empty()
+
+
+def test_who_has_another_secret_or_another_recipe_is_refused_by_name(posts):
+    zero = posts(0, b"ours", lr=0.1)
+    with pytest.raises(RefusedError, match="process 1 does not belong to this run: its DFL_SECRET is not that of process 0"):
+        posts(1, b"theirs", lr=0.1).connect(zero.book[0])
+    with pytest.raises(RefusedError, match="process 2 does not belong to this run: lr = '0.2' there, '0.1' here"):
+        posts(2, b"ours", lr=0.2).connect(zero.book[0])
+
+
+class Silence:
+    """Mail in which a test puts events."""
+
+    def __init__(self):
+        self.events, self.waits, self.life, self.awaited, self.sent, self.out = queue.SimpleQueue(), {}, Life(5.0), (), [], []
+
+    def connected(self):
+        return [1, 2]
+
+    def send(self, process, data):
+        self.sent.append((process, data))
+
+    def cut(self, process):
+        self.out.append(process)
+
+    def flush(self, seconds):
+        pass
+
+    def close(self):
+        pass
+
+
+def told(known: Known, info=None) -> bytes:
+    return struct.pack("<BI", 3, 0) + json.dumps({"known": json.loads(known.text()), "info": info}).encode()
+
+
+LIES = {"no message": b"\x01", "bad JSON": struct.pack("<BI", 3, 0) + b"{", "no table": struct.pack("<BI", 3, 0) + b"5",
+        "another's name": struct.pack("<BI", 3, 7) + told(Known().with_joined(Member(1)))[5:],
+        "an unknown member": told(Known().with_joined(Member(1), Member(9))), "an unknown kind": struct.pack("<BI", 99, 0),
+        "all have ended": struct.pack("<BI", 6, 0), "half a frame": struct.pack("<BI", 4, 0) + b"half",
+        "nonsense of itself": told(Known().with_joined(Member(1)), info=[1])}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_member_that_lies_is_put_out_and_the_others_go_on(lie, capsys):
+    mail = Silence()
+    members = Members(mail, 0, 3, timeout=5.0)
+    for process in (1, 2):
+        mail.events.put(Event("message", process, told(Known().with_joined(Member(process)))))
+    members._take(0.1)
+    assert [member.process for member in members._settling.known.members()] == [0, 1, 2]
+    mail.events.put(Event("message", 1, LIES[lie]))
+    members._take(0.1)
+    assert mail.out == [1] and [member.process for member in members._settling.known.members()] == [0, 2]
+    said = capsys.readouterr().err
+    assert said.startswith("dfl: going on without process 1: sent what no member sends") and "Traceback" not in said
+
+
+def test_a_gap_in_ones_own_time_is_nobodys_silence(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    life = Life(2.0)
+    life.begin(1)
+    for _ in range(4):
+        now[0] += life.tick
+        life.count()
+    now[0] += 1000.0  # the machine was asleep
+    life.count()
+    assert not life.silent(1)
+    for _ in range(8):
+        now[0] += life.tick
+        life.count()
+    assert life.silent(1)
+    life.hear(1)
+    life.count()
+    assert not life.silent(1)
+
+
+@pytest.mark.parametrize("fields", [{"method": "lora", "wrapper": "gradient_tracking"}, {"delay": 1}, {"baseline": "local"},
+                                    {"eval": {"patience": 2}}, {"checkpoint": {"best": True}}])
+def test_what_cannot_go_on_without_a_part_of_its_peers_is_refused(fields):
+    tree = {"membership": "survive", "device": "cpu", **fields}
+    with pytest.raises(ValueError, match="membership.mode = 'survive': "):
+        check(configuration.from_dict(tree))
+    check(configuration.from_dict({**tree, "membership": "fixed"}))
