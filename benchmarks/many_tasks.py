@@ -33,9 +33,10 @@ from dfl.run.runtime import start
 from dfl.tasks import docstrings
 
 TASKS = ("docstrings", "sst2", "trec6")  # as their names are sorted
-METHODS = {"bank": {}, "bank, trained alone": {"method": {"name": "task_bank", "density": 0.5, "forward": False}},
-           "bank, dense": {"method": {"name": "task_bank", "density": 1.0}},
-           "lora": {"method": "lora", "lora.adapter": "lora"}, "local": {"method": "local", "lora.adapter": "lora"}}
+PLAIN = {"lora.adapter": "lora", "train.lr_ratio.A": 0.125}  # a rate for B that is none for A
+METHODS = {"bank": {}, "lora": {"method": "lora", **PLAIN}, "local": {"method": "local", **PLAIN},
+           "bank, trained alone": {"method": {"name": "task_bank", "density": 0.5, "forward": False}},
+           "bank, dense": {"method": {"name": "task_bank", "density": 1.0}}}
 SEEDS, TEMPERATURES, MOST = (0, 1, 2), (0.1, 0.03), (2000, 200)
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "many_tasks.yaml"
 

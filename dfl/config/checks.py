@@ -17,6 +17,8 @@ def validate(config: Config) -> None:
                          "give exactly one of them, null for the other")
     if train.state == "fresh" and train.at_switch == "carried":
         raise ValueError("train.at_switch = 'carried' needs train.state = 'carried': fresh moments carry nothing")
+    if any(peer >= config.peers for peer in config.data.flipped or ()):
+        raise wrong("data.flipped", list(config.data.flipped or ()), f"peers, from 0 to {config.peers - 1}")
     _check_privacy(config)
     check_optimizer(train.optimizer, train.at_refactor)
     schedule_factor(train.schedule.name, train.schedule.params, train.warmup)

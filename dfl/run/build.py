@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,7 @@ from dfl.methods import Choice, Context, Method
 from dfl.metrics.choice import choose as choose_metrics
 from dfl.metrics.evaluator import Evaluator
 from dfl.metrics.own import Own, own_distributions
+from dfl.partition.poison import FlippedLabels
 from dfl.plugins import check_parameters, lookup
 from dfl.run import memory
 from dfl.run.answers import make_answers
@@ -185,8 +187,21 @@ def load(config: Config, device: torch.device, examples: Examples | None = None)
     """Read data (unless they are given) and model, split the data, attach LoRA."""
     prepared, parts = examples or read_examples(config)
     bundle = tasks.with_weights(prepared, config.model, seed=derive(config.seed, "head"), device=device)
+    bundle = _poisoned(config, bundle, parts)
     by = config.partition.params.get("column") if config.partition.name == "column" else None
     return adapt(config, bundle, parts, device)._replace(own=own_distributions(bundle.train, bundle.valid, parts, by))
+
+
+def _poisoned(config: Config, bundle: tasks.Bundle, parts: list) -> tasks.Bundle:
+    """With the labels of data.flipped's peers flipped, in training alone. ValueError for a task without classes."""
+    if not config.data.flipped:
+        return bundle
+    num = len(bundle.train.label_names)
+    if num < 2:
+        raise ValueError(f"data.flipped = {list(config.data.flipped)} needs classes to flip, which the task "
+                         f"{config.model.task.name!r} has not; allowed: null, or a classification")
+    at = {int(i) for peer in config.data.flipped for i in parts[peer]}
+    return replace(bundle, train=replace(bundle.train, features=FlippedLabels(bundle.train.features, at, num)))
 
 
 def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
