@@ -174,8 +174,9 @@ def test_the_license_is_the_license():
     assert "license = Apache-2.0" in documents.text("setup.cfg")
 
 
-def test_the_results_are_the_committed_ones():
-    spec = importlib.util.spec_from_file_location("real_input", ROOT / "benchmarks" / "real_input.py")
+@pytest.mark.parametrize("name", ["real_input", "language_models"])
+def test_the_results_are_the_committed_ones(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
     assert study.table() in documents.text("benchmarks/README.md")
