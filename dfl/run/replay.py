@@ -47,7 +47,8 @@ def replay(output: Path) -> Same:
     run = assemble(config, runtime, load(config, runtime.device), topology)
     again = _Again(run, topology, found)
     again.begin(0)
-    run_rounds(run, Hooks(again.record, lambda: None, lambda: False))
+    # to the last round that is recorded, also where the run has not ended
+    run_rounds(run, Hooks(again.record, lambda: None, lambda: run.completed + 2 not in found.lines))
     return again.compared(config)
 
 

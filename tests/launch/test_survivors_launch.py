@@ -50,15 +50,18 @@ def test_processes_started_one_by_one_and_again(place):
         scripts = [pid for pid in children(job.pid) if "member.sh" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(children(scripts[0])[0], signal.SIGKILL)
         workplace.wait_for(lambda: "0, 1 came" in log(), 120, log)
-        assert job.wait(240) == 0, log()
+        came = workplace.rounds_recorded(place / "runs/alone/process-1")
+        workplace.wait_for(lambda: workplace.rounds_recorded(place / "runs/alone/process-0") > 12, 60, log)
+        assert came < 590
         assert "Traceback" not in log() and "terminate called" not in log(), log()
     finally:
         try:
             os.killpg(job.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    said = workplace.run(place, "dfl", "replay", "runs/alone")
-    assert "600 rounds; losses the same in 600" in said
+    done = subprocess.run(["dfl", "replay", "runs/alone"], cwd=place, env=workplace.ENVIRONMENT, capture_output=True, text=True)
+    rounds, same = re.match(r"(\d+) rounds; losses the same in (\d+);", done.stdout).groups()  # the last checkpoint is an older one
+    assert rounds == same and int(rounds) >= came, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze; on Debian: apt-get install systemd")
