@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 # whose commands have tests of their own, because they need hosts, a cluster, or no shell
 ELSEWHERE = {"launch/README.md": ("tests/launch/test_hosts.py", "tests/launch/test_slurm.py"),
-             "launch/SURVIVORS.md": ("tests/launch/test_survivors_launch.py", "tests/launch/test_slurm.py"),
+             "launch/SURVIVORS.md": ("tests/launch/test_survivors_launch.py",),
              "topologies/README.md": ("tests/topologies/test_topologies_readme.py",),
              "topologies/gallery/README.md": ("tests/topologies/test_topologies_readme.py",)}
 # models of the hub that documents name, and the kind of random model of a few kilobytes that takes their place
