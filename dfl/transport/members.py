@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
 
 class Mail(Protocol):
-    """What carries the messages: dfl/transport/post.py over TCP, or certified.py with certificates."""
+    """What carries the messages: dfl/transport/post.py, over TCP."""
 
     events: Any
     waits: dict[int, tuple[int, ...]]

@@ -3,7 +3,7 @@ or port that all depend on. Beside them go signs of life, with whom a process wa
 
 A connection begins with a hello of both sides, a line of JSON: who it is, what it was started with, and a proof that it knows the
 secret of the run (HMAC-SHA256 over a number that the other has drawn); before that nothing else is read. It hides nothing: where
-others can listen on the way, take the transport with certificates (certified.py).
+others can listen on the way, let it go through a tunnel.
 """
 
 import contextlib

@@ -265,10 +265,10 @@ def lying_worker(rank: int) -> dict[str, str]:
     said = {}
     for lie, change in LIES.items():
         transport = cpu_transport(2, run=7)
-        move, said[lie] = transport._move_unknown, "accepted"
+        move, said[lie] = transport._begin_unknown, "accepted"
         for t in (0, 1):
             if rank == 1 and t == 1:
-                transport._move_unknown = lambda what, sent, incoming, move=move, change=change: move(
+                transport._begin_unknown = lambda what, sent, incoming, move=move, change=change: move(
                     what, {q: change(frame) for q, frame in sent.items()}, incoming)
             message = torch.arange(88, dtype=torch.uint8) + 100 * t + rank
             try:
@@ -290,13 +290,13 @@ def lying_size_worker(rank: int, size: int) -> str:
     transport = cpu_transport(2, timeout=2.0)
     transport.most = 1000
     if rank == 1:
-        move = transport._move_unknown
+        move = transport._begin_unknown
 
         def lie(what, sent, incoming):
             for frame in sent.values():
                 frame[28:36] = torch.tensor([size]).view(torch.uint8)
             return move(what, sent, incoming)
-        transport._move_unknown = lie
+        transport._begin_unknown = lie
     try:
         swap(transport, rank, 0, torch.zeros(12, dtype=torch.uint8))
     except ConnectionError as error:
