@@ -23,7 +23,8 @@ SETTINGS = {name: (Choice(name), {"name": "ring"}) for name in WRAPPERS if name 
     "two exchanges": (Choice("flexatc", {"member": "aug_dgm"}), {"name": "ring"}),
     "push_sum": (Choice("push_sum"), {"name": "star", "weights": "push_sum"}),
     "push_diging": (Choice("push_diging"), {"name": "star", "weights": "push_sum"}),
-    "relay": (Choice("relay"), {"name": "tree"})}
+    "relay": (Choice("relay"), {"name": "tree"}),
+    "muffliato": (Choice("muffliato", {"sigma": 0.1}), {"name": "ring"})}
 
 
 def rounds(transport, hosted, name: str) -> torch.Tensor:
