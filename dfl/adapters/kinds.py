@@ -42,6 +42,7 @@ class Kind(NamedTuple):
     unequal: whether peers may differ in rank and alpha.
     starts: the values of lora.start that it takes; gradient fills a core named `core`, of blocks.
     own_a: every peer has a frozen A of its own (`dfl.adapters.frames`), and trains B.
+    multiplies: it multiplies the base model's weights, which may not be rounded to fewer bits then.
     """
 
     about: str
@@ -55,6 +56,7 @@ class Kind(NamedTuple):
     unequal: bool = False
     starts: tuple[str, ...] = ("kaiming",)
     own_a: bool = False
+    multiplies: bool = False
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ KINDS: dict[str, Kind] = {
     "dora": Kind("LoRA with a trained magnitude for every output (Liu et al. 2024, arXiv 2402.09353).", DORA,
                  beside=_MAGNITUDES, executors=("sequential",), residual=False),
     "hira": Kind("The weight times a low-rank product, W0 ⊙ (1 + B A) (HiRA: Huang et al. 2025, ICLR).", HIRA,
-                 executors=("sequential",), residual=False,
+                 executors=("sequential",), residual=False, multiplies=True,
                  unfit={"flora_na": "fits its coefficients to B A, but lora.adapter = 'hira' changes a weight by "
                                     "W0 ⊙ (B A); allowed with it: rule.name = 'hira', which cuts in that metric, or "
                                     "a rule that fits nothing"}),

@@ -101,9 +101,10 @@ class Gossip:
     def __init__(self, method: Method, layout: Layout, topology: Graph, transport: Transport, peers: Sequence[int], x: Tensor, *,
                  seed: int = 0, scale: Tensor | None = None):
         self.method, self.layout, self.topology, self.transport = method, layout, topology, transport
-        self.peers, self.seed, self.scale, self.memory = list(peers), seed, scale, Memory()
+        self.peers, self.seed, self.scale = list(peers), seed, scale
+        self.memory = memory = Memory()
         common = digest_of_common(method.schedule.common, layout, x)
-        self.clock, self.ways = Clock(method.network, lambda: self.state["clock"]), Ways(method, topology, self.memory, seed)
+        self.clock, self.ways = Clock(method.network, lambda: memory.tree["clock"]), Ways(method, topology, self.memory, seed)
         coding = Coding(method, self.memory, seed, common)
         self.sending = Sending(method, self.ways, coding, self.clock, transport, self.memory, seed)
         self.receiving = Receiving(method, self.ways, coding, self.memory, common)

@@ -148,8 +148,8 @@ def check_adapter(config: Config, method: Method, known: ranks.Ranks | None) -> 
     if private and "stacked" not in kinds.kind_of(lora).executors or private and kinds.kind_of(lora).core:
         raise ValueError(f"train.privacy needs a gradient for every example, which lora.adapter = {lora.adapter!r} does not give; "
                          "allowed: lora, orthogonal")
-    if lora.adapter == "hira" and config.model.quantization:
-        raise ValueError(f"lora.adapter = 'hira' multiplies the weights themselves, which model.quantization = "
+    if kinds.kind_of(lora).multiplies and config.model.quantization:
+        raise ValueError(f"lora.adapter = {lora.adapter!r} multiplies the weights themselves, which model.quantization = "
                          f"{config.model.quantization!r} has rounded; allowed with it: lora, dora, sb, ravan")
     kinds.check_start(lora, known is None or known.unequal is not None or len(set(known.scalings)) > 1)
     trained = [*kinds.kind_of(lora).trains, *([] if lora.head == "frozen" else ["head"])]
@@ -207,9 +207,9 @@ def _poisoned(config: Config, bundle: tasks.Bundle, parts: list) -> tasks.Bundle
 def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.device) -> Loaded:
     """Attach LoRA to the model of a bundle whose training examples are already divided."""
     chosen = config.model.quantization
-    if config.lora.adapter == "dora" and chosen in ("nf4", "fp4", "int8") and device.type == "cpu":
-        raise ValueError(f"model.quantization = {chosen!r} with lora.adapter = 'dora': on a CPU bitsandbytes packs weights as DoRA "
-                         "cannot read them; allowed with it: torchao_int8, or a GPU")
+    if kinds.kind_of(config.lora).beside and chosen in ("nf4", "fp4", "int8") and device.type == "cpu":
+        raise ValueError(f"model.quantization = {chosen!r} with lora.adapter = {config.lora.adapter!r}: on a CPU bitsandbytes packs "
+                         "weights as the magnitudes cannot read them; allowed with it: torchao_int8, or a GPU")
     net = bundle.model if config.model.quantization else bundle.model.to(device)
     if config.train.gradient_checkpointing:
         recompute_activations(net)

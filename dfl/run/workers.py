@@ -106,13 +106,11 @@ def run(num: int, work: Callable[[Worker | None], Result]) -> Result:
 
 @contextmanager
 def _meeting_file():
-    """A path that the forks of this process can open: a file in memory, of which nothing is left, or a temporary one."""
+    """A path that the forks of this process can open: a file in memory, which ends with this process, or a temporary one."""
     if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("dfl")
-        try:
-            yield f"/proc/self/fd/{handle}"
-        finally:
-            os.close(handle)
+        # it stays open: a store that lives on, in a traceback or a circle, opens its file once more when it goes, and one that
+        # cannot ends the process there
+        yield f"/proc/self/fd/{os.memfd_create('dfl')}"
     else:
         with tempfile.TemporaryDirectory() as folder:
             yield f"{folder}/store"

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+import torch.distributed as dist
 from processes import begin, run_alone
 from safetensors.torch import load_file
 
 from dfl.cli import main
-from dfl.run import checkpoint
+from dfl.run import checkpoint, workers
 from dfl.store.records import JsonLines, read_lines
 
 CLONE_NEWNS = 0x20000
@@ -125,3 +126,21 @@ def test_a_mistake_is_one_line_of_the_real_command_without_a_trace(root, tmp_pat
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("dfl: data.label = 'lable'") and done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def _keeps_its_store() -> str:
+    kept = []
+
+    def work(worker):
+        store = dist.FileStore(worker.file, worker.size)
+        store.set(str(worker.rank), "here")
+        store.wait(["0", "1"])
+        kept.append(store)
+
+    workers.run(2, work)
+    kept.clear()
+    return "goes on"
+
+
+def test_a_store_that_outlives_its_run_does_not_end_the_process():
+    assert run_alone(_keeps_its_store) == "goes on"

@@ -7,7 +7,7 @@ import tiny_runs
 from test_checkpoint import CARRIED, RESUMED, assert_same_run
 
 from dfl.metrics.evaluator import Evaluator
-from dfl.run import checkpoint
+from dfl.run import checkpoint, saving
 from dfl.run import train as running
 from dfl.store.records import read_lines
 
@@ -63,9 +63,9 @@ def test_what_is_kept_of_a_round_is_needed(root, tmp_path, monkeypatch):
     for lost in ("generator.", "moments.", "part.1.losses"):
         config = make_config(root, tmp_path / lost, **case)
         halt(monkeypatch, config, 2, 4, False)
-        read = running.read_state
+        read = saving.read_state
         with monkeypatch.context() as patch:
-            patch.setattr(running, "read_state", lambda folder, ids, lost=lost, read=read: {
+            patch.setattr(saving, "read_state", lambda folder, ids, lost=lost, read=read: {
                 name: value * 0 if name == lost == "part.1.losses" else value for name, value in read(folder, ids).items()
                 if not name.startswith(lost) or lost == "part.1.losses"})
             assert running.train(config, resume=True) == 0
