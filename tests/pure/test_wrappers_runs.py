@@ -60,7 +60,8 @@ def test_it_cancels_where_peers_take_unequal_steps_or_are_scaled_differently(roo
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, wrapper, monkeypatch):
     from dfl.run import train as running
     graph = "path" if wrapper == "relay" else "ring"
-    given = GIVEN | {"wrapper": wrapper, "train__local_steps": 3, "eval__every": 0, "topology": graph}
+    named = "{name: muffliato, sigma: 0.1}" if wrapper == "muffliato" else wrapper
+    given = GIVEN | {"wrapper": named, "train__local_steps": 3, "eval__every": 0, "topology": graph}
     assert train(config_of(root, tmp_path / "whole", **given)) == 0
     with monkeypatch.context() as patch:  # between two steps of the third round
         tiny_runs.stop_after(running, 3, 5, patch.setattr)
