@@ -49,9 +49,8 @@ def tables(folder: Path) -> dict[str, list[tuple[str, str, str]]]:
     valid += [(row["sentence"], f"sentiment {row['label']}", "sst2") for row in read(folder / "sst2" / "dev.tsv")][:MOST[1]]
     found = docstrings.load(DataConfig(max_train=MOST[0], max_valid=MOST[1]), masked=True)[:2]
     for rows, table in zip((train, valid), found, strict=True):
-        columns = table.columns if hasattr(table, "columns") else table
         rows += [(" ".join(text.split()), str(label), "docstrings")
-                 for text, label in zip(columns["text"], columns["label"], strict=True)]
+                 for text, label in zip(table.columns["text"], table.columns["label"], strict=True)]
     return {"train": train, "valid": valid}
 
 
@@ -129,13 +128,12 @@ def main() -> None:
     if not os.environ.get("DFL_DATA"):
         sys.exit("set DFL_DATA to the folder with trec6/, sst2/ and minilm-l6-fp16/, as the heads of launch/recipes describe")
     torch.set_num_threads(1)
-    if args.what == "data":
-        write_tables(args.out)
+    if args.what != "collect":
+        write_tables(args.out if args.what == "data" else args.out / "data")
     cells = [(method, seed) for seed in SEEDS for method in METHODS]
     for method, seed in cells if args.what == "run" else ():
         stored = args.out / f"{method.replace(', ', '-').replace(' ', '-')}-s{seed}.json"
         if not stored.exists():
-            write_tables(args.out / "data")
             found = run_cell(args.out / "data", method, seed)
             stored.write_text(json.dumps({"method": method, "seed": seed, **found}, indent=1))
             print(method, seed, found["forgetting"], flush=True)

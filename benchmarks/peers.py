@@ -9,6 +9,7 @@ Repetitions take turns, so that a busy moment of the machine hits all.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -115,6 +116,7 @@ def start(name: str, python: str, port: str, folder: str) -> int:
     return max(map(abs, codes))
 
 
+@functools.cache
 def namespace() -> list[str]:
     """The words before a command that give it a network of its own; none where that is not allowed."""
     words = ["unshare", "--net", "--map-root-user"]

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from dfl.hf import resume
 from dfl.script.joining import Peer
 from dfl.script.mixing import Mixing
+from dfl.script.records import with_perplexity
 
 # of an evaluation, what is no metric of the model
 _NO_METRIC = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens", "jit_compilation_time"}
@@ -54,9 +55,7 @@ class GossipCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **others):
         if self.mixing:
             found = metrics_of(metrics or {})
-            if self.mixing.config.model.task.name == "causal_lm" and "loss" in found:
-                found.setdefault("perplexity", math.exp(min(found["loss"], 700.0)))
-            self.mixing.evaluated(found)
+            self.mixing.evaluated(with_perplexity(found) if self.mixing.config.model.task.name == "causal_lm" else found)
 
     def on_save(self, args, state, control, **others):
         """What the slots remember, beside the trainer's own checkpoint, which is whole by then."""

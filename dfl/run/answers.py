@@ -30,17 +30,21 @@ def add_answers(run: Any, record: dict, halted: Callable[[], bool]) -> None:
     scores = over_peers([answers.scores(said) for said in of_peers])
     if run.config.eval.consensus:
         merged = run.consensus()
-        found = _asked(run, merged, [0] if run.transport.rank == 0 else [], halted)
-        consensus = json.loads(run.transport.spread(json.dumps(found[0] if found else None).encode()))
+        consensus = _of_one(run, merged, halted)
     _put(run, record, scores, of_peers[0], consensus)
 
 
 def add_first_answers(run: Any, record: dict, halted: Callable[[], bool]) -> None:
     """The same before the first round, when all models are equal."""
-    found = _asked(run, run.rows(), [0] if run.transport.rank == 0 else [], halted)
-    said = json.loads(run.transport.spread(json.dumps(found[0] if found else None).encode()))
-    scores = over_peers([run.answers.scores(said) for _ in run.peers.ids])
+    said = _of_one(run, run.rows(), halted)
+    scores = over_peers([run.answers.scores(said)] * len(run.peers.ids))
     _put(run, record, scores, said, said if "consensus" in record else None)
+
+
+def _of_one(run: Any, rows: Rows, halted: Callable[[], bool]) -> list[str]:
+    """What the first of `rows` answers, which process 0 asks and tells all."""
+    found = _asked(run, rows, [0] if run.transport.rank == 0 else [], halted)
+    return json.loads(run.transport.spread(json.dumps(found[0] if found else None).encode()))
 
 
 def _asked(run: Any, rows: Rows, models: Sequence[int], halted: Callable[[], bool]) -> list[list[str]]:

@@ -265,7 +265,8 @@ def _first_examples(config: Config, loaded: Loaded, device: torch.device, peer: 
 
 def _spectra(config: Config, runtime: Runtime, loaded: Loaded) -> dict[int, list[float]] | None:
     """How many directions the inputs of each layer fill on each hosted peer's first examples, where the method divides by that."""
-    if methods.fill(config.method.name, config.method.params, chosen_slots(config))["rule"].name != "task_bank":
+    rule = methods.fill(config.method.name, config.method.params, chosen_slots(config))["rule"]
+    if rule.name != "task_bank" or rule.params.get("layers") == "even":
         return None
     return {peer: participation(loaded.adapted, loaded.bundle.task,
                                 [batch for _, batch in _first_examples(config, loaded, runtime.device, peer)])

@@ -15,6 +15,7 @@ from dfl.seeds import derive
 from dfl.store import targets
 from dfl.store.runs import read_config
 from dfl.tasks import chat
+from dfl.tasks.language import end_of, opened
 from dfl.tasks.models import quiet
 
 
@@ -95,8 +96,7 @@ def prompt_ids(config: Config, processor: Any, prompt: str) -> list[int]:
         talk = chat.with_system([{"role": "user", "content": prompt}], config.data)
         renderer = chat.Renderer(processor, config.data)
         return renderer.ids(renderer.text(talk, "the prompt", asks=True))
-    ids = processor(prompt, return_attention_mask=False)["input_ids"]
-    ids = ids[:-1] if ids[-1:] == [processor.eos_token_id] else ids  # some tokenizers close every text
+    ids = opened(processor(prompt, return_attention_mask=False)["input_ids"], end_of(processor))
     return ids or [processor.bos_token_id if processor.bos_token_id is not None else processor.pad_token_id]
 
 

@@ -78,6 +78,11 @@ class Run:
         """What the model reads of the hosted peers now."""
         return self.peers.rows(self.gossip.residuals())
 
+    @property
+    def consensus_is(self) -> str:
+        """How the consensus model is made of the peers' models."""
+        return "best rank-r approximation of the mean product" if self.rule.product else "mean of the factors"
+
     def consensus(self) -> Rows:
         """The consensus model, on all processes, which make it together: once for evaluation and checkpoint of the same models."""
         if self.merged is None:

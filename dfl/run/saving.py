@@ -26,7 +26,6 @@ def clock_of(run: Run) -> SaveClock:
 def save(run: Run, saver: Checkpointer, alone: bool = False) -> Path:
     """A checkpoint of the state after `run.completed` rounds, together with the other processes; its folder. alone: without the
     consensus model, which takes all of them."""
-    what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
     merged = None if alone else run.consensus()
     tensors = trees.flatten(run.gossip.state) | run.peers.state_tensors()
     if run.pending is not None:
@@ -36,7 +35,7 @@ def save(run: Run, saver: Checkpointer, alone: bool = False) -> Path:
     if run.config.lora.start == "gradient" and 0 in run.peers.ids:
         tensors["bases.0"] = run.peers.adapted.cores.bases
     return saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), tensors,
-                      (merged, what) if saver.transport.rank == 0 and not alone else None)
+                      (merged, run.consensus_is) if saver.transport.rank == 0 and not alone else None)
 
 
 def restore(run: Run, folder: Path) -> None:

@@ -25,6 +25,7 @@ from dfl.run.runtime import Place, Runtime, Worker, choose_device, num_threads, 
 from dfl.run.saving import STOPPED, clock_of, restore, save
 from dfl.store.checkpoints import complete, folder_of, rounds_of
 from dfl.store.lease import Lease
+from dfl.store.manifest import read
 from dfl.store.records import JsonLines
 from dfl.transport import InProcess, hosting
 from dfl.transport.handshake import check_contents, contents, settings
@@ -133,9 +134,8 @@ class Process:
         return 0 if done else STOPPED
 
     def _assemble(self, loaded: Loaded) -> None:
-        runtime = Runtime(self.place, self.alone.device, self.transport, self.alone.hosted)
         self.loaded = loaded
-        self.run: Run = assemble(self.config, runtime, loaded, self.living)
+        self.run: Run = assemble(self.config, self._runtime(), loaded, self.living)
         self.saver = Checkpointer(self.output, InProcess(), 0, loaded.bundle.base_name, self.config.checkpoint.keep, loaded.contents,
                                   self.lease, self.config.peers)
         self.clock = clock_of(self.run)
@@ -240,7 +240,7 @@ class Process:
     def _restore(self, rounds: int) -> None:
         folder = folder_of(self.output, rounds)
         restore(self.run, folder)
-        check_contents(_contents_of(folder), self.loaded.contents, self.config, self.output)
+        check_contents(read(folder).contents, self.loaded.contents, self.config, self.output)
         self.run.peers.give_up_phase()
 
     def _takes_rows(self) -> bool:
@@ -364,8 +364,3 @@ def begin_at(run: Run, peer: int, row: Tensor) -> None:
     """A peer begins anew with this row (D,): nothing else is known of it."""
     run.peers.x[run.peers.ids.index(peer)] = row
     run.gossip.state["rule"][str(peer)] = run.gossip.method.rule.init(row)
-
-
-def _contents_of(folder: Path) -> Mapping[str, Any]:
-    from dfl.store import manifest
-    return manifest.read(folder).contents

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dfl.adapters.attach import Adapted, HeadSite, Site
 from dfl.adapters.kinds import KINDS, Kind
-from dfl.adapters.layout import Layout, Pair, a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.layout import Pair, a_view, b_view, head_view, make_layout
 from dfl.adapters.peft_layers import ADAPTER
 from dfl.adapters.ranks import Ranks
 
@@ -150,8 +150,3 @@ def lent(parameters: Sequence[Parameter]) -> Iterator[None]:
             parameter.data = data
             parameter.requires_grad_(trained)
             parameter.grad = grad
-
-
-def new_row(layout: Layout, device: torch.device) -> Tensor:
-    """(1, D), zero."""
-    return empty_rows(1, layout.size, device=device)

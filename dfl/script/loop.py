@@ -1,6 +1,5 @@
 """`dfl.Gossip`: gossip in a plain PyTorch loop, by hooks on its optimiser."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from dfl.config.sources import Source
 from dfl.script.joining import Peer, current, join
 from dfl.script.mixing import Mixing
+from dfl.script.records import with_perplexity
 
 
 class Gossip:
@@ -110,10 +110,7 @@ class Gossip:
 
     def evaluated(self, **metrics: float) -> None:
         """What was found of this peer's mixed model since the last mix: for its record. `loss` gives `perplexity` as well."""
-        found = {name: float(value) for name, value in metrics.items()}
-        if "loss" in found:
-            found.setdefault("perplexity", math.exp(min(found["loss"], 700.0)))
-        self._inside().evaluated(found)
+        self._inside().evaluated(with_perplexity({name: float(value) for name, value in metrics.items()}))
 
     def state_dict(self) -> dict[str, Any]:
         """What this peer needs to go on beside the states of its model and its optimiser: plain values and tensors, for torch.save."""

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,12 +103,11 @@ class Records:
         """A checkpoint with every peer and the consensus, as a run's own; all peers together."""
         if self.folder is None:
             return
-        what = "best rank-r approximation of the mean product" if run.rule.product else "mean of the factors"
         saver = Checkpointer(self.folder, self.peer.transport, self.peer.rank, run.config.model.name, run.config.checkpoint.keep,
                              lease=self.lease)
         merged = run.consensus()
         where = saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), dict(tensors),
-                           (merged, what) if self.peer.rank == 0 else None)
+                           (merged, run.consensus_is) if self.peer.rank == 0 else None)
         if self.peer.rank == 0:
             (self.folder / ENDED).write_text(json.dumps({"round": run.completed, "callback": "the script"}))
             print(f"dfl: {self.peer.size} peer(s), {run.completed} rounds: {where}/peer-*, consensus in {where}/consensus; "
@@ -138,3 +138,8 @@ def evaluation_record(found: Mapping[str, float], peer: Peer) -> dict | None:
         record[name] = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else \
             dict.fromkeys(("mean", "min", "max"))
     return record
+
+
+def with_perplexity(found: dict[str, float]) -> dict[str, float]:
+    """The metrics with the perplexity that a loss comes to; a very large one stays a number that JSON has."""
+    return found if "loss" not in found else {**found, "perplexity": found.get("perplexity", math.exp(min(found["loss"], 700.0)))}

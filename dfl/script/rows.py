@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.attach import Adapted, Rows
+from dfl.adapters.layout import empty_rows
 from dfl.config import Config
-from dfl.script.adapters import Parameter, new_row, read, write
+from dfl.script.adapters import Parameter, read, write
 from dfl.script.moments import Moments
 from dfl.training.hosted import common_scale
 
@@ -23,7 +24,7 @@ class ScriptPeer:
         self.ids, self.adapted, self.layout, self.device = [rank], adapted, adapted.layout, device
         self.parameters, self.moments, self.train = parameters, moments, config.train
         self.num_steps = config.train.local_steps
-        self.x = new_row(self.layout, device)
+        self.x = empty_rows(1, self.layout.size, device=device)
 
     def read(self) -> None:
         read(self.parameters, self.x[0])

@@ -81,16 +81,17 @@ def _message(one: Any, where: str) -> dict[str, Any]:
     return {"content": "", **kept}
 
 
-def response_of(value: Any, where: str) -> list[dict[str, Any]]:
-    """A response to a prompt of messages: a text of the assistant, or messages."""
+def said_by(role: str, value: Any, where: str) -> list[dict[str, Any]]:
+    """A part of a conversation: a text, which `role` says, or messages."""
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
-        return [{"role": "assistant", "content": value}]
+        return [{"role": role, "content": value}]
     return messages_of(value, where)
 
 
-def tools_of(value: Any) -> list[Any] | None:
-    """The tools of a row, a list or one as JSON."""
-    return json.loads(value) if isinstance(value, str) and value.strip() else value or None
+def tools_of(table: Table, data: DataConfig) -> list[list[Any] | None]:
+    """The tools of every row, a list or one as JSON; None where there are none."""
+    given = table.columns[data.tools] if data.tools is not None else [None] * len(table)
+    return [json.loads(value) if isinstance(value, str) and value.strip() else value or None for value in given]
 
 
 def holds_messages(table: Table, name: str) -> bool:

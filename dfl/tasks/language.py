@@ -141,11 +141,15 @@ def plain(ids: list[int], end: list[int], limit: int) -> tuple[list[int], list[i
 
 def answer(prompt: list[int], response: list[int], end: list[int], limit: int) -> tuple[list[int], list[int]]:
     """Tokens and targets of a prompt and its response; a long prompt loses its beginning, and at most half the room."""
-    if end and prompt[-1:] == end:  # some tokenizers close every text
-        prompt = prompt[:-1]
+    prompt = opened(prompt, end)
     response = (response + end)[:max(limit - len(prompt), limit // 2)]
     prompt = prompt[max(0, len(prompt) + len(response) - limit):]
     return prompt + response, [IGNORED] * len(prompt) + response
+
+
+def opened(ids: list[int], end: list[int]) -> list[int]:
+    """Without the end-of-text token, with which some tokenizers close every text."""
+    return ids[:-1] if end and ids[-1:] == end else ids
 
 
 def end_of(processor: Any) -> list[int]:
@@ -158,18 +162,17 @@ def token_ids(processor: Any, rows: list[str], **options: Any) -> list[list[int]
 
 def _conversations(table: Table, data: DataConfig, renderer: chat.Renderer) -> list[chat.Tokens]:
     """Every row through the chat template: a conversation, or a prompt of messages with its response."""
-    tools = table.columns[data.tools] if data.tools is not None else [None] * len(table)
     where = [f"line {line} of {table.where}" for line in table.lines]
     if data.messages is not None:
         told = [(messages, 0) for messages in chat.conversations(table, "messages", data.messages)]
     else:
         prompts = chat.conversations(table, "prompt", data.prompt)
-        responses = [chat.response_of(value, place) for value, place in zip(table.columns[data.response], where, strict=True)]
+        responses = [chat.said_by("assistant", value, place) for value, place in zip(table.columns[data.response], where, strict=True)]
         told = [(prompt + response, len(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
     found = []
-    for (messages, first), place, tool in zip(told, where, tools, strict=True):
+    for (messages, first), place, tool in zip(told, where, chat.tools_of(table, data), strict=True):
         whole = chat.with_system(messages, data)
-        found.append(renderer.tokens(whole, place, chat.tools_of(tool), first and first + len(whole) - len(messages)))
+        found.append(renderer.tokens(whole, place, tool, first and first + len(whole) - len(messages)))
     return found
 
 

@@ -17,7 +17,7 @@ from dfl.metrics.base import IGNORED, Outcome, blocks
 from dfl.plugins import check_fraction, check_positive
 from dfl.tasks import chat
 from dfl.tasks.base import Encoded, pad
-from dfl.tasks.language import answer, end_of, token_ids
+from dfl.tasks.language import answer, end_of, opened, token_ids
 from dfl.tasks.tables import Table, column, texts
 
 
@@ -80,7 +80,7 @@ class Preference:
         for prompt, *responses in told:
             rows = _fitted(prompt, responses, end, limit)
             kept = [sum(target == IGNORED for target in targets) for _, targets in rows]
-            cut["prompt"] += kept[0] < len(prompt) - bool(end and prompt[-1:] == end)
+            cut["prompt"] += kept[0] < len(opened(prompt, end))
             cut["response"] += any(len(ids) - k < len(response) for (ids, _), k, response in zip(rows, kept, responses, strict=True))
             cut["nothing"] += any(k in (0, len(ids)) for (ids, _), k in zip(rows, kept, strict=True))
             (a, a_targets), (b, b_targets) = [(np.array(ids or [processor.pad_token_id], dtype=np.int32),
@@ -131,7 +131,7 @@ class Preference:
 
 def _fitted(prompt: list[int], responses: Sequence[list[int]], end: list[int], limit: int) -> list[chat.Tokens]:
     """Tokens and targets of both responses behind as much of the prompt as fits with the longer one."""
-    kept = prompt[:-1] if end and prompt[-1:] == end else prompt  # some tokenizers close every text
+    kept = opened(prompt, end)
     longest = max(len(response + end) for response in responses)
     room = limit - min(longest, max(limit - len(kept), limit // 2))
     kept = kept[max(0, len(kept) - room):]
@@ -142,11 +142,10 @@ def _conversations(table: Table, data: DataConfig, renderer: chat.Renderer) -> l
     """Prompt, chosen and rejected response of each row. Without data.prompt it is what both conversations begin with."""
     both = [chat.conversations(table, key, getattr(data, key)) for key in ("chosen", "rejected")]
     prompts = _prompts(table, data, both)
-    tools = table.columns[data.tools] if data.tools is not None else [None] * len(table)
     found = []
-    for line, prompt, chosen, rejected, tool in zip(table.lines, prompts, *both, tools, strict=True):
+    for line, prompt, chosen, rejected, tool in zip(table.lines, prompts, *both, chat.tools_of(table, data), strict=True):
         where, first = f"line {line} of {table.where}", chat.with_system(prompt, data)
-        parts = [chat.split_at_answer(renderer.tokens(first + rest, where, chat.tools_of(tool), len(first)))
+        parts = [chat.split_at_answer(renderer.tokens(first + rest, where, tool, len(first)))
                  for rest in (chosen, rejected)]
         found.append((parts[0][0], parts[0][1], parts[1][1]))
     return found
@@ -155,8 +154,7 @@ def _conversations(table: Table, data: DataConfig, renderer: chat.Renderer) -> l
 def _prompts(table: Table, data: DataConfig, both: list[list[list[dict]]]) -> list[list[dict]]:
     """Takes what a pair has in common off both, where no column says what the prompt is."""
     if data.prompt is not None:
-        return [[{"role": "user", "content": value}] if isinstance(value, str) and not value.lstrip().startswith("[{") else
-                chat.messages_of(value, f"data.prompt = {data.prompt!r}: line {line} of {table.where}")
+        return [chat.said_by("user", value, f"data.prompt = {data.prompt!r}: line {line} of {table.where}")
                 for line, value in zip(table.lines, table.columns[data.prompt], strict=True)]
     prompts = []
     for k, (chosen, rejected) in enumerate(zip(*both, strict=True)):

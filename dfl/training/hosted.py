@@ -3,7 +3,6 @@
 How they train is the local phase (`dfl.training.phase`), how they mix is gossip (`dfl.engine`).
 """
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from dfl.config import TrainConfig
 from dfl.config.optimizers import OPTIMIZERS
 from dfl.training.factors import Factors
 from dfl.training.optimizer import PeerOptimizer, learning_rate
-from dfl.training.stream import DataStream
+from dfl.training.stream import DataStream, num_steps
 
 # the first parts of the names of `state_tensors`; gossip has others
 SLOTS = ("moments", "part", "generator", "part_start", "part_held")
@@ -83,9 +82,7 @@ class HostedPeers:
 
     def steps(self, row: int) -> int:
         """Optimiser steps of a round."""
-        if self.train.local_steps is not None:
-            return self.train.local_steps
-        return max(1, math.ceil(self.train.local_epochs * self.streams[row].batches_per_epoch / self.train.accumulation))
+        return num_steps(self.train, self.streams[row].batches_per_epoch)
 
     def learning_rate(self, progress: float) -> float:
         """train.lr at `progress` in [0, 1] of the run."""

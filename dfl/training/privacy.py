@@ -15,6 +15,7 @@ from torch import Tensor
 from dfl.adapters.layout import Layout
 from dfl.config import PrivacyConfig, TrainConfig
 from dfl.seeds import derive
+from dfl.training.stream import num_steps
 
 
 def sampled(indices: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
@@ -73,7 +74,7 @@ def spent(train: TrainConfig, sizes: Sequence[int]) -> dict[str, object]:
     assert settings.noise is not None
     for_peers: list[float | None] = []
     for size in sizes:
-        steps = train.rounds * (train.local_steps or max(1, math.ceil((train.local_epochs or 1) * math.ceil(size / train.batch_size))))
+        steps = train.rounds * num_steps(train, math.ceil(size / train.batch_size))
         key = (min(1.0, train.batch_size / size), steps)
         if key not in found:
             found[key] = epsilon(settings.noise, *key, settings.delta)

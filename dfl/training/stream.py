@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dfl.config import DataConfig
+from dfl.config import DataConfig, TrainConfig
 from dfl.seeds import permutation
 
 # batches of similar length are sorted out of so many batches at once, as transformers does: more would leave less to chance
@@ -100,6 +100,13 @@ class PackedStream(DataStream):
         order = super()._arranged(epoch)
         rows = pack(self.lengths[order], self.room)
         return [order[rows[k]] for k in self._permutation(len(rows), epoch, "packed")]
+
+
+def num_steps(train: TrainConfig, batches_per_epoch: int) -> int:
+    """Optimiser steps of a round."""
+    if train.local_steps is not None:
+        return train.local_steps
+    return max(1, math.ceil(train.local_epochs * batches_per_epoch / train.accumulation))
 
 
 def make_stream(data: DataConfig, indices: np.ndarray, batch_size: int, seed: int, peer: int,

@@ -11,7 +11,7 @@ from dfl.transport import frames
 from dfl.transport.group import Begun, Group, Waiter, address_of
 from dfl.transport.notes import GRACE, Note, Notes
 from dfl.transport.stopping import Stopped
-from dfl.transport.watch import SILENT_SECONDS, Watch, waits_for
+from dfl.transport.watch import SILENT_SECONDS, Watch, held_up_by, waits_for
 
 
 class Link:
@@ -116,7 +116,8 @@ class Link:
     def _lost(self, missing: list[int], what: str, seconds: float, silent: bool) -> ConnectionError:
         """What happened, as far as the notes of the other processes, and whom they wait for, explain it."""
         if self._watch and not silent and seconds >= self.timeout:
-            missing = self._held_up_by(missing)
+            watch = self._watch
+            missing = held_up_by(missing, self.rank, lambda process: waits_for(self.notes.look_up(watch.key(process))))
         who = " and ".join(map(self.describe, missing))
         gone = f"is gone: its connection closed after {seconds:.1f} s of waiting"
         how = gone if seconds < self.timeout else f"said nothing for {seconds:.1f} s"
@@ -135,17 +136,6 @@ class Link:
         """ConnectionError for an announcement of more, before memory is asked for."""
         if not 0 <= size <= most:
             raise self.fault(process, f"{self.describe(process)} announced {size} bytes {self.when()}; allowed: up to {most}")
-
-    def _held_up_by(self, missing: list[int]) -> list[int]:
-        """Those that the missing wait for themselves, and so on; who waits for nobody holds up all."""
-        found, seen, left = set(), {self.rank}, list(missing)
-        while left:
-            process = left.pop()
-            others = set(waits_for(self.notes.look_up(self._watch.key(process)))) - {process}
-            seen.add(process)
-            left += sorted(others - seen)
-            found |= set() if others else {process}
-        return sorted(found) or missing
 
     def describe(self, process: int) -> str:
         peers = self.hosts[process]

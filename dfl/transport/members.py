@@ -19,6 +19,7 @@ from torch import Tensor
 from dfl.transport import frames
 from dfl.transport.post import Event
 from dfl.transport.view import Known, Member, Settling
+from dfl.transport.watch import held_up_by
 
 # what a message is, and the start of the process that sends it
 _HEAD = struct.Struct("<BI")
@@ -246,7 +247,7 @@ class Members:
         while missing := [q for q, place in places.items() if place not in self._inbox.get(q, {})]:
             self.mail.awaited = tuple(missing)
             if time.monotonic() > deadline:
-                for q in self._held_up_by(missing):
+                for q in held_up_by(missing, self.rank, lambda process: self.mail.waits.get(process, ())):
                     self.accuse(q, f"lives, but did not answer for {self.timeout:g} s")
             self._take(0.05)
             self.check()
@@ -260,17 +261,6 @@ class Members:
         if not frames.HEADER <= len(data) <= len(buffer):
             raise FaultError(q, f"sent a message of {len(data)} bytes; allowed: {frames.HEADER} to {len(buffer)}")
         buffer[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-    def _held_up_by(self, missing: list[int]) -> list[int]:
-        """Those that the missing wait for themselves, and so on; who waits for nobody holds up all."""
-        found, seen, left = set(), {self.rank}, list(missing)
-        while left:
-            process = left.pop()
-            others = set(self.mail.waits.get(process, ())) - {process}
-            seen.add(process)
-            left += sorted(others - seen)
-            found |= set() if others else {process}
-        return sorted(found) or missing
 
     def _look_for_silent(self) -> None:
         for member in self._settling.known.members():

@@ -105,3 +105,16 @@ class Watch:
 def waits_for(beat: bytes | None) -> list[int]:
     """The processes that one waits for, by its last heartbeat."""
     return [int(process) for process in (beat or b"").split()[1:]]
+
+
+def held_up_by(missing: list[int], me: int, waits: Callable[[int], Iterable[int]]) -> list[int]:
+    """Those that the missing wait for themselves, and so on; who waits for nobody holds up all. waits: for whom a process waits."""
+    found: set[int] = set()
+    seen, left = {me}, list(missing)
+    while left:
+        process = left.pop()
+        others = set(waits(process)) - {process}
+        seen.add(process)
+        left += sorted(others - seen)
+        found |= set() if others else {process}
+    return sorted(found) or missing

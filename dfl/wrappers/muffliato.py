@@ -93,12 +93,16 @@ def acceleration(second: float) -> float:
 def second_eigenvalue(topology: Any) -> float:
     """lambda_2 of W(0), not below 0."""
     w = np.asarray(topology.matrix(0))
-    return 0.0 if len(w) < 2 else max(0.0, float(np.sort(np.linalg.eigvalsh((w + w.T) / 2))[-2]))
+    return 0.0 if len(w) < 2 else _second((w + w.T) / 2)
+
+
+def _second(w: np.ndarray) -> float:
+    return max(0.0, float(np.sort(np.linalg.eigvalsh(w))[-2]))
 
 
 def polynomials(w: np.ndarray, steps: int) -> list[np.ndarray]:
     """P_k with x_k = P_k x_0, k = 0 .. steps - 1: what each exchange sends."""
-    weight, found = acceleration(max(0.0, float(np.sort(np.linalg.eigvalsh(w))[-2]))), [np.eye(len(w)), w]
+    weight, found = acceleration(_second(w)), [np.eye(len(w)), w]
     for _ in range(steps - 2):
         found.append(weight * w @ found[-1] + (1 - weight) * found[-2])
     return found[:steps]
