@@ -1,10 +1,12 @@
 """A model of a few numbers with LoRA by PEFT, and a plain PyTorch loop over it, as somebody may have them in a script of his own."""
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
 import dfl
+from dfl.script import joining
 
 
 class Net(nn.Module):
@@ -78,3 +80,13 @@ def clone(tree):
     if isinstance(tree, list):
         return [clone(value) for value in tree]
     return tree.clone() if isinstance(tree, Tensor) else tree
+
+
+@pytest.fixture
+def without_launcher(monkeypatch):
+    """No launcher, and no group left from the test before."""
+    for name in joining.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if joining.current() is not None:
+        joining.current().leave()

@@ -149,3 +149,15 @@ def adapter_digests(run: Path) -> dict[str, str]:
 def train_worker(rank: int, tree: dict, resume: bool = False) -> int:
     """`dfl train` in one of several processes: the exit status."""
     return train(configuration.from_dict(tree), resume=resume)
+
+
+def assert_goes_on(make, tmp_path, monkeypatch, steps: int, **fields) -> None:
+    """A run of `make(tmp_path, name, **fields)` that is stopped within its third round, after `steps` steps, and resumed ends in the
+    bits of one that was not."""
+    from dfl.run import train as running
+    running.train(make(tmp_path, "whole", **fields))
+    with monkeypatch.context() as patch:
+        stop_after(running, 2, steps=steps, patch=patch.setattr)
+        assert running.train(make(tmp_path, "halves", **fields)) == running.STOPPED
+    running.train(make(tmp_path, "halves", **fields), resume=True)
+    assert adapter_digests(tmp_path / "halves") == adapter_digests(tmp_path / "whole")

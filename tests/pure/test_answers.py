@@ -33,6 +33,15 @@ def pairs_config(tmp_path, output="run", **fields):
     return make_config(model, tmp_path / "pairs.jsonl", tmp_path / output, model__task="causal_lm", **fields)
 
 
+def train_on_conversations(tmp_path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"how {w}"}, {"role": "assistant", "content": w}]}
+            for w in tiny_models.WORDS * 3]
+    config = pairs_config(tmp_path, data__prompt=None, data__response=None, data__messages="messages", data__template="plain",
+                          train__rounds=1)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert running.train(config) == 0
+
+
 def evaluations(folder):
     return [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line]
 
@@ -165,24 +174,14 @@ def test_generate_says_what_the_model_says(tmp_path, capsys):
 
 
 def test_a_run_of_conversations_is_asked_through_its_template(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": f"how {w}"}, {"role": "assistant", "content": w}]}
-            for w in tiny_models.WORDS * 3]
-    config = pairs_config(tmp_path, data__prompt=None, data__response=None, data__messages="messages", data__template="plain",
-                          train__rounds=1)
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert running.train(config) == 0
+    train_on_conversations(tmp_path)
     assert evaluations(tmp_path / "run")[-1]["samples"][0]["prompt"].startswith("how")  # roles are no words of this tokenizer
     assert isinstance(generate(tmp_path / "run", ["how good"], max_new_tokens=3)[0], str)
 
 
 def test_an_export_is_asked_by_stock_transformers_alone(tmp_path, capsys, monkeypatch):
     """Adapter and merged model with the template and the generation settings; the card's own lines run as they stand."""
-    rows = [{"messages": [{"role": "user", "content": f"how {w}"}, {"role": "assistant", "content": w}]}
-            for w in tiny_models.WORDS * 3]
-    config = pairs_config(tmp_path, data__prompt=None, data__response=None, data__messages="messages", data__template="plain",
-                          train__rounds=1)
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert running.train(config) == 0
+    train_on_conversations(tmp_path)
     said = generate(tmp_path / "run", ["how good"], max_new_tokens=5)
     for name, words in (("adapter", []), ("merged", ["--merge", "--shard-size", "10KB"])):
         folder = tmp_path / name

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 import transformers
 from test_packing import text_config
-from tiny_runs import adapter_digests, local_phase, make_run, stop_after
+from tiny_runs import assert_goes_on, local_phase, make_run
 
 from dfl import tasks
 from dfl.cli import main
@@ -167,12 +167,7 @@ def test_recomputed_activations_change_nothing(tmp_path, executor, fields):
 
 def test_a_run_with_recomputed_activations_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     fields = {"train__gradient_checkpointing": True, "lora__dropout": 0.3}
-    running.train(text_config(tmp_path, "whole", **fields))
-    with monkeypatch.context() as patch:
-        stop_after(running, 2, steps=5, patch=patch.setattr)
-        assert running.train(text_config(tmp_path, "halves", **fields)) == running.STOPPED
-    running.train(text_config(tmp_path, "halves", **fields), resume=True)
-    assert adapter_digests(tmp_path / "halves") == adapter_digests(tmp_path / "whole")
+    assert_goes_on(text_config, tmp_path, monkeypatch, 5, **fields)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from own_loop import without_launcher  # noqa: F401
 from transformers.training_args import ParallelMode
 
 import dfl.hf
@@ -18,14 +19,7 @@ from dfl.run.runtime import Place
 from dfl.script import joining
 from dfl.store.runs import read_run
 
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in joining.LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if joining.current() is not None:
-        joining.current().leave()
+pytestmark = pytest.mark.usefixtures("without_launcher")
 
 
 @pytest.fixture(scope="module")

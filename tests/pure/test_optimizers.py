@@ -5,11 +5,10 @@ import importlib.util
 import pytest
 import torch
 from test_packing import text_config
-from tiny_runs import adapter_digests, local_phase, make_run, stop_after
+from tiny_runs import assert_goes_on, local_phase, make_run
 
 from dfl.config import TrainConfig
 from dfl.config.optimizers import OPTIMIZERS, SCHEDULES
-from dfl.run import train as running
 from dfl.training.optimizer import learning_rate
 
 STEPS, WARMUP = 200, 20
@@ -75,12 +74,7 @@ def test_stopped_runs_go_on_to_the_same_bits(tmp_path, monkeypatch, name, fields
     """With moments across rounds, also where the basis of the factors turns, and in the middle of a round."""
     fields = {"train__optimizer": name, "train__rounds": 3, "eval__every": 0, "measure__layers": 0,
               "lora__rank": 128 if name.endswith("8bit") else 8} | fields  # bitsandbytes keeps less than 4096 numbers as they are
-    running.train(text_config(tmp_path, "whole", **fields))
-    with monkeypatch.context() as patch:
-        stop_after(running, 2, steps=3, patch=patch.setattr)
-        assert running.train(text_config(tmp_path, "halves", **fields)) == running.STOPPED
-    running.train(text_config(tmp_path, "halves", **fields), resume=True)
-    assert adapter_digests(tmp_path / "halves") == adapter_digests(tmp_path / "whole")
+    assert_goes_on(text_config, tmp_path, monkeypatch, 3, **fields)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

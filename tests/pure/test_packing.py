@@ -5,11 +5,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from tiny_runs import adapter_digests, local_phase, make_config, make_run, stop_after
+from tiny_runs import assert_goes_on, local_phase, make_config, make_run
 
 from dfl.metrics.base import IGNORED
 from dfl.run import build
-from dfl.run import train as running
 from dfl.tasks.language import CausalLM
 from dfl.training.executors import Sequential, Stacked
 from dfl.training.stream import DataStream, GroupedStream, PackedStream, pack
@@ -125,12 +124,7 @@ def test_stacked_is_looped_with_packed_rows(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"data__packing": True}, {"data__group_by_length": True}], ids=str)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, fields):
-    running.train(text_config(tmp_path, "whole", **fields))
-    with monkeypatch.context() as patch:
-        stop_after(running, 2, steps=5, patch=patch.setattr)
-        assert running.train(text_config(tmp_path, "halves", **fields)) == running.STOPPED
-    running.train(text_config(tmp_path, "halves", **fields), resume=True)
-    assert adapter_digests(tmp_path / "halves") == adapter_digests(tmp_path / "whole")
+    assert_goes_on(text_config, tmp_path, monkeypatch, 5, **fields)
 
 
 def test_every_token_of_a_step_counts_alike(tmp_path):

@@ -6,6 +6,7 @@ import own_loop
 import peft
 import pytest
 import torch
+from own_loop import without_launcher  # noqa: F401
 
 import dfl
 from dfl import methods
@@ -19,14 +20,7 @@ REFUSED = {**dict.fromkeys(("fedex", "fedex_choco", "flora", "carry", "fedhl"), 
            **{name: "needs lora.adapter" for name in ("fed_sb", "ravan", "hira", "dora")}}
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """No launcher, and no group left from the test before."""
-    for name in joining.LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if joining.current() is not None:
-        joining.current().leave()
+pytestmark = pytest.mark.usefixtures("without_launcher")
 
 
 def test_gossip_is_public():
