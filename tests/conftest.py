@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))  # first, or the folder tests/topologies would pass for the package
 
 import pytest
 import rooms
@@ -30,7 +29,7 @@ def pytest_report_header(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.parent.name not in ("pure", "topologies"):
+        if item.path.parent.name not in ("pure", "graphs"):
             item.add_marker(pytest.mark.xdist_group(group(item)))
     first = {"cluster": 1, "clock": 2}  # the longest groups
     items.sort(key=lambda item: max((first.get(mark.args[0], 3) for mark in item.iter_markers("xdist_group")), default=0))

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # whose commands have tests of their own, because they need hosts, a cluster, or no shell
 ELSEWHERE = {"launch/README.md": ("tests/launch/test_hosts.py", "tests/launch/test_slurm.py"),
              "launch/SURVIVORS.md": ("tests/launch/test_survivors_launch.py",),
-             "topologies/README.md": ("tests/topologies/test_topologies_readme.py",),
-             "topologies/gallery/README.md": ("tests/topologies/test_topologies_readme.py",)}
+             "topologies/README.md": ("tests/graphs/test_topologies_readme.py",),
+             "topologies/gallery/README.md": ("tests/graphs/test_topologies_readme.py",)}
 # models of the hub that documents name, and the kind of random model of a few kilobytes that takes their place
 MODELS = {"FacebookAI/roberta-base": "bert", "Qwen/Qwen2.5-0.5B": "llama", "openai-community/gpt2": "gpt2",
           "Qwen/Qwen2.5-0.5B-Instruct": "llama"}

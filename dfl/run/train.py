@@ -79,6 +79,9 @@ def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwri
     lease, resumed_from = enter(config, output, runtime, resume, overwrite)
     try:
         return _train_held(config, runtime, topology, lease, resumed_from, resume, overwrite, callbacks, stop)
+    except BaseException as error:
+        transport.leave(error)  # before the folder is free: the others are to hear this, and not that they have lost it
+        raise
     finally:
         if transport.rank == 0:
             lease.release()

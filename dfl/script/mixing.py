@@ -278,9 +278,9 @@ class Mixing:
         self.records.close()
 
     def fail(self, error: BaseException) -> None:
-        """The script has failed: the others are told, and the files are closed."""
-        self.release()
+        """The script has failed: the others are told, and then the files are closed and the folder is free."""
         self.peer.leave(error)
+        self.release()
 
     # state
 

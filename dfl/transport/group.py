@@ -157,7 +157,8 @@ def _wait(works: list, deadline: float) -> list[int]:
     missing = set()
     for q, work in works:
         try:
-            work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            # gloo counts whole milliseconds: one more, so that a time-out is never taken for an early end
+            work.wait(timedelta(seconds=max(0.0, deadline - time.monotonic()) + 0.001))
         except RuntimeError:
             missing.add(q)
             if time.monotonic() < deadline:  # it has gone, which explains enough

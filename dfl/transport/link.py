@@ -146,7 +146,9 @@ class Link:
         return "before the first round" if self.round is None else f"in round {self.round + 1}"
 
     def leave(self, error: BaseException) -> None:
-        """Write down why, and close the connections, so that the others notice at once. Nobody is waited for."""
+        """Write down why, and close the connections, so that the others notice at once. Nobody is waited for. Once is enough."""
+        if not self.group.open:
+            return
         kind = next((kind.__name__ for kind in (Stopped, ValueError) if isinstance(error, kind)), "OSError")
         what = " ".join(str(error).split()) or type(error).__name__
         self.notes.write(Note(self.rank, f"{self.describe(self.rank)} stopped {self.when()}: {what}", error=kind))

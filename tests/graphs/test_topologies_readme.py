@@ -1,6 +1,6 @@
 """What the documents say is true: every command runs, every example gives what it shows, the tables are the registries.
 
-``python tests/topologies/test_topologies_readme.py`` writes the tables of the README anew.
+``python tests/graphs/test_topologies_readme.py`` writes the tables of the README anew.
 """
 
 import doctest
@@ -77,7 +77,7 @@ def with_tables(text):
 
 
 def test_the_tables_are_the_registries():
-    assert README.read_text() == with_tables(README.read_text()), "run python tests/topologies/test_topologies_readme.py"
+    assert README.read_text() == with_tables(README.read_text()), "run python tests/graphs/test_topologies_readme.py"
 
 
 def test_the_files_of_the_readme_are_the_files():
