@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,21 @@ from typing import Any
 from dfl.config import Config
 from dfl.run.runtime import PROCESS, START_SECONDS, Place, Worker, told_addresses
 from dfl.transport.handshake import SECRET
+from dfl.transport.mail import Address, Mail
 from dfl.transport.members import Members
-from dfl.transport.post import Address, Post, RefusedError
+from dfl.transport.post import Post
 from dfl.transport.survivors import Survivors
 
 # addresses of some members, host:port with commas between; and where this process listens
 MEMBERS, LISTEN = "DFL_MEMBERS", "DFL_LISTEN"
-# a member that does not answer so soon is asked again by its own connection
-HAIL_SECONDS, AGAIN_SECONDS = 10.0, 0.3
+# at a start, so long for all to have joined that were reached
+HAIL_SECONDS = 10.0
 # where the addresses of the others are kept, in the folder of a process
 BOOK = "members.json"
 
 
 def make(config: Config, place: Place, worker: Worker | None, about: Mapping[str, Any], known: list[Address],
-         env: Mapping[str, str] = os.environ) -> tuple[Survivors, Post, list[Address]]:
+         env: Mapping[str, str] = os.environ) -> tuple[Survivors, Mail, list[Address]]:
     """The transport of a process that has not joined yet, its connections, and where others may be.
 
     about: what it was started with; known: addresses that it has kept. Members say it where another's `about` differs.
@@ -38,48 +37,25 @@ def make(config: Config, place: Place, worker: Worker | None, about: Mapping[str
     return Survivors(config.peers, members, timeout=config.timeout), post, seeds
 
 
-def join(post: Post, transport: Survivors, place: Place, worker: Worker | None, seeds: list[Address], config: Config,
+def join(mail: Mail, transport: Survivors, place: Place, worker: Worker | None, seeds: list[Address], config: Config,
          env: Mapping[str, str] = os.environ) -> bool:
     """Meet the others; whether the run goes on already. ValueError where they refuse this process."""
     if not seeds and PROCESS not in env and place.size > 1:
-        host, port = post.book[place.rank]
+        host, port = mail.book[place.rank]
         seeds = [address_of(text, "address") for text in told_addresses(place, worker, f"{host}:{port}", START_SECONDS)]
-    dialer = Dialer(post, place.rank, seeds)
-    transport.group.connect = dialer.call
+    mail.meet(seeds)
+
+    def call() -> None:
+        mail.call()
+        if mail.refusals:
+            raise ValueError(mail.refusals[0])
+
+    transport.group.connect = call
     begun = transport.group.hail(config.membership.wait)
     if not begun:
         transport.group.await_all(HAIL_SECONDS)
-    dialer.strict = False  # whoever refuses it now is nobody of its run
+    transport.group.connect = mail.call  # whoever refuses it now is nobody of its run
     return begun
-
-
-class Dialer:
-    """Connects to those that are known and not connected, to all at once and again and again."""
-
-    def __init__(self, post: Post, process: int, seeds: list[Address]):
-        self.post, self.process, self.seeds = post, process, [(host, port) for host, port in seeds]
-        self._next: dict[Address, float] = {}
-        self._refused: list[str] = []
-        self.strict = True
-
-    def call(self) -> None:
-        """ValueError where a member refuses this process."""
-        if self._refused and self.strict:
-            raise ValueError(self._refused[0])
-        book, there = dict(self.post.book), set(self.post.connected()) | {self.process}
-        found = {book[process] for process in there if process in book}
-        left = {*self.seeds, *(book[process] for process in set(book) - there)} - found
-        for address in left:
-            if time.monotonic() >= self._next.get(address, 0.0):
-                self._next[address] = float("inf")
-                threading.Thread(target=self._try, args=(address,), name="dfl-dial", daemon=True).start()
-
-    def _try(self, address: Address) -> None:
-        try:
-            self.post.connect(address)
-        except RefusedError as error:
-            self._refused.append(str(error))
-        self._next[address] = time.monotonic() + AGAIN_SECONDS
 
 
 def address_of(text: str, field: str) -> Address:

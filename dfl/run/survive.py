@@ -29,9 +29,9 @@ from dfl.store.manifest import read
 from dfl.store.records import JsonLines
 from dfl.transport import InProcess, hosting
 from dfl.transport.handshake import check_contents, contents, settings
+from dfl.transport.mail import Address
 from dfl.transport.members import FaultError, FinishedError, ViewChange
 from dfl.transport.packet import Packet
-from dfl.transport.post import Address
 from dfl.transport.stopping import StopSignal
 from dfl.transport.survivors import Survivors
 
@@ -120,10 +120,10 @@ class Process:
         describe_data(config, loaded, say=self.place.rank == 0)
         known: list[Address] = kept_book(self.output) if resume else []
         about = {name: value for name, value in settings(config).items() if not name.startswith("membership.")} | dict(loaded.contents)
-        self.transport, self.post, seeds = make(config, self.place, self.worker, about, known)
+        self.transport, self.mail, seeds = make(config, self.place, self.worker, about, known)
         try:
             self._assemble(loaded)
-            join(self.post, self.transport, self.place, self.worker, seeds, config)
+            join(self.mail, self.transport, self.place, self.worker, seeds, config)
             done = self._rounds()
         except BaseException as error:
             self.transport.leave(error)
@@ -215,7 +215,7 @@ class Process:
                                 quiet=self.transport.rank > 0)
         self._rewind(plan.round)
         self.run.transport.round = plan.round
-        keep_book(self.output, self.post.book)
+        keep_book(self.output, self.mail.book)
         self.record.console.quiet = self.transport.rank > 0
         self.record.console.say(self._said(plan))
 

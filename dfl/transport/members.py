@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from queue import Empty
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dfl.transport import frames
-from dfl.transport.post import Event
+from dfl.transport.mail import Event, Mail
 from dfl.transport.view import Known, Member, Settling
 from dfl.transport.watch import held_up_by
 
@@ -60,25 +60,6 @@ class Step(NamedTuple):
     sent: dict[int, Tensor]
     received: dict[int, Tensor]
     places: dict[int, tuple[bytes, int]]
-
-
-class Mail(Protocol):
-    """What carries the messages: dfl/transport/post.py, over TCP."""
-
-    events: Any
-    waits: dict[int, tuple[int, ...]]
-    life: Any
-    awaited: tuple[int, ...]
-
-    def connected(self) -> list[int]: ...
-
-    def send(self, process: int, data: bytes) -> None: ...
-
-    def cut(self, process: int) -> None: ...
-
-    def flush(self, seconds: float) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Members:

@@ -16,7 +16,10 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+from dfl.transport.dialer import Dialer
+from dfl.transport.mail import MAX_AWAITED, Address, Event, Life, RefusedError
 
 # kind of what follows, and its bytes
 _HEAD = struct.Struct("<BQ")
@@ -24,54 +27,10 @@ _LIFE, _MESSAGE = 1, 2
 HELLO_SECONDS = 5.0
 MAX_HELLO = 2**18
 _PIECE = 2**20
-MAX_AWAITED = 4096
-Address = tuple[str, int]
-
-
-class Event(NamedTuple):
-    """What happened: "message" with its bytes; "gone", "harm" or "refused" with a text. About whom."""
-
-    kind: str
-    process: int
-    data: bytes = b""
-    text: str = ""
-
-
-class RefusedError(ValueError):
-    """The other side does not want this process, and says why."""
-
-
-class Life:
-    """How long others have shown no sign of life. A gap in our own time, as of a machine that was asleep, is nobody's silence."""
-
-    def __init__(self, patience: float):
-        self.patience, self.tick = patience, min(1.0, patience / 8)
-        self._heard: dict[int, int] = {}
-        self._seen: dict[int, int] = {}
-        self._quiet: dict[int, float] = {}
-        self._at = time.monotonic()
-
-    def hear(self, process: int) -> None:
-        self._heard[process] = self._heard.get(process, 0) + 1
-
-    def begin(self, process: int) -> None:
-        self._quiet[process] = 0.0
-
-    def count(self) -> None:
-        """Once a tick."""
-        now = time.monotonic()
-        gap, self._at = min(now - self._at, 2 * self.tick), now
-        for process in list(self._quiet):
-            heard = self._heard.get(process, 0)
-            self._quiet[process] = 0.0 if heard != self._seen.get(process) else self._quiet[process] + gap
-            self._seen[process] = heard
-
-    def silent(self, process: int) -> bool:
-        return self._quiet.get(process, 0.0) >= self.patience
 
 
 class Post:
-    """This process's connections. `events`: what arrives, in the order of each sender; `waits`: whom others say that they wait for.
+    """This process's connections: a carrier (mail.py).
 
     about: what this process was started with; check(process, its about) -> why it does not belong here, or "". most: bytes of one.
     """
@@ -85,6 +44,7 @@ class Post:
         self.waits: dict[int, tuple[int, ...]] = {}
         self.awaited: tuple[int, ...] = ()
         self.book: dict[int, Address] = {}
+        self._dialer = Dialer(self.connect)
         self._instance = secrets.token_hex(8)  # of this start of the process
         self._lines: dict[int, _Line] = {}
         self._calling: dict[int, threading.Lock] = {}
@@ -93,6 +53,18 @@ class Post:
         self.book[process] = (host or "127.0.0.1", self._socket.getsockname()[1])
         for work in (self._accept, self._show_life):
             threading.Thread(target=work, name=f"dfl-{work.__name__.strip('_')}", daemon=True).start()
+
+    @property
+    def refusals(self) -> list[str]:
+        return self._dialer.refusals
+
+    def meet(self, seeds: list[Address]) -> None:
+        self._dialer.seeds = list(seeds)
+
+    def call(self) -> None:
+        book, there = dict(self.book), {*self.connected(), self.process}
+        found = {book[process] for process in there if process in book}
+        self._dialer.call({*self._dialer.seeds, *book.values()} - found)
 
     def connected(self) -> list[int]:
         with self._lock:

@@ -12,8 +12,9 @@ import pytest
 from dfl import config as configuration
 from dfl.run.build import check
 from dfl.run.joining import differs
+from dfl.transport.mail import Event, Life, RefusedError
 from dfl.transport.members import Members
-from dfl.transport.post import Event, Life, Post, RefusedError
+from dfl.transport.post import Post
 from dfl.transport.view import Known, Member
 
 
