@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
+
 GROUPS = ("A", "B", "M", "core", "head")  # M: magnitudes of DoRA; core: what is trained between frozen bases
 # rows start at multiples of 64 bytes: CPU kernels may round differently on other alignments, and a peer's row must not
 # depend on how many peers are hosted beside it
@@ -106,7 +108,7 @@ def make_layout(pairs: Sequence[tuple[str, int, int, int, float]], head: Shapes 
 
 def scalings(pairs: Sequence[Pair], like: Tensor) -> Tensor:
     """(L,) float64: what turns B A into the change of the weight."""
-    return torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64, device=like.device)
+    return uploaded([pair.scaling for pair in pairs], like, torch.float64)
 
 
 def empty_rows(num_rows: int, size: int, *, dtype=torch.float32, device="cpu") -> Tensor:

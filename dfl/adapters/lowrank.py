@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import batched, cholesky_qr, svd
+
 SPLITS = ("balanced", "left")
 CRITERIA = ("A", "B", "joint")
 # a singular direction below this fraction of the largest is numerically null in float32
@@ -35,9 +37,8 @@ def truncate(left: Tensor, right: Tensor, rank: int) -> Truncated:
     largest entry of each right vector is positive), so that two runs agree. Where the core is smaller than `rank`, zero
     singular values and zero vectors are appended.
     """
-    left_qr, right_qr = _householder(left), _householder(right.mT)
-    core = left_qr.r.double() @ right_qr.r.double().mT
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    left_qr, right_qr = _thin_qr(left), _thin_qr(right.mT)
+    u, s, vh = svd(left_qr.r.double() @ right_qr.r.double().mT)
     kept = min(rank, s.shape[-1])
     error = s[..., kept:].square().sum(-1).sqrt()
     v = right_qr.times(vh[..., :kept, :].mT)
@@ -71,7 +72,22 @@ class _Householder(NamedTuple):
         return torch.ormqr(self.reflectors[..., :num], self.tau, padded)
 
 
-def _householder(matrix: Tensor) -> _Householder:
+class _Explicit(NamedTuple):
+    """A thin QR whose Q (..., O, K) is there, in float64, so that it does not depend on how a GPU rounds float32 products."""
+
+    q: Tensor
+    r: Tensor  # (..., K, M)
+    dtype: torch.dtype
+
+    def times(self, core: Tensor) -> Tensor:
+        return (self.q @ core.double()).to(self.dtype)
+
+
+def _thin_qr(matrix: Tensor) -> _Householder | _Explicit:
+    if batched(matrix):
+        if matrix.shape[-2] <= matrix.shape[-1]:  # its columns fill the space
+            return _Explicit(torch.eye(matrix.shape[-2], dtype=torch.float64, device=matrix.device), matrix.double(), matrix.dtype)
+        return _Explicit(*cholesky_qr(matrix), matrix.dtype)
     reflectors, tau = torch.geqrf(matrix)
     return _Householder(reflectors, tau, reflectors[..., :tau.shape[-1], :].triu())
 
@@ -166,9 +182,11 @@ def factor_error(grams: Grams, p: Tensor, q: Tensor, weights: Tensor) -> Tensor:
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
     """||left @ right||_F (...) by two thin QRs: no digit is lost where the terms of a sum cancel."""
-    r_left = torch.linalg.qr(left.double(), mode="r").R
-    r_right = torch.linalg.qr(right.double().mT, mode="r").R
-    return torch.linalg.matrix_norm(r_left @ r_right.mT)
+    return torch.linalg.matrix_norm(_triangle(left.double()) @ _triangle(right.double().mT).mT)
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    return _thin_qr(matrix).r if batched(matrix) else torch.linalg.qr(matrix, mode="r").R
 
 
 def procrustes(cross: Tensor, strength: float = 1.0) -> Tensor:
@@ -180,9 +198,9 @@ def procrustes(cross: Tensor, strength: float = 1.0) -> Tensor:
     angle theta changed to atan2(strength sin theta, 1 - strength + strength cos theta), the polar factor of
     (1 - strength) I + strength R; where that is nearly singular (theta near pi), R itself.
     """
-    u, s, vh = torch.linalg.svd(cross.double())
+    u, s, vh = svd(cross.double())
     null = s <= _NULL * s[..., :1]
-    if null.any():
+    if batched(null) or null.any():
         inside = null[..., :, None] & null[..., None, :]
         inner = torch.where(inside, u.mT @ vh.mT, torch.diag_embed((~null).double()))
         vh = _polar(inner)[0] @ vh
@@ -199,7 +217,7 @@ def procrustes(cross: Tensor, strength: float = 1.0) -> Tensor:
 
 def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The orthogonal matrix nearest to a square one, and the latter's smallest singular value (...)."""
-    u, s, vh = torch.linalg.svd(matrix)
+    u, s, vh = svd(matrix)
     return u @ vh, s[..., -1]
 
 

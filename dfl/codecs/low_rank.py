@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import eigh
 from dfl.adapters.layout import Layout, make_layout
 from dfl.codecs.memory import Compressor, remembering
 from dfl.plugins import check_count
@@ -97,7 +98,7 @@ def leading(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if stack.shape[1] > stack.shape[2]:
         right, left = leading(stack.mT, rank)
         return left.mT, right.mT
-    directions = torch.linalg.eigh(stack @ stack.mT).eigenvectors[..., -rank:]
+    directions = eigh(stack @ stack.mT)[1][..., -rank:]
     return directions, directions.mT @ stack
 
 

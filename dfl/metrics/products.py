@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import qr
 from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
 from dfl.seeds import derive
 from dfl.transport.base import Transport
@@ -107,4 +108,4 @@ def _mean(transport: Transport, of_peers: Tensor, num_peers: int) -> Tensor:
 
 
 def _basis(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    return qr(columns)[0]

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import known
+from dfl.adapters.batched import solve as solve_systems
 from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
 from dfl.adapters.lowrank import Grams, combined, factor_error, gram_tables, products
 from dfl.plugins import check_choice
@@ -156,7 +158,7 @@ def _sweeps(fit: Fit, start: Tensor, first: Tensor | None, steps: int, found: Co
         p = _half_step(fit, start, q, "b")
         q = _half_step(fit, start, p, "a")
         error = fit.error(p, q)
-        if (before - error <= TOLERANCE * before).all():
+        if known((before - error <= TOLERANCE * before).all()):
             return p, q, error
         before = error
     return p, q, before
@@ -170,7 +172,7 @@ def _half_step(fit: Fit, start: Tensor, other: Tensor, mine: str) -> Tensor:
     h = fit.basis.T @ h @ fit.basis
     trace = h.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None]
     ridge = torch.where(trace > 0, RIDGE * trace / h.shape[-1], torch.ones_like(trace))
-    return fit.coefficients(torch.linalg.solve(h + torch.diag_embed(ridge.expand_as(c)), c + ridge * start))
+    return fit.coefficients(solve_systems(h + torch.diag_embed(ridge.expand_as(c)), c + ridge * start))
 
 
 def _normal(mine: Tensor, theirs: Tensor, weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

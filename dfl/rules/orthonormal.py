@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import qr
 from dfl.adapters.layout import Layout, stack_a, stack_b, write_pairs
 from dfl.adapters.lowrank import refactor, truncate
 from dfl.plugins import check_choice
@@ -47,7 +48,7 @@ def orthonormalise(layout: Layout, row: Tensor) -> None:
     """A = L Q becomes Q, B becomes B L, in place. The diagonal of L is positive: an A that is orthonormal stays."""
     for pairs in layout.shapes():
         a, b = stack_a(row, pairs), stack_b(row, pairs)
-        q, r = torch.linalg.qr(a.double().mT)
+        q, r = qr(a.double().mT)
         sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r)[..., None, :]
         q, lower = q * sign, r.mT * sign
         write_pairs(row, pairs, q.mT.to(a), (b.double() @ lower).to(b))

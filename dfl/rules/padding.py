@@ -38,11 +38,11 @@ def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, 
         return own if gamma is None else min(own, round_rank(state))
 
     def combine(out: Tensor, received: Received, state: State) -> State:
-        shares = norm_weights(layout, received)
+        shares, rank = norm_weights(layout, received), rank_of(state, received.round)
         for pairs in layout.shapes():
             a, b = received.factors(pairs)
             a, b = in_order(a, b) if order else (a, b)
-            kept = min(rank_of(state, received.round), pairs[0].rank)
+            kept = min(rank, pairs[0].rank)
             write_slots(out, pairs, torch.einsum("j,jlri->lri", shares.to(a), a[..., :kept, :]),
                         torch.einsum("j,jlor->lor", shares.to(b), b[..., :kept]))
         return state
@@ -63,7 +63,8 @@ def hetlora(layout: Layout, *, order: bool = False, gamma: float | None = None, 
         return x, {**state, "rank": torch.full_like(state["rank"], max(min(min_rank, rank), cut) if shrunk else rank)}
 
     def message_ranks(state: State, round: Round) -> list[int]:
-        return [min(round_rank(state), pair.rank) for pair in layout.pairs]
+        rank = round_rank(state)
+        return [min(rank, pair.rank) for pair in layout.pairs]
 
     def finalize(out: Tensor, state: State, round: Round) -> State:
         rank = round_rank(state)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import Layout, Pair, stack_a, stack_b, write_pairs
 from dfl.rules.base import BOTH, mean_of_groups, parts_of, same_shape
 from dfl.slots import Inbox, Message, Round, Rule, State, bits_of, scalar_of
@@ -77,7 +78,7 @@ def pair_gossip(layout: Layout, combine: Combine, *, ranks: Sequence[int] | None
         rows = slots.stack([inbox[j] for j in peers], packed)
         mean_of_groups(out, layout, others, inbox, round)
         notes = None if note is None else torch.stack([scalar_of(inbox[j].meta[note]) for j in peers]).to(x.device)
-        weights = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=x.device)
+        weights = uploaded([round.weights[j] for j in peers], x, torch.float64)
         received = Received(peers, rows, weights, peers.index(round.peer), round,
                       {group: torch.stack([inbox[j].parts[group] for j in peers]) for group in others}, notes)
         return out, combine(out, received, state)
@@ -97,21 +98,21 @@ class Slots:
 
     def __init__(self, layout: Layout):
         self.layout, self.num_factors = layout, layout.length(BOTH)
-        self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._columns: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor]] = {}
 
-    def columns(self, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Where the first ranks[l] slots of each layer lie in A and in B of a row: ascending indices."""
-        key = tuple(ranks)
+    def columns(self, ranks: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the first ranks[l] slots of each layer lie in A and in B of a row: ascending indices, made once for a device."""
+        key = (tuple(ranks), device)
         if key not in self._columns:
-            pairs = list(zip(self.layout.pairs, key, strict=True))
+            pairs = list(zip(self.layout.pairs, ranks, strict=True))
             in_a = [torch.arange(p.a, p.a + r * p.d_in) for p, r in pairs]
             in_b = [(p.b + torch.arange(p.d_out)[:, None] * p.rank + torch.arange(r)).flatten() for p, r in pairs]
-            self._columns[key] = torch.cat(in_a), torch.cat(in_b)
+            self._columns[key] = torch.cat(in_a).to(device), torch.cat(in_b).to(device)
         return self._columns[key]
 
     def cut(self, row: Tensor, ranks: Sequence[int]) -> dict[str, Tensor]:
         """A and B of those slots, as parts of a message."""
-        return {group: row[where.to(row.device)] for group, where in zip("AB", self.columns(ranks), strict=True)}
+        return {group: row[where] for group, where in zip("AB", self.columns(ranks, row.device), strict=True)}
 
     def readable(self, message: Message) -> bool:
         """Whether its ranks are ranks of the layout, and the slots that they fill are there."""
@@ -132,8 +133,8 @@ class Slots:
             return rows
         for row, part, message in zip(rows, parts, messages, strict=True):
             ranks = message.meta["ranks"].tolist()
-            for group, where in zip("AB", self.columns(ranks), strict=True):
-                row[where.to(row.device)] = part[group]
+            for group, where in zip("AB", self.columns(ranks, row.device), strict=True):
+                row[where] = part[group]
         return rows
 
 

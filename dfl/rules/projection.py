@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import eigh
 from dfl.adapters.layout import Layout, write_pairs
 from dfl.rules.pairs import Received, pair_gossip
 from dfl.slots import Rule, State
@@ -37,7 +38,7 @@ def corrected(a: Tensor, b: Tensor, weights: Tensor, ridge: float) -> tuple[Tens
     # (M - B A) A^T, rank by rank: no O x I matrix
     mixed = torch.einsum("j,jlor,jlrs->los", weights, b.double(), a.double() @ mean_a.double().mT)
     gram = mean_a.double() @ mean_a.double().mT
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     kept = values > _NULL * values[..., -1:]
     inverse = torch.where(kept, 1 / torch.where(kept, values + ridge, torch.ones_like(values)), torch.zeros_like(values))
     residual = mixed - mean_b.double() @ gram

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import least_squares, qr
 from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import align, refactor, truncate
 from dfl.plugins import check_count
@@ -72,6 +73,7 @@ class Sketch:
 
     def __init__(self, layout: Layout, s: int | None, l: int | None, seed: int):  # noqa: E741
         self.parts: list[tuple[list[Pair], Tensor, Tensor]] = []
+        self._made: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
         for index, pairs in enumerate(layout.shapes()):
             rank, d_in, d_out = pairs[0].rank, pairs[0].d_in, pairs[0].d_out
             columns = min(s or 2 * rank, d_in, d_out)
@@ -83,12 +85,19 @@ class Sketch:
         self.size = sum(len(pairs) * (pairs[0].d_out * omega.shape[1] + psi.shape[0] * pairs[0].d_in)
                         for pairs, omega, psi in self.parts)
 
+    def _like(self, row: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Omega and Psi of each shape in the type of a row, where it is; made once."""
+        key = (row.dtype, row.device)
+        if key not in self._made:
+            self._made[key] = [(omega.to(row), psi.to(row)) for _, omega, psi in self.parts]
+        return self._made[key]
+
     def of(self, row: Tensor) -> Tensor:
         """The sketch (size,) of the products of a row, in its type."""
         flat = [row.new_zeros(0)]
-        for pairs, omega, psi in self.parts:
+        for (pairs, *_), (omega, psi) in zip(self.parts, self._like(row), strict=True):
             a, b = stack_a(row, pairs), stack_b(row, pairs)
-            flat += [(b @ (a @ omega.to(a))).flatten(), ((psi.to(b) @ b) @ a).flatten()]
+            flat += [(b @ (a @ omega)).flatten(), ((psi @ b) @ a).flatten()]
         return torch.cat(flat)
 
     def read(self, flat: Tensor) -> list[tuple[list[Pair], Tensor, Tensor, Tensor]]:
@@ -110,8 +119,8 @@ def decode(layout: Layout, sketch: Sketch, flat: Tensor, out: Tensor, split: str
     """
     squared = torch.zeros((), dtype=torch.float64, device=out.device)
     for pairs, y, z, psi in sketch.read(flat.double()):
-        q = torch.linalg.qr(y).Q
-        core = torch.linalg.lstsq(psi.to(q) @ q, z).solution
+        q = qr(y)[0]
+        core = least_squares(psi.to(q) @ q, z)
         kept = pairs[0].rank if rank is None else rank
         svd = truncate(q, core, kept)
         own_a, own_b = stack_a(out, pairs)[:, :kept].double(), stack_b(out, pairs)[..., :kept].double()

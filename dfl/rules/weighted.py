@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import known, solve
 from dfl.adapters.layout import Layout, Pair, head_view, scalings, stack_a, write_pairs
 from dfl.adapters.lowrank import refactor, truncate, weighted_sum
 from dfl.plugins import check_count
@@ -95,13 +96,12 @@ def hira(layout: Layout, *, sweeps: int = 5, weights: Weights | None = None) -> 
             svd = truncate(left, right, pairs[0].rank)
             own = stack_a(out, pairs).double()
             new_a, new_b = refactor(svd, own, "balanced")
-            if not (svd.spectrum[:, 0] > 0).all():
-                new_a = torch.einsum("j,jlri->lri", received.weights, a.double())
-                new_b = torch.einsum("j,jlor->lor", received.weights, b.double())
-            else:
-                for index, pair in enumerate(pairs):
-                    squares = weights[pair.name].detach().to(out.device).double().square()
-                    new_a[index], new_b[index] = _fit(squares, left[index], right[index], new_a[index], new_b[index], sweeps)
+            alive = (svd.spectrum[:, 0] > 0).all()
+            for index, pair in enumerate(() if known(~alive) else pairs):
+                squares = weights[pair.name].detach().to(out.device).double().square()
+                new_a[index], new_b[index] = _fit(squares, left[index], right[index], new_a[index], new_b[index], sweeps)
+            new_a = torch.where(alive, new_a, torch.einsum("j,jlri->lri", received.weights, a.double()))
+            new_b = torch.where(alive, new_b, torch.einsum("j,jlor->lor", received.weights, b.double()))
             write_pairs(out, pairs, new_a.to(out), new_b.to(out))
         return state
 
@@ -121,7 +121,7 @@ def _fit(squares: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor, swe
         wanted = (b.mT @ target).mT
         a = _solve(((b[:, first] * b[:, second]).mT @ squares).mT, wanted).mT
         before, explained = explained, (wanted * a.mT).sum()  # at the optimum over A the squared error is energy - explained
-        if explained - before < _WORTH * (energy - explained):
+        if known(explained - before < _WORTH * (energy - explained)):
             break
     return a, b
 
@@ -136,4 +136,4 @@ def _solve(upper: Tensor, target: Tensor) -> Tensor:
     # a whisper of a ridge: a rank that the data do not fill has the smallest solution, not none
     ridge = 1e-13 * normal.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(normal.dtype).tiny)
     normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    return torch.linalg.solve(normal, target)
+    return solve(normal, target)

@@ -33,12 +33,13 @@ PURE = {
 }
 # modules of rooms that also know a model, whose functions are tensors in, tensors or floats out
 PURE_MODULES = {
-    "adapters/layout": set(),
-    "adapters/lowrank": set(),
+    "adapters/layout": {"adapters.batched"},
+    "adapters/batched": set(),
+    "adapters/lowrank": {"adapters.batched"},
     "adapters/cores": {"adapters.layout"},
     "adapters/peft_layers": {"adapters.layout", "config"},
     "adapters/kinds": {"adapters.cores", "adapters.peft_layers", "config", "plugins"},
-    "metrics/products": {"adapters.layout", "seeds", "transport.base"},
+    "metrics/products": {"adapters.batched", "adapters.layout", "seeds", "transport.base"},
     "metrics/measures": {"adapters.layout", "adapters.lowrank", "metrics.products", "transport.base"},
     "metrics/layers": {"adapters.layout", "adapters.lowrank", "metrics.measures", "transport.base"},
     "training/moments": {"adapters.layout", "adapters.lowrank"},
