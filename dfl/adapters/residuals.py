@@ -46,13 +46,14 @@ def with_residual(adapted: Adapted, layout: Layout | None) -> Adapted:
     return adapted._replace(residual=layout if adapted.offset is None else join((adapted.offset[0], layout)), kept=layout)
 
 
-def residual_rows(adapted: Adapted, kept: Tensor | None, num_rows: int) -> Tensor | None:
-    """All that lies beside the adapters of P peers (P, D_E): the constant residual and the rule's rows `kept` (P, D_kept)."""
+def residual_rows(adapted: Adapted, kept: Tensor | None, x: Tensor) -> Tensor | None:
+    """All that lies beside the adapters of the rows x (P, D), where they are, (P, D_E): the constant residual and the rule's rows
+    `kept` (P, D_kept)."""
     if adapted.residual is None or adapted.offset is None:
         return kept
-    layout, constant = adapted.offset
+    layout, constant = adapted.offset[0], adapted.offset[1].to(x.device)
     if kept is None:
         layouts, rows = [layout], [constant]
     else:
         layouts, rows = [layout, adapted.kept], [constant, kept]
-    return join_rows(adapted.residual, layouts, rows, num_rows)
+    return join_rows(adapted.residual, layouts, rows, len(x))

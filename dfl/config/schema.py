@@ -289,7 +289,9 @@ class Config(Section):
     report_to: Names = said((), "tensorboard, wandb, mlflow, trackio; one name or a list")
     output: Folder = said("runs/run", "the run's folder")
     device: Literal["auto", "cpu", "cuda"] = said("auto", "auto: a GPU where torch sees one")
-    backend: Literal["auto", "gloo", "nccl"] = said("auto", "of torch.distributed; auto: by the device")
+    backend: Literal["auto", "gloo", "nccl"] = said(
+        "auto", "of torch.distributed; auto: nccl where each process has a GPU of its own, else gloo")
+    deterministic: bool = said(False, "on a GPU only algorithms that give the same bits every time, attention written out; slower")
     processes: Count | None = said(
         None, "of a plain `dfl train`, on CPU: the hosted peers are spread over so many; null: one for each core and "
               "peer that memory allows")

@@ -28,6 +28,7 @@ from dfl.engine.memory import Memory, state_of_message
 from dfl.engine.receiving import Norms, Received, Receiving
 from dfl.engine.sending import Sending, Spoken
 from dfl.engine.state import Tree, snapshot
+from dfl.engine.timing import now
 from dfl.engine.ways import Graph, Ways
 from dfl.methods import Method
 from dfl.networks.clock import Clock
@@ -246,16 +247,16 @@ class Gossip:
 
     def _say(self, k: int, x: Tensor, rounds: Sequence[Round]) -> Said:
         """The first half: what hosted peers say goes on its way."""
-        started = time.perf_counter()
+        started = now(x)
         own = self._send(x, rounds)
         spoken = self.sending.speak(own, rounds, k)  # trigger, encode
-        encoded = time.perf_counter()
+        encoded = now(x)
         return Said(list(rounds), own, spoken, self.sending.begin(spoken, own, rounds, k), encoded - started)  # transport
 
     def _take(self, k: int, x: Tensor, rounds: Sequence[Round], arrived: Arrived, spoken: Spoken,
               own: Mapping[int, Message]) -> tuple[Report, dict[int, repeats.Seen]]:
         """The second half: what has arrived is mixed with each hosted peer's own message, and the rows x change."""
-        started, t, receiving = time.perf_counter(), rounds[0].t, self.receiving
+        started, t, receiving = now(x), rounds[0].t, self.receiving
         times = self.sending.acknowledge(spoken, t, k)
         received = receiving.open(arrived, spoken, own, rounds, k)  # channel, decode
         norms = receiving.guard(received, own, dict(zip(own, x, strict=True)))
@@ -263,7 +264,7 @@ class Gossip:
         full = [receiving.complete(received[round.peer], own[round.peer], spoken, round, k, self._common_scale(x[row], row))
                 for row, round in enumerate(rounds)]
         self._mix(x, norms, full, own)
-        mixed = time.perf_counter()
+        mixed = now(x)
         together = tuple(round.peer for inbox, round in full if len(inbox) > 1)
         entries = {peer: ledger.entry(spoken.packets.get(peer), to, self.method.rule.index, int(peer in spoken.speakers),
                                       self._usual(t, peer, spoken), self.method.codec.counts) for peer, to in times.items()}

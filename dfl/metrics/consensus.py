@@ -21,9 +21,10 @@ def consensus_rows(transport: Transport, adapted: Adapted, x: Tensor, kept: Tens
     if adapted.cores:
         return Rows(adapted.factors(mean_row(transport, x, num_peers).to(x.dtype)[None]))
     if kept is None:
-        return Rows(consensus(transport, x, adapted.layout, num_peers, product)[None], residual_rows(adapted, None, 1))
+        row = consensus(transport, x, adapted.layout, num_peers, product)[None]
+        return Rows(row, residual_rows(adapted, None, row))
     row, rest = consensus_with_residual(transport, x, adapted.layout, kept, residual, num_peers)
-    return Rows(row[None], residual_rows(adapted, rest[None], 1))
+    return Rows(row[None], residual_rows(adapted, rest[None], row[None]))
 
 
 def consensus(transport: Transport, x: Tensor, layout: Layout, num_peers: int, product: bool) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.attach import Adapted, Rows
+from dfl.adapters.batched import uploaded
 from dfl.metrics.base import Metric
 from dfl.metrics.own import Own
 from dfl.metrics.tally import Tally
-from dfl.training.executors import Executor
+from dfl.training.executors import Executor, logit_bytes
 from dfl.training.reference import with_reference
 from dfl.transport.base import Transport
 
@@ -81,15 +82,17 @@ class Evaluator:
         num, batches = len(rows.x), list(batches)
         added = torch.zeros(num, max(slots, default=0) + 1, self.tally.width, dtype=torch.float64, device=self.device)
         kept = torch.zeros(num, self.tally.num_examples, self.tally.kept_width, dtype=torch.float64, device=self.device)
-        for index in executor.groups(num):
+        tokens = max((self.batches[k]["input_ids"].numel() for k in batches if "input_ids" in self.batches[k]), default=0)
+        for index in executor.groups(num, logit_bytes(self.adapted.model, tokens)):
+            places = uploaded(index, added, torch.int64)
             with executor.bound(self.adapted, rows, None, index) as forward:
                 for k in batches:
                     if halted():
                         raise GivenUp
                     found, of_examples = self._found(forward, index, k)
-                    added[index, slots[k]] += found
+                    added[:, slots[k]].index_add_(0, places, found)
                     if of_examples is not None:
-                        kept[torch.tensor(index, device=self.device)[:, None], self.examples[k]] = of_examples
+                        kept[places[:, None], self.examples[k]] = of_examples
         return added, kept.flatten(1)
 
     def _found(self, forward: Callable, index: Sequence[int], k: int) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from dfl.run import callbacks, workers
 from dfl.run.build import check, data_seed, divide
 from dfl.run.folder import look
 from dfl.run.preflight import memory_lines, ready
-from dfl.run.runtime import Place, choose_backend, choose_device, launched, place_from_environment
+from dfl.run.runtime import Place, check_backend, choose_device, launched, place_from_environment
 from dfl.tasks.models import folder_of, locate
 from dfl.tasks.tables import encode_labels
 from dfl.transport import hosting
@@ -28,7 +28,7 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     hosting(config.peers, place.size)
     device = choose_device(config, place)
     if place.size > 1:
-        choose_backend(config, device, place)
+        check_backend(config, device)
     look(config, resume, overwrite)
     missing, parts = _elsewhere(config), None
     if missing:

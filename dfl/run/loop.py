@@ -13,6 +13,7 @@ from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip, Report
+from dfl.engine.timing import now
 from dfl.metrics.answers import Answers
 from dfl.metrics.consensus import consensus_rows
 from dfl.metrics.evaluator import Evaluator, GivenUp, summarised
@@ -72,7 +73,7 @@ class Run:
 
     @property
     def trainer(self) -> LocalTrainer:
-        return ModelTrainer(self.peers, self.task, self.split, self.executor)
+        return ModelTrainer(self.peers, self.task, self.split, self.executor, self.config.data.max_length)
 
     def rows(self) -> Rows:
         """What the model reads of the hosted peers now."""
@@ -143,9 +144,9 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
 
 def _round(run: Run, t: int, hooks: Hooks) -> int:
     """Round t up to its evaluation, or, where it gives _HALT, to a step of its local phase."""
-    started = time.perf_counter()
+    started = now(run.peers.x)
     losses, flag = _local(run, t, hooks)
-    local_seconds = time.perf_counter() - started
+    local_seconds = now(run.peers.x) - started
     if flag >= _DIVERGED:
         at_start, peer = divmod(flag - _DIVERGED, run.config.peers)
         go_back(run, run.begun[0] if at_start else run.begun[-1])
@@ -224,14 +225,14 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
 
 def finish_round(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending":
     """Exchange, mix and measure round t: all of its record but the evaluation."""
-    config, started = run.config, time.perf_counter()
+    config, started = run.config, now(run.peers.x)
     last = t + 1 == config.train.rounds
     every = config.eval.every if config.measure.every is None else config.measure.every
     look = Look(due(every, t) or (config.measure.every is None and last), due(config.measure.layers, t))
     before = look.before(run, t)
-    seconds = time.perf_counter() - started
+    seconds = now(run.peers.x) - started
     traffic = _exchange(run, t)
-    started = time.perf_counter()
+    started = now(run.peers.x)
     found = look.after(run, before)
     if run.config.delay:  # the local phase took what was exchanged meanwhile for its own
         local_seconds -= traffic.encode_s + traffic.exchange_s

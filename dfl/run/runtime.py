@@ -1,6 +1,7 @@
 """The process and the others of its run: rank and size from torchrun or Slurm, device, threads, process group."""
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ from dfl.config import Config
 from dfl.transport import Distributed, InProcess, Transport, hosting
 from dfl.transport.group import Group
 from dfl.transport.meeting import meet, reach
+from dfl.transport.seats import Seat, agree_on_wire, seat_of
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
 START_SECONDS = 300.0
@@ -107,16 +109,10 @@ def choose_device(config: Config, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank % torch.cuda.device_count())
 
 
-def choose_backend(config: Config, device: torch.device, place: Place) -> str:
-    """gloo on CPUs; NCCL on GPUs, unless several processes share one and the installed NCCL was not told to allow it."""
-    if config.backend != "auto":
-        if config.backend == "nccl" and device.type != "cuda":
-            raise ValueError(f"backend = 'nccl' needs device 'cuda', got {device.type!r}; allowed: auto, gloo")
-        return config.backend
-    if device.type == "cpu":
-        return "gloo"
-    shared = place.local_size > torch.cuda.device_count() and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"
-    return "gloo" if shared else "nccl"
+def check_backend(config: Config, device: torch.device) -> None:
+    """ValueError for what no process here can have; what they can have together they settle while they meet."""
+    if config.backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"backend = 'nccl' needs device 'cuda', got {device.type!r}; allowed: auto, gloo")
 
 
 def num_cores() -> int:
@@ -134,6 +130,16 @@ def num_threads(config: Config, env=os.environ) -> int:
     return config.threads or (int(given) if given.isdecimal() and int(given) else 1)
 
 
+def only_deterministic() -> None:
+    """From now on torch takes only algorithms that give the same bits every time, and raises where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # their backward passes add in the order in which blocks come to an end
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def start(config: Config, worker: Worker | None = None) -> Runtime:
     """Join the other processes and choose device, threads and transport. ValueError for what cannot work.
 
@@ -145,6 +151,8 @@ def start(config: Config, worker: Worker | None = None) -> Runtime:
     torch.set_num_threads(num_threads(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if config.deterministic:
+        only_deterministic()
     return Runtime(place, device, connect(config, place, device, worker), hosted)
 
 
@@ -158,10 +166,10 @@ def connect(config: Config, place: Place, device: torch.device, worker: Worker |
     if worker is None and PROCESS in os.environ:
         raise ValueError(f"{PROCESS} = {os.environ[PROCESS]!r} is for membership: survive, whose processes find each other; with "
                          "membership: fixed start them with torchrun or srun")
+    check_backend(config, device)
     patience = max(1.2 * config.timeout, START_SECONDS)
-    wire = device if choose_backend(config, device, place) == "nccl" else None
     with _within_the_machine() if worker else contextlib.nullcontext():
-        group = _meet(place, worker, patience, wire)
+        group = _meet(place, worker, patience, config.backend, device)
     transport = Distributed(config.peers, group, device=device, timeout=config.timeout)
     transport.introduce(socket.gethostname())
     return transport
@@ -180,8 +188,10 @@ def _within_the_machine() -> Iterator[None]:
             os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
-def _meet(place: Place, worker: Worker | None, patience: float, wire: torch.device | None) -> Group:
+def _meet(place: Place, worker: Worker | None, patience: float, wish: str, device: torch.device) -> Group:
     """Join the others in a group of our own. ConnectionError says in one line who waited where, when they do not come.
+
+    wish: `backend` of the recipe; over what messages go all settle together.
 
     Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
     that of the transport, so that NCCL's watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
@@ -189,11 +199,23 @@ def _meet(place: Place, worker: Worker | None, patience: float, wire: torch.devi
     try:
         store = _store(place, worker, patience)
         store = dist.PrefixStore(f"dfl/{meet(store, place.rank, place.size, patience)}", store)
-        return Group(store, place.rank, place.size, timeout=patience, device=wire)
+        seats = [Seat(*json.loads(told)) for told in _told(store, place, json.dumps(seat_of(device)), "seat")]
+        wire, why = agree_on_wire(wish, seats)
+        if why and place.rank == 0:
+            print(f"dfl: messages go over gloo, by way of the CPUs: {why}", file=sys.stderr)
+        return Group(store, place.rank, place.size, timeout=patience, device=device if wire == "nccl" else None)
     except (RuntimeError, ConnectionError) as error:
+        if "Duplicate GPU" in str(error):
+            raise ValueError("backend: NCCL refuses processes that share a GPU (\"Duplicate GPU\"); allowed: gloo") from error
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"process {place.rank} on {socket.gethostname()} did not meet the other {place.size - 1} at {at}: "
                               f"{str(error).splitlines()[0][:200]}") from error
+
+
+def _told(store, place: Place, mine: str, what: str) -> list[str]:
+    """What every process says, by process, under a key that is used for this alone."""
+    store.set(f"{what}/{place.rank}", mine)
+    return [store.get(f"{what}/{process}").decode() for process in range(place.size)]
 
 
 def told_addresses(place: Place, worker: Worker | None, mine: str, patience: float) -> list[str]:
@@ -201,8 +223,7 @@ def told_addresses(place: Place, worker: Worker | None, mine: str, patience: flo
     try:
         store = _store(place, worker, patience)
         store = dist.PrefixStore(f"dfl/{meet(store, place.rank, place.size, patience)}", store)
-        store.set(f"at/{place.rank}", mine)
-        found = [store.get(f"at/{process}").decode() for process in range(place.size)]
+        found = _told(store, place, mine, "at")
         store.set(f"read/{place.rank}", "")
         if place.rank == 0:  # which may hold the store: until all have read
             store.wait([f"read/{process}" for process in range(place.size)], timedelta(seconds=patience))

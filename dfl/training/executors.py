@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfl.adapters.attach import Adapted, Rows, bind
+from dfl.adapters.batched import uploaded
 from dfl.adapters.kinds import KINDS
 from dfl.adapters.layout import a_view, b_view, head_view
 from dfl.adapters.peft_layers import ADAPTER
@@ -18,14 +19,26 @@ from dfl.adapters.peft_layers import ADAPTER
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
+# bytes of the outputs of one pass on a CPU; on a GPU it is a share of its memory
+ROOM, SHARE = 2**32, 4
+
+
+def logit_bytes(model: nn.Module, tokens: int) -> int:
+    """What a model's output over its vocabulary takes for so many tokens: as it comes, as float32, and the gradients of both; 0 where
+    it has no such output."""
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        return 0
+    return tokens * model.config.get_text_config().vocab_size * 12
+
+
 class Executor(Protocol):
     """Yields a function (inputs, index) -> model output. `inputs` is the equal batches of the rows `index`, one after the other.
 
     g: gradients (P, D) of the rows of factors, for the groups in `trains`; skips: adapted layers that get none, by number.
     """
 
-    def groups(self, num_rows: int) -> list[list[int]]:
-        """Which rows go through the model together."""
+    def groups(self, num_rows: int, row_bytes: int = 0) -> list[list[int]]:
+        """Which rows go through the model together; row_bytes: what the output of one takes (`logit_bytes`)."""
 
     def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains: frozenset[str],
               skips: frozenset[int] = frozenset()): ...
@@ -34,7 +47,7 @@ class Executor(Protocol):
 class Sequential:
     """The reference: PEFT's own layers, their parameters bound to one row after the other."""
 
-    def groups(self, num_rows: int) -> list[list[int]]:
+    def groups(self, num_rows: int, row_bytes: int = 0) -> list[list[int]]:
         return [[row] for row in range(num_rows)]
 
     @contextmanager
@@ -66,10 +79,16 @@ class Stacked:
 
     The leading dimension of every adapted layer's input must be the batch, peer after peer, as it is in most of
     transformers; ValueError where it is not. Gradients of x's rows accumulate in the rows of g.
+    room: bytes that the outputs of a pass may take; peers that need more go in several passes, as equal as possible.
     """
 
-    def groups(self, num_rows: int) -> list[list[int]]:
-        return [list(range(num_rows))] if num_rows else []
+    def __init__(self, room: int = ROOM):
+        self.room = room
+
+    def groups(self, num_rows: int, row_bytes: int = 0) -> list[list[int]]:
+        most = max(1, self.room // row_bytes) if row_bytes else max(1, num_rows)
+        parts = -(-num_rows // most)
+        return [list(range(num_rows * k // parts, num_rows * (k + 1) // parts)) for k in range(parts)]
 
     @contextmanager
     def bound(self, adapted: Adapted, rows: Rows, g: Tensor | None, index: Sequence[int], trains=frozenset(),
@@ -77,10 +96,11 @@ class Stacked:
         x = rows.x
         selected = _Selection(len(x))
         patched = [site.module for site in adapted.sites] + [site.module for site in adapted.head]
+        scale = None if rows.scale is None else uploaded(rows.scale, x, x.dtype)
         for number, site in enumerate(adapted.sites):
             a = _leaf(a_view(x, site.pair), g, partial(a_view, pair=site.pair), "A" in trains and number not in skips)
             b = _leaf(b_view(x, site.pair), g, partial(b_view, pair=site.pair), "B" in trains and number not in skips)
-            scaling = site.pair.scaling if rows.scale is None else site.pair.scaling * x.new_tensor(rows.scale)
+            scaling = site.pair.scaling if scale is None else site.pair.scaling * scale
             site.module.forward = partial(_lora_forward, site.module, a, b, scaling, selected)
         for site in adapted.head:
             tensors = {key: _leaf(head_view(x, t), g, partial(head_view, tensor=t), "head" in trains)
@@ -104,6 +124,7 @@ class _Selection:
 
     def __init__(self, num_rows: int):
         self.num_rows, self.rows, self.batch = num_rows, list(range(num_rows)), 0
+        self._places: tuple[list[int], Tensor] | None = None
 
     def check(self, x: Tensor) -> None:
         """A layer fed with something that all examples share (relative positions) cannot be split by peers."""
@@ -112,7 +133,11 @@ class _Selection:
                              f"the batch of {self.batch}; allowed: 'sequential', or other lora.targets")
 
     def take(self, stacked: Tensor) -> Tensor:
-        return stacked if len(self.rows) == self.num_rows else stacked[self.rows]
+        if len(self.rows) == self.num_rows:
+            return stacked
+        if self._places is None or self._places[0] != list(self.rows):  # a list would be sent to a GPU at every layer
+            self._places = list(self.rows), uploaded(list(self.rows), stacked)
+        return stacked[self._places[1]]
 
 
 def _leaf(view: Tensor, g: Tensor | None, gradient_view, trained: bool) -> Tensor:
@@ -197,4 +222,6 @@ def choose(name: str, device: torch.device, adapter: str = "lora") -> Executor:
         name = "sequential" if device.type == "cpu" or "stacked" not in able else "stacked"
     if name not in able:
         raise ValueError(f"train.executor = {name!r} cannot run lora.adapter = {adapter!r}; allowed: {', '.join(able)}")
+    if name == "stacked" and device.type == "cuda":
+        return Stacked(torch.cuda.get_device_properties(device).total_memory // SHARE)
     return EXECUTORS[name]()

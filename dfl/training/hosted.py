@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.attach import Adapted, Rows, start_of
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import empty_rows
 from dfl.adapters.residuals import residual_rows
 from dfl.config import TrainConfig
@@ -45,7 +46,7 @@ def common_scale(adapted: Adapted, rows: Tensor, scale: Sequence[float] | None) 
     x = empty_rows(*rows.shape, device=rows.device)
     x.copy_(adapted.averageable(rows))
     if scale is not None:
-        x[:, adapted.layout.groups["B"]] *= x.new_tensor(scale)[:, None]
+        x[:, adapted.layout.groups["B"]] *= uploaded(scale, x, x.dtype)[:, None]
     return x
 
 
@@ -74,7 +75,7 @@ class HostedPeers:
 
     def rows(self, residuals: Tensor | None = None) -> Rows:
         """What the model reads of the hosted peers now, with the residuals (P, D_E) that their rule keeps."""
-        return Rows(self.factors.refresh(), residual_rows(self.adapted, residuals, len(self.ids)), self.scale)
+        return Rows(self.factors.refresh(), residual_rows(self.adapted, residuals, self.x), self.scale)
 
     def common_scale(self) -> Tensor:
         """A copy of the rows (P, D) as if all adapters had one scaling, in which they can be compared and averaged."""

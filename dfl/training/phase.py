@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dfl.adapters.attach import Rows
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import empty_rows
 from dfl.seeds import derive
 from dfl.slots import Plan
 from dfl.training.base import AfterStep, DivergenceError, Halt
 from dfl.training.dropout import PeerDropout
-from dfl.training.executors import Executor, Stacked, autocasts
+from dfl.training.executors import Executor, Stacked, autocasts, logit_bytes
 from dfl.training.hosted import HostedPeers, Part
 from dfl.training.masks import Held
 from dfl.training.privacy import noise_seed, noisy_mean, sampled
@@ -41,11 +42,12 @@ class ModelTrainer:
     Batches, dropout and what else is random follow from (seed, peer, t). A phase that `halt` has stopped goes on with
     the next call of `run`, also in another process, from what `HostedPeers.state_tensors` gave. Who gives `halt` has to
     call `HostedPeers.end_phase`: until then a phase that is done can be saved as well, as another process may have
-    stopped in its own.
+    stopped in its own. max_length: tokens of an example at most, by which the executor decides who trains together.
     """
 
-    def __init__(self, peers: HostedPeers, task: Any, split: Any, executor: Executor):
+    def __init__(self, peers: HostedPeers, task: Any, split: Any, executor: Executor, max_length: int = 0):
         self.peers, self.task, self.split, self.executor = peers, task, split, executor
+        self.row_bytes = logit_bytes(peers.adapted.model, peers.train.batch_size * max_length)
         self.generators = [torch.Generator(peers.device) for _ in peers.ids]
 
     def run(self, x: Tensor, plans: Sequence[Plan], corrections: Sequence[Tensor | None], t: int, *,
@@ -58,7 +60,7 @@ class ModelTrainer:
         held = None if masks[0] is None else Held(torch.stack(masks), x.clone(), part.held)
         phase = _Phase(t, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans])
         peers.adapted.model.train()
-        for index in self.executor.groups(len(peers.ids)):
+        for index in self.executor.groups(len(peers.ids), self.row_bytes):
             if not self._train(phase, rows, index):
                 self._check_finite(phase)
                 return None
@@ -91,10 +93,11 @@ class ModelTrainer:
     def _count(self, phase: _Phase, k: int, active: list[int], losses: Tensor) -> None:
         self._after_step(phase, k, active)
         self._stretch(phase, [row for row in active if k == self.peers.steps(row) - 1])
-        steps = torch.tensor([self.peers.steps(row) for row in active], device=self.peers.device)
-        phase.part.means[active] += losses / steps
+        means, first = phase.part.means, phase.part.first
+        places = uploaded(active, means)
+        means.index_add_(0, places, losses / uploaded([self.peers.steps(row) for row in active], means))
         if k == 0:
-            phase.part.first[active] = losses
+            first.index_copy_(0, places, losses)
         for row in active:
             phase.part.done[row] = k + 1
 

@@ -4,9 +4,12 @@ So a peer may itself be a sharded or data-parallel job, and a script that starts
 on CPUs go over gloo, those on GPUs over NCCL where a run asks for it; nothing else in dfl speaks to torch.distributed.
 """
 
+import contextlib
+import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -18,6 +21,10 @@ from dfl.transport.watch import Watch
 
 # between two looks at who is silent, while something is waited for
 LOOK_SECONDS = 0.5
+# of waiting for a GPU without a pause: a message between GPUs takes less than the shortest pause there is
+SPIN_SECONDS = 0.002
+# so many processes connect with each other as they start; more would each hold buffers for all others
+MOST_CONNECTED = 64
 
 
 @dataclass
@@ -88,15 +95,19 @@ class Group:
                     self._nccl.recv([received[q]], q, 0)
                 if q in sent:
                     self._nccl.send([sent[q]], q, 0)
-            work, look = self._nccl._end_coalescing(self.device), time.monotonic() + LOOK_SECONDS
+            work, began = self._nccl._end_coalescing(self.device), time.monotonic()
+            look = began + LOOK_SECONDS
             while not work.is_completed():
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline:
                     return partners, False
-                if watch and time.monotonic() > look:
-                    look = time.monotonic() + LOOK_SECONDS
+                if watch and now > look:
+                    look = now + LOOK_SECONDS
+                    if failed := watch.failed():  # no connection closes that would tell
+                        return failed, False
                     if silent := watch.silent():
                         return silent, True
-                time.sleep(0.0005)
+                time.sleep(0 if now - began < SPIN_SECONDS else 0.0005)
             work.wait()
         except RuntimeError:
             return partners, False
@@ -122,11 +133,39 @@ def _nccl(store, rank: int, size: int, limit: timedelta, device: torch.device):
     options._timeout = limit
     group = dist.ProcessGroup(store, rank, size)
     group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
-    backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    with _no_end_by_watchdog():
+        backend = dist.ProcessGroupNCCL(store, rank, size, options)
     group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, backend)
     # NCCL makes its communicator in the first step of the group, and all processes must be there
     group.allreduce([torch.zeros(1, device=device)]).wait()
+    _connect(group, rank, size, device)
     return group
+
+
+def _connect(group, rank: int, size: int, device: torch.device) -> None:
+    """A byte to and from every other process: NCCL connects a pair at its first message, where it waits without a time-out of ours."""
+    if size > MOST_CONNECTED:
+        return
+    sent, received = torch.zeros(1, dtype=torch.uint8, device=device), torch.zeros(size, 1, dtype=torch.uint8, device=device)
+    group._start_coalescing(device)
+    for q in range(size):
+        if q != rank:
+            group.recv([received[q]], q, 0)
+            group.send([sent], q, 0)
+    group._end_coalescing(device).wait()
+
+
+@contextlib.contextmanager
+def _no_end_by_watchdog() -> Iterator[None]:
+    """A group that is made meanwhile leaves errors to us: else NCCL's watchdog ends the process before it has said what was wrong."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0" if before is None else before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 class Waiter:

@@ -36,7 +36,7 @@ class Notes:
         """Only the first note counts: what comes later follows from it."""
         if not self.written:
             self.written = True
-            self._ask(lambda: self.store.set(_key(self.process), json.dumps(note._asdict())))
+            self._ask(lambda: self.store.set(note_key(self.process), json.dumps(note._asdict())))
 
     def cause(self, mine: Note) -> Note:
         """The note that explains `mine`: from those waited for in vain to those they waited for, and so on."""
@@ -51,10 +51,10 @@ class Notes:
         return note
 
     def _has(self, process: int) -> bool:
-        return bool(self._ask(lambda: self.store.check([_key(process)])))
+        return bool(self._ask(lambda: self.store.check([note_key(process)])))
 
     def _read(self, process: int) -> Note | None:
-        raw = self._ask(lambda: self.store.get(_key(process)))
+        raw = self._ask(lambda: self.store.get(note_key(process)))
         return Note(**json.loads(raw)) if raw else None
 
     def look_up(self, key: str) -> bytes | None:
@@ -91,5 +91,5 @@ class Notes:
         return self.store is not None
 
 
-def _key(process: int) -> str:
+def note_key(process: int) -> str:
     return f"dfl/note/{process}"

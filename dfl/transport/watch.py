@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from dfl.transport.notes import note_key
+
 POLL_SECONDS = 0.25  # until a wish to stop is known everywhere
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # longer than anything holds up a live process: a thread of it needs only the interpreter, now and then
@@ -26,6 +28,7 @@ class Watch:
         self.told = False  # somebody has been told to stop
         self.beats: dict[int, bytes] = {}  # the last of those that are waited for
         self.answers = 0  # of the store
+        self._failed: set[int] = set()
         self._waiting: tuple[tuple[int, ...], float] = ((), 0.0)  # for whom, and since when
         self._beats_told, self._next_beat = 0, 0.0
         self._last_told: tuple[int, ...] = ()
@@ -73,6 +76,12 @@ class Watch:
         for process in self._waiting[0] if beats else ():
             if self.store.check([self.key(process)]):
                 self.beats[process] = self.store.get(self.key(process))
+            if self.store.check([note_key(process)]):
+                self._failed.add(process)
+
+    def failed(self) -> list[int]:
+        """Those among the awaited that have left a note of an error."""
+        return [process for process in self._waiting[0] if process in self._failed]
 
     def begin(self, processes: Iterable[int]) -> None:
         """The main thread waits for these from now on."""

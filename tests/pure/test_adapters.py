@@ -13,6 +13,7 @@ from tiny_runs import local_phase, make_config, make_run, write_data
 from transformers import AutoModelForSequenceClassification
 
 from dfl.adapters.layout import a_view, b_view
+from dfl.adapters.residuals import residual_rows
 from dfl.run import train as running
 from dfl.run.checkpoint import Checkpointer
 from dfl.run.loop import Hooks, evaluate, run_rounds
@@ -230,6 +231,15 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, fields, said):
     with pytest.raises(ValueError) as error:
         make_run(make_config(folder / "bert", folder / "data.csv", tmp_path / "run", **fields))
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_the_constant_residual_goes_where_the_rows_are(folder, tmp_path, start):
+    """It is made on the CPU; a device without memory stands for a GPU."""
+    run, _ = make_run(configure(folder, tmp_path / "run", "pissa", lora__start=start))
+    x = torch.empty(3, run.peers.layout.size, device="meta")
+    beside = residual_rows(run.peers.adapted, None, x)
+    assert beside.device == x.device and beside.shape == (3, run.peers.adapted.residual.size)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

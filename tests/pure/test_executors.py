@@ -13,7 +13,7 @@ from torch import nn
 from dfl.seeds import derive
 from dfl.training import phase
 from dfl.training.dropout import PeerDropout
-from dfl.training.executors import Sequential, Stacked, choose
+from dfl.training.executors import Sequential, Stacked, choose, logit_bytes
 from dfl.training.hosted import HostedPeers
 from dfl.training.stream import DataStream
 
@@ -292,3 +292,33 @@ def test_the_global_generator_is_seeded_as_torch_does_and_cheaper(monkeypatch):
     monkeypatch.setattr(traceback, "format_stack", lambda *given: pytest.fail("a stack was formatted"))
     phase._seed_global(7, torch.device("cpu"))
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_outputs_over_a_vocabulary_go_in_passes_that_fit(root):
+    """Four peers of which three would be too many for one pass: the same training and evaluation as one after the other."""
+    fields = {"model__task": GENERATE, "lora__targets": "all-linear", "model__dropout": 0.0, "train__optimizer": "sgd",
+              "train__lr": 0.5, "train__executor": "stacked"}
+    config = tiny_runs.make_config(model(root, "llama"), root / "data.csv", root / "out", **fields)
+    run, _ = tiny_runs.make_run(config)
+    row = logit_bytes(run.peers.adapted.model, config.train.batch_size * config.data.max_length)
+    assert row == 4 * 16 * 64 * 12 == run.trainer.row_bytes
+    small = Stacked(room=3 * row - 1)
+    assert small.groups(4, row) == [[0, 1], [2, 3]] and small.groups(4) == [[0, 1, 2, 3]] and small.groups(0, row) == []
+    assert Stacked(room=1).groups(2, row) == [[0], [1]] and Stacked(room=4 * row).groups(5, row) == [[0, 1], [2, 3, 4]]
+    found = {}
+    for executor in (Sequential(), small):
+        run, _ = tiny_runs.make_run(config)
+        run.executor, seen = executor, []
+        forward = run.peers.adapted.model.forward
+        run.peers.adapted.model.forward = lambda *a, seen=seen, forward=forward, **k: (
+            seen.append(len(k["input_ids"])), forward(*a, **k))[1]
+        losses = run.trainer.run(run.peers.x, run.gossip.plans(0), [None] * 4, 0)
+        assert set(seen) == {8 if executor is small else 4}
+        found[executor] = [losses, run.peers.x, run.evaluator.sums(run.rows(), executor)]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_words_at_its_end_has_no_such_output(root):
+    run, _ = tiny_runs.make_run(tiny_runs.make_config(model(root, "bert"), root / "data.csv", root / "out"))
+    assert logit_bytes(run.peers.adapted.model, 100) == 0 == run.trainer.row_bytes

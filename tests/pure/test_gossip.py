@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import topologies
 from dfl import methods
 from dfl.adapters.common import digest_of_common
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
+from dfl.engine import timing
 from dfl.transport import InProcess
 
 NUM = 5
@@ -261,3 +263,10 @@ def test_it_goes_when_nobody_has_it_any_more():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_seconds_of_a_phase_are_not_those_of_work_on_a_gpu_that_was_begun_before(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    assert timing.now(SimpleNamespace(is_cuda=True, device="cuda:1")) <= timing.now(torch.zeros(1))
+    assert waited == ["cuda:1"]
