@@ -23,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "side_by_side"
 ROOT = Path(__file__).parent.parent
-PEERS, WARM, ROUNDS, REPEATS, SECONDS = int(os.environ.get("PEERS", 8)), 4, 30, 3, 400
+PEERS, REPEATS = int(os.environ.get("PEERS", 8)), int(os.environ.get("REPEATS", 3))
+WARM, ROUNDS, SECONDS = 4, 30, 400
 FOREIGN = {"decent_dp": "decent-dp==0.2.3", "hivemind": "hivemind==1.1.12", "flower": "flwr==1.42.0"}
 NAMES = ("nothing", "plain_gloo", "ours", "all_reduce", "decent_dp", "ours_every_step", "flower", "hivemind")
 SHARED = ("torch", "numpy", "transformers", "peft", "tokenizers", "safetensors")
