@@ -39,8 +39,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [measure(peers, args.batch_size, torch.device(args.device), args.turns) for peers in args.peers]
-    write(f"local_phase_{torch.device(args.device).type}", {"model": "MiniLM-L6", "rank": 8, "max_length": 64, "threads": 1, "steps": STEPS,
-          "turns": args.turns, "batch_size": args.batch_size, "device": args.device}, rows)
+    about = {"model": "MiniLM-L6", "rank": 8, "max_length": 64, "threads": 1, "steps": STEPS}
+    write(f"local_phase_{torch.device(args.device).type}", about | vars(args), rows)
 
 
 def measure(num_peers: int, batch_size: int, device: torch.device, turns: int) -> dict:
@@ -67,8 +67,10 @@ def measure(num_peers: int, batch_size: int, device: torch.device, turns: int) -
                 torch.cuda.synchronize()
             if turn:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - began)
-    row = {"peers": num_peers, **{f"{name}_ms": round(1e3 * statistics.median(found) / STEPS, 2) for name, found in seconds.items()},
-           **{f"{ours}_to_{other}": ratio(seconds[ours], seconds[other]) for ours in ("sequential", "stacked") for other in ("bare", "central")}}
+    times = {f"{name}_ms": round(1e3 * statistics.median(found) / STEPS, 2) for name, found in seconds.items()}
+    ratios = {f"{ours}_to_{other}": ratio(seconds[ours], seconds[other])
+              for ours in ("sequential", "stacked") for other in ("bare", "central")}
+    row = {"peers": num_peers, **times, **ratios}
     print(row, flush=True)
     return row
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PEERS, REPEATS = int(os.environ.get("PEERS", 8)), int(os.environ.get("REPEATS", 3))
 WARM, ROUNDS, SECONDS = 4, 30, 400
 FOREIGN = {"decent_dp": "decent-dp==0.2.3", "hivemind": "hivemind==1.1.12", "flower": "flwr==1.42.0"}
-NAMES = ("nothing", "plain_gloo", "ours", "all_reduce", "decent_dp", "ours_every_step", "flower", "hivemind")
+NAMES = ("nothing", "plain_gloo", "ours", "ours_measured", "all_reduce", "decent_dp", "ours_every_step", "flower", "hivemind")
 SHARED = ("torch", "numpy", "transformers", "peft", "tokenizers", "safetensors")
 
 

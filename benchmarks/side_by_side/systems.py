@@ -54,13 +54,18 @@ def all_reduce(job: Job, rank: int) -> Iterator[None]:
 
 
 def ours(job: Job, rank: int) -> Iterator[None]:
-    """dfl.Gossip around the loop: plain averaging on the same ring."""
+    """dfl.Gossip around the loop: plain averaging on the same ring, and nothing measured beside it."""
+    yield from _gossip(job, LOCAL_STEPS, measure__every=0)
+
+
+def ours_measured(job: Job, rank: int) -> Iterator[None]:
+    """The same by the defaults: every fifth round sums over all peers, for the disagreement."""
     yield from _gossip(job, LOCAL_STEPS)
 
 
 def ours_every_step(job: Job, rank: int) -> Iterator[None]:
     """dfl.Gossip after every step, one neighbour at a time as Decent-DP has it."""
-    yield from _gossip(job, 1, topology={"name": "one_peer_exponential"})
+    yield from _gossip(job, 1, topology={"name": "one_peer_exponential"}, measure__every=0)
 
 
 def _gossip(job: Job, every: int, **words) -> Iterator[None]:
@@ -111,6 +116,6 @@ def hivemind(job: Job, rank: int) -> Iterator[None]:
 
 
 SYSTEMS: dict[str, Callable[[Job, int], Iterator[None]]] = {
-    "nothing": nothing, "plain_gloo": plain_gloo, "all_reduce": all_reduce, "ours": ours, "decent_dp": decent_dp,
-    "ours_every_step": ours_every_step, "hivemind": hivemind,
+    "nothing": nothing, "plain_gloo": plain_gloo, "all_reduce": all_reduce, "ours": ours, "ours_measured": ours_measured,
+    "decent_dp": decent_dp, "ours_every_step": ours_every_step, "hivemind": hivemind,
 }

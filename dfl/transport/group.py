@@ -177,11 +177,15 @@ class Waiter:
         threading.Thread(target=self._run, name="dfl-wait", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            works, deadline, done, missing = self.jobs.get()
+        while job := self.jobs.get():
+            works, deadline, done, missing = job
             missing += _wait(works, deadline)
-            del works
+            del works, job
             done.set()
+
+    def end(self) -> None:
+        """Nothing more is waited for; the thread ends behind the wait at work."""
+        self.jobs.put(None)
 
     def wait(self, works: list, deadline: float, watch: Watch) -> tuple[list[int], bool]:
         done, missing = threading.Event(), []

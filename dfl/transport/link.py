@@ -165,6 +165,7 @@ class Link:
     def _end_watch(self) -> None:
         if self._watch:
             self._watch.end()
+            self._waiter.end()
 
 
 def total_bytes(tensors: dict[int, Tensor]) -> int:

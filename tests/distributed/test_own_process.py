@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -132,10 +133,14 @@ def test_a_mistake_is_one_line_of_the_real_command_without_a_trace(root, tmp_pat
 def _trains_without_a_collection(argv: list[str]) -> list[str]:
     gc.disable()
     assert main(argv) == 0
-    return [type(one).__name__ for one in gc.get_objects() if isinstance(one, Group)]
+    left = [type(one).__name__ for one in gc.get_objects() if isinstance(one, Group)]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("dfl-")]
+    for thread in threads:
+        thread.join(5)
+    return left + [thread.name for thread in threads if thread.is_alive()]
 
 
-def test_a_group_goes_with_its_run(root, tmp_path):
+def test_a_group_and_its_threads_go_with_their_run(root, tmp_path):
     """In a circle it would go with a garbage collection, behind the file where the processes met; its store opens that once more when
     it goes, and C++ ends the process where it cannot."""
     assert run_alone(_trains_without_a_collection, words(root, tmp_path / "run", processes=2, train__rounds=2)) == []
