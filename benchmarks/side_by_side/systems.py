@@ -55,7 +55,7 @@ def all_reduce(job: Job, rank: int) -> Iterator[None]:
 
 def ours(job: Job, rank: int) -> Iterator[None]:
     """dfl.Gossip around the loop: plain averaging on the same ring, and nothing measured beside it."""
-    yield from _gossip(job, LOCAL_STEPS, measure__every=0)
+    yield from _gossip(job, LOCAL_STEPS, measure={"every": 0, "layers": 0})
 
 
 def ours_measured(job: Job, rank: int) -> Iterator[None]:
@@ -65,7 +65,7 @@ def ours_measured(job: Job, rank: int) -> Iterator[None]:
 
 def ours_every_step(job: Job, rank: int) -> Iterator[None]:
     """dfl.Gossip after every step, one neighbour at a time as Decent-DP has it."""
-    yield from _gossip(job, 1, topology={"name": "one_peer_exponential"}, measure__every=0)
+    yield from _gossip(job, 1, topology={"name": "one_peer_exponential"}, measure={"every": 0, "layers": 0})
 
 
 def _gossip(job: Job, every: int, **words) -> Iterator[None]:

@@ -172,7 +172,8 @@ def _conclude(run: Run, hooks: Hooks, stop: bool) -> bool:
     evaluated_at = time.perf_counter()
     if last or stop:
         run.consensus()  # for the checkpoint that follows: its bytes belong to this record, the last one
-    record = round_record(run, t, pending) | pending.found | ({"eval": evaluation} if evaluated else {})
+    record = round_record(run, t, pending, run.transport.summary(record_sums(run, pending))) | pending.found
+    record |= {"eval": evaluation} if evaluated else {}
     record["seconds"] |= {"measure": pending.measure_seconds, "evaluate": evaluated_at - started}
     run.pending = None
     hooks.record(record)
@@ -308,13 +309,18 @@ def _packet(parts: dict[str, Tensor]) -> Packet:
                   {name: part.numel() for name, part in parts.items()}, {})
 
 
-def round_record(run: Run, t: int, pending: Pending) -> dict:
-    """Numbers of all processes; lists are of the hosted peers. Seconds are those of the slowest process, bytes those sent by all since
-    the record before."""
-    names, table = (*_COLUMNS, *_state_names(run)), pending.table
+def record_sums(run: Run, pending: Pending) -> Tensor:
+    """(3, K) float64, for `Transport.summary`: of each number of a record the sum, least and largest over the hosted peers."""
+    table = pending.table
     table[0, _columns(SENT)] = torch.tensor(run.transport.newly_sent(), dtype=torch.float64)
-    stacked = torch.stack([table.sum(0), table.amin(0), table.amax(0)])
-    total, least, most = (dict(zip(names, row, strict=True)) for row in run.transport.summary(stacked).tolist())
+    return torch.stack([table.sum(0), table.amin(0), table.amax(0)])
+
+
+def round_record(run: Run, t: int, pending: Pending, summed: Tensor) -> dict:
+    """Numbers of all processes; lists are of the hosted peers. Seconds are those of the slowest process, bytes those sent by all since
+    the record before. summed (3, K): `record_sums` of all processes."""
+    names, table = (*_COLUMNS, *_state_names(run)), pending.table
+    total, least, most = (dict(zip(names, row, strict=True)) for row in summed.tolist())
     now, num_peers = t / run.config.train.rounds, run.num_there
     lr, rates = run.peers.learning_rate(now), run.peers.rates(now)
     return {"round": t + 1, "trains": "+".join(sorted(run.gossip.plans(t)[0].trains)), "lr": lr,

@@ -19,7 +19,7 @@ from dfl.engine import state as trees
 from dfl.engine.gossip import Gossip
 from dfl.methods import Context
 from dfl.run.build import check_adapter
-from dfl.run.loop import Pending, Run, finish_round
+from dfl.run.loop import Pending, Run, finish_round, record_sums
 from dfl.script import adapters
 from dfl.script.adapters import Found, Parameter, lent, parameters_of
 from dfl.script.joining import Peer
@@ -214,17 +214,28 @@ class Mixing:
         status = _TRAINS if training else _LEFT if self.steps else _DONE
         if not bool(torch.isfinite(self.row.x).all()):
             status = _DIVERGED + self.peer.rank
-        agreed = self.peer.transport.agree(status)
-        if agreed >= _DIVERGED:
-            raise DivergenceError(f"peer {agreed - _DIVERGED} diverged in round {self.completed + 1}: its factors are not finite; a "
-                                  "smaller learning rate or a smaller gradient norm may help", agreed - _DIVERGED)
+        agreed = self._agree(status)
         if agreed == _DONE:
             return False
         self._one_round(keep)
         return True
 
+    def _agree(self, status: int) -> int:
+        """The largest status of all peers; the last round is recorded, with what was evaluated and logged since. One step of all
+        peers tells both."""
+        run = self.run
+        mine = torch.tensor([float(status), float(bool(self.evaluations))], dtype=torch.float64).expand(3, -1)
+        sums = mine.new_empty(3, 0) if run.pending is None else record_sums(run, run.pending)
+        told = self.peer.transport.summary(torch.cat([mine, sums], 1))
+        agreed, evaluated = map(int, told[2, :2].tolist())
+        if agreed >= _DIVERGED:
+            raise DivergenceError(f"peer {agreed - _DIVERGED} diverged in round {self.completed + 1}: its factors are not finite; a "
+                                  "smaller learning rate or a smaller gradient norm may help", agreed - _DIVERGED)
+        self.records.round(run, told[:, 2:], evaluation_record(self.evaluations, self.peer) if evaluated else None)
+        self.evaluations = {}
+        return agreed
+
     def _one_round(self, keep: bool) -> None:
-        self.flush()
         if self._out is not None:
             self.moments.put_back(self._out, self._kept)
         own = self.row.x.clone() if keep else None
@@ -237,12 +248,6 @@ class Mixing:
         self.run.completed, self.steps = self.completed + 1, 0
         self._ended, self.losses = self.losses, []
         self._begin_round()
-
-    def flush(self) -> None:
-        """Record the last round, with what was evaluated and logged since; all peers do so together, before the next."""
-        evaluation = evaluation_record(self.evaluations, self.peer)
-        self.records.round(self.run, evaluation)
-        self.evaluations = {}
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """What the script has found of its peer's mixed model: for the record of the last round."""
@@ -263,7 +268,6 @@ class Mixing:
         """
         while self.mix(training=False, keep=keep):
             pass
-        self.flush()
         self.row.read()
         with lent(self.parameters):
             self.records.save(self.run, self.state_tensors())

@@ -81,13 +81,13 @@ class Records:
             rewind(path, run.completed - (run.pending is not None) + 1)
         (self.folder / ENDED).unlink(missing_ok=True)
 
-    def round(self, run: Run, evaluation: dict | None) -> None:
-        """The record of the last round, or of the start; all peers together."""
+    def round(self, run: Run, summed: Tensor, evaluation: dict | None) -> None:
+        """The record of the last round, or of the start. summed: as of `round_record`."""
         if run.pending is None:
             if evaluation is not None and run.completed == 0:
                 self._write({"round": 0, **self._hosted(), "eval": evaluation})
             return
-        record = round_record(run, run.completed - 1, run.pending) | run.pending.found
+        record = round_record(run, run.completed - 1, run.pending, summed) | run.pending.found
         record["seconds"] |= {"measure": run.pending.measure_seconds, "evaluate": 0.0}
         run.pending = None
         self._write(record | ({} if evaluation is None else {"eval": evaluation}))
@@ -122,15 +122,12 @@ class Records:
         self.lease = None
 
 
-def evaluation_record(found: Mapping[str, float], peer: Peer) -> dict | None:
-    """The metrics that peers have found since the last round, as a record has them; None where none has. All peers together.
+def evaluation_record(found: Mapping[str, float], peer: Peer) -> dict:
+    """The metrics that peers have found since the last round, as a record has them. All peers together.
 
     A peer that has not evaluated has no value; means are over those that have.
     """
-    transport = peer.transport
-    if not transport.agree(bool(found)):
-        return None
-    told = [json.loads(data) for data in transport.share(json.dumps(finite(dict(found))).encode())]
+    told = [json.loads(data) for data in peer.transport.share(json.dumps(finite(dict(found))).encode())]
     record: dict[str, Any] = {"peers": {}}
     for name in dict.fromkeys(name for one in told for name in one):
         values = [one[name] for one in told if one.get(name) is not None]
