@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment demo,data,vision,trl,topologies,trackers,test
+make_environment demo,data,vision,trl,topologies,trackers,zenoh,test
 "$VENV/bin/ruff" check .
 "$VENV/bin/mypy"
 export HF_HUB_OFFLINE=1

@@ -76,6 +76,22 @@ class Hosts:
             _run("tc", "-n", self._namespace(name), "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", f"{megabits}mbit",
                  "burst", str(burst), "latency", "400ms")
 
+    def lose(self, sender: str, receiver: str) -> None:
+        """From now on what one host sends another is lost on the way, and only that: it goes to an address that nobody has."""
+        nobody = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
+        _ip("-n", self._namespace(sender), "neigh", "replace", self._address(receiver), *nobody, "dev", "eth0")
+
+    def mend(self, sender: str, receiver: str) -> None:
+        """After `lose`."""
+        _ip("-n", self._namespace(sender), "neigh", "del", self._address(receiver), "dev", "eth0")
+
+    def plug(self, name: str, into: bool) -> None:
+        """A host's cable into the switch, or out of it: nobody is told."""
+        _ip("-n", self._namespace("switch"), "link", "set", name, *(("master", "bridge") if into else ("nomaster",)))
+
+    def _address(self, name: str) -> str:
+        return f"10.77.0.{self.names.index(name) + 1}"
+
     def sent(self, name: str) -> int:
         """Bytes that a host has sent, with all headers."""
         done = _ip("netns", "exec", self._namespace(name), "cat", "/proc/net/dev")

@@ -12,7 +12,8 @@ from dfl.run.parent import end_with_launcher
 
 # command -> module; they load nothing heavy until their command runs
 COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",
-            "watch": "watch", "generate": "generate", "collect": "collect", "replay": "replay"}
+            "watch": "watch", "generate": "generate", "collect": "collect", "replay": "replay",
+            "certificates": "certificates"}
 EXAMPLES = """examples:
   dfl train launch/recipes/quickstart.yaml --method.T 5 --output runs/five
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml

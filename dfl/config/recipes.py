@@ -81,12 +81,16 @@ def number(value: Any) -> Any:
     return value
 
 
+# the field that a word in place of a section stands for, where it is not the name of a choice: `membership: survive`
+SHORT_FOR = {"membership": "mode"}
+
+
 def set_field(tree: dict, dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for key in path:
         child = tree.get(key)
         if isinstance(child, str):  # `method: tad` then --method.T 5
-            child = {"name": child}
+            child = {SHORT_FOR.get(key, "name"): child}
         if not isinstance(child, (dict, type(None))):
             raise ValueError(f"override --{dotted} = {value!r}: {key} = {child!r} has no fields of its own")
         tree[key] = child = dict(child or {})

@@ -242,6 +242,9 @@ class MembershipConfig(Section):
     mode: Literal["fixed", "survive"] = said(
         "fixed", "fixed: the run ends for all and is resumed, with equal bits; survive: the others go on without it, and it may "
                  "come back ([survivors](../../launch/SURVIVORS.md))")
+    transport: Literal["tcp", "zenoh"] = said(
+        "tcp", "survive: what carries the messages. tcp: within a network that is trusted; zenoh: also between sites, encrypted, "
+               "every process with a certificate of its own")
     patience: Positive = said(30.0, "survive: seconds without a sign of life after which the others go on without a process")
     wait: Positive = said(300.0, "survive: seconds to wait at the start for those that have not come; later they join")
 

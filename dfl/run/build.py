@@ -42,6 +42,7 @@ from dfl.training.starts import at_first_gradient
 from dfl.training.stream import DataStream, make_stream
 from dfl.transport import Transport
 from dfl.transport.agreement import together
+from dfl.transport.zenoh_session import require
 
 # what a factory gets from the run, and no recipe gives it a second time
 _SET_BY = {"head": "lora.head", "layout": "lora.targets", "ranks": "lora.rank", "weights": "model.name", "peers": "peers",
@@ -106,7 +107,12 @@ def _layout_before_loading(config: Config) -> Layout:
 def check_membership(config: Config, method: Method) -> None:
     """ValueError for what cannot go on without a part of its peers."""
     if config.membership.mode == "fixed":
+        if config.membership.transport != "tcp":
+            raise ValueError(f"membership.transport = {config.membership.transport!r} needs membership.mode = 'survive', "
+                             "got 'fixed'; allowed there: tcp")
         return
+    if config.membership.transport == "zenoh":
+        require()
     for refused, what in (
             (bool(config.callbacks or config.eval.patience or config.checkpoint.best),
              "callbacks, eval.patience and checkpoint.best are asked by all processes together"),

@@ -9,14 +9,18 @@ from typing import Any
 
 from dfl.config import Config
 from dfl.run.runtime import PROCESS, START_SECONDS, Place, Worker, told_addresses
+from dfl.transport.certificates import Identity, read_identity
 from dfl.transport.handshake import SECRET
 from dfl.transport.mail import Address, Mail
 from dfl.transport.members import Members
 from dfl.transport.post import Post
 from dfl.transport.survivors import Survivors
+from dfl.transport.zenoh_mail import ZenohMail
 
 # addresses of some members, host:port with commas between; and where this process listens
 MEMBERS, LISTEN = "DFL_MEMBERS", "DFL_LISTEN"
+# the folder with the certificate of this process (dfl/transport/certificates.py)
+CERTIFICATES = "DFL_CERTIFICATES"
 # at a start, so long for all to have joined that were reached
 HAIL_SECONDS = 10.0
 # where the addresses of the others are kept, in the folder of a process
@@ -31,10 +35,27 @@ def make(config: Config, place: Place, worker: Worker | None, about: Mapping[str
     """
     seeds = [address_of(text, MEMBERS) for text in env.get(MEMBERS, "").split(",") if text.strip()] + known
     listen, host = _where(worker, seeds, env)
-    post = Post(place.rank, place.size, secret=env.get(SECRET, "").encode(), about=about, patience=config.membership.patience,
-                check=lambda process, other: differs(about, other, process), listen=listen, host=host)
-    members = Members(post, place.rank, place.size, config.timeout)
-    return Survivors(config.peers, members, timeout=config.timeout), post, seeds
+    given: dict[str, Any] = {
+        "secret": env.get(SECRET, "").encode(), "about": about, "patience": config.membership.patience, "listen": listen, "host": host,
+        "check": lambda process, other: differs(about, other, process)}
+    mail: Mail
+    if config.membership.transport == "zenoh":
+        mail = ZenohMail(place.rank, place.size, identity=_identity(config, place, listen, env), **given)
+    else:
+        mail = Post(place.rank, place.size, **given)
+    members = Members(mail, place.rank, place.size, config.timeout)
+    return Survivors(config.peers, members, timeout=config.timeout), mail, seeds
+
+
+def _identity(config: Config, place: Place, listen: Address, env: Mapping[str, str]) -> Identity | None:
+    """This process's certificate, from DFL_CERTIFICATES or RUN/certificates. ValueError where others can come and there is none."""
+    folder = Path(env.get(CERTIFICATES) or Path(config.output).parent / "certificates")
+    if CERTIFICATES in env or folder.is_dir():
+        return read_identity(folder, place.rank)
+    if _loopback(listen[0]):
+        return None
+    raise ValueError("membership.transport = 'zenoh' needs certificates beyond one machine: `dfl certificates RUN --peers N` makes "
+                     f"them for a trial, {CERTIFICATES} says where they are")
 
 
 def join(mail: Mail, transport: Survivors, place: Place, worker: Worker | None, seeds: list[Address], config: Config,

@@ -7,7 +7,6 @@ others can listen on the way, let it go through a tunnel.
 """
 
 import contextlib
-import hmac
 import json
 import queue
 import secrets
@@ -19,13 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dfl.transport.dialer import Dialer
+from dfl.transport.hello import MAX_HELLO, Admission, checked_hello
 from dfl.transport.mail import MAX_AWAITED, Address, Event, Life, RefusedError
 
 # kind of what follows, and its bytes
 _HEAD = struct.Struct("<BQ")
 _LIFE, _MESSAGE = 1, 2
 HELLO_SECONDS = 5.0
-MAX_HELLO = 2**18
 _PIECE = 2**20
 
 
@@ -38,7 +37,8 @@ class Post:
     def __init__(self, process: int, size: int, *, secret: bytes, about: Mapping[str, Any],
                  check: Callable[[int, Mapping[str, Any]], str], patience: float, listen: Address = ("", 0), host: str = "",
                  most: int = 2**31):
-        self.process, self.size, self.secret, self.about, self.check, self.most = process, size, secret, dict(about), check, most
+        self.process, self.most = process, most
+        self.admission = Admission(process, size, secret, about, check)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.life = Life(patience)
         self.waits: dict[int, tuple[int, ...]] = {}
@@ -154,8 +154,7 @@ class Post:
         return line is not None and line.instance == instance
 
     def _hello(self, nonce: str, first: bool) -> dict[str, Any]:
-        return {"process": self.process, "about": self.about, "proof": self._proof(nonce, self.process, first),
-                "at": self.book[self.process]}
+        return self.admission.hello(f"{nonce} {first}", self.book[self.process])
 
     def _call(self, connection: socket.socket, opening: Mapping[str, Any], nonce: str) -> int:
         _say(connection, self._hello(opening["nonce"], True))
@@ -184,29 +183,14 @@ class Post:
         if "refused" in hello:
             raise RefusedError(str(hello["refused"])[:1000])
         process = hello["process"]
-        refused = self._refused(process, hello, nonce, first) or ("" if process == opening["process"] else "it has two names")
+        two_names = "" if process == opening["process"] else "it has two names"
+        refused = self.admission.refused(process, hello, f"{nonce} {first}") or two_names
         if refused:
             self.events.put(Event("refused", process, text=refused))
             _say(connection, {"refused": refused})
             raise RefusedError(refused)
-        self._learn(process, hello)
+        self.book |= self.admission.addresses(process, hello)
         return process
-
-    def _proof(self, nonce: str, process: int, first: bool) -> str:
-        return hmac.digest(self.secret, f"{nonce} {process} {first}".encode(), "sha256").hex()
-
-    def _refused(self, process: int, hello: Mapping[str, Any], nonce: str, first: bool) -> str:
-        if not 0 <= process < self.size or process == self.process:
-            return f"process {process} does not belong to this run: allowed are 0 to {self.size - 1} other than {self.process}"
-        if not hmac.compare_digest(str(hello["proof"]), self._proof(nonce, process, first)):
-            return f"process {process} does not belong to this run: its DFL_SECRET is not that of process {self.process}"
-        return self.check(process, hello["about"])
-
-    def _learn(self, process: int, hello: Mapping[str, Any]) -> None:
-        found = {**hello.get("book", {}), str(process): hello["at"]}
-        for other, (host, port) in found.items():
-            if 0 <= int(other) < self.size and int(other) != self.process:
-                self.book[int(other)] = (str(host), int(port))
 
     def _take(self, process: int, connection: socket.socket, instance: str) -> None:
         """From now on this is the connection with a process; one with an earlier start of it ends."""
@@ -326,17 +310,10 @@ def _hear(connection: socket.socket) -> dict[str, Any]:
 
 
 def _checked(tree: dict[str, Any]) -> dict[str, Any]:
-    """A hello has its parts, of the right kind."""
     if "refused" in tree:
         return tree
     if "dfl" in tree:
         if not all(isinstance(tree[name], kind) for name, kind in (("nonce", str), ("process", int), ("instance", str))):
             raise ValueError("no hello")
         return tree
-    (host, port), book = tree["at"], tree.get("book", {})
-    kinds = ((tree["process"], int), (tree["about"], dict), (tree["proof"], str), (host, str), (port, int),
-             (book, dict))
-    right = all(isinstance(value, kind) for value, kind in kinds) and all(key.isdecimal() and len(at) == 2 for key, at in book.items())
-    if not right:
-        raise ValueError("no hello")
-    return tree
+    return checked_hello(tree)

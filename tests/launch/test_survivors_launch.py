@@ -29,6 +29,19 @@ def test_the_trial_on_one_machine(place):
     assert tiny_runs.adapter_digests(place / "runs/many") == workplace.plain_digests(place)
 
 
+def test_several_sites_on_one_machine(place):
+    pytest.importorskip("zenoh", reason="needs zenoh: pip install 'dfl[zenoh]'")
+    [block] = [block for block in BLOCKS if "dfl certificates" in block]
+    ports = free_ports(3)
+    block = block.replace("127.0.0.1:29710", f"127.0.0.1:{ports[0]}").replace("2971$k", "${ports[$k]}")
+    workplace.run(place, "bash", "-ec", f"ports=({' '.join(map(str, ports))})\n{block}", timeout=300)
+    import tiny_runs
+    assert tiny_runs.adapter_digests(place / "runs/wide") == workplace.plain_digests(place)
+    assert "certificates" in {path.name for path in (place / "runs/wide").iterdir()}
+    assert workplace.run(place, "dfl", "collect", "runs/wide").startswith("runs/wide: 40 rounds")  # again, and nothing is lost
+    assert (place / "runs/wide/certificates/process-2.key").is_file()
+
+
 def children(pid: int) -> list[int]:
     return [int(word) for word in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
 

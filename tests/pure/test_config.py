@@ -68,6 +68,11 @@ def test_an_override_completes_or_replaces_a_plugin(tmp_path):
     assert load(path, ["--topology", "ring"]).topology == Plugin("ring")
 
 
+def test_a_word_in_place_of_a_section_is_completed_too():
+    membership = load(None, ["--membership", "survive", "--membership.patience", "5"]).membership
+    assert (membership.mode, membership.patience) == ("survive", 5.0)
+
+
 def test_one_name_is_a_list_of_one_where_a_list_of_names_is_wanted():
     assert load(None, ["--report_to", "tensorboard"]).report_to == ("tensorboard",)
     assert load(None, ["--lora.targets", "all-linear"]).lora.targets == "all-linear"  # a word of PEFT's, or a pattern

@@ -1,0 +1,50 @@
+"""Who may talk to a process of a run that goes on without those it loses: what both ends tell each other first."""
+
+import hmac
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dfl.transport.mail import Address
+
+MAX_HELLO = 2**18
+
+
+class Admission:
+    """process: this one, of `size`; about: what it was started with; check(process, its about) -> why that does not belong here,
+    or "". secret: of the run; a proof of it is an HMAC-SHA256 over a challenge that the other has drawn.
+    """
+
+    def __init__(self, process: int, size: int, secret: bytes, about: Mapping[str, Any],
+                 check: Callable[[int, Mapping[str, Any]], str]):
+        self.process, self.size, self.secret, self.about, self.check = process, size, secret, dict(about), check
+
+    def hello(self, challenge: str, at: Address) -> dict[str, Any]:
+        return {"process": self.process, "about": self.about, "proof": self._proof(challenge, self.process), "at": at}
+
+    def _proof(self, challenge: str, process: int) -> str:
+        return hmac.digest(self.secret, f"{challenge} {process}".encode(), "sha256").hex()
+
+    def refused(self, process: int, hello: Mapping[str, Any], challenge: str) -> str:
+        """Why a process does not belong here; empty where it does."""
+        if not 0 <= process < self.size or process == self.process:
+            return f"process {process} does not belong to this run: allowed are 0 to {self.size - 1} other than {self.process}"
+        if not hmac.compare_digest(str(hello["proof"]), self._proof(challenge, process)):
+            return f"process {process} does not belong to this run: its DFL_SECRET is not that of process {self.process}"
+        return self.check(process, hello["about"])
+
+    def addresses(self, process: int, hello: Mapping[str, Any]) -> dict[int, Address]:
+        """Of itself and of others, as it tells them."""
+        found = {**hello.get("book", {}), str(process): hello["at"]}
+        return {int(other): (str(host), int(port)) for other, (host, port) in found.items()
+                if 0 <= int(other) < self.size and int(other) != self.process}
+
+
+def checked_hello(tree: dict[str, Any]) -> dict[str, Any]:
+    """A hello has its parts, of the right kind: ValueError, KeyError, TypeError or AttributeError where it has not."""
+    (host, port), book = tree["at"], tree.get("book", {})
+    kinds = ((tree["process"], int), (tree["about"], dict), (tree["proof"], str), (host, str), (port, int),
+             (book, dict))
+    right = all(isinstance(value, kind) for value, kind in kinds) and all(key.isdecimal() and len(at) == 2 for key, at in book.items())
+    if not right:
+        raise ValueError("no hello")
+    return tree
