@@ -21,8 +21,9 @@ from torch import Tensor
 import topologies
 from dfl import methods
 from dfl.adapters.cores import core_layout
+from dfl.adapters.frames import make_frames
 from dfl.adapters.kinds import KINDS
-from dfl.adapters.layout import Layout, a_view, b_view, empty_rows, head_view, make_layout
+from dfl.adapters.layout import a_view, b_view, empty_rows, head_view, make_layout
 from dfl.adapters.lowrank import truncate, weighted_sum
 from dfl.config import LoraConfig
 from dfl.methods import Context
@@ -72,25 +73,35 @@ def make(name: str, model: str, rank: int, layers: int, device: torch.device) ->
     shapes = MODELS[model][1]
     pairs = [(f"{k}.{'qv'[m]}", rank, i, o, 1.0) for k in range(layers) for m, (i, o) in enumerate(shapes)]
     adapter = methods.METHODS[name].adapter
-    kind = KINDS[adapter or "lora"]
+    kind = KINDS[name_of_kind(name)]
     layout = make_layout(pairs, magnitudes=[(p[0], kind.beside.shape(*p[2:4])) for p in pairs] if kind.beside else ())
     if kind.core:
         layout = core_layout(layout, (), kind.core(LoraConfig(heads=HEADS)))
+    elif kind.own_a:
+        return Context(layout, peers=3, frames=make_frames(layout, 0, 3))
     elif adapter:
         frozen = [(torch.randn(o, i) / i ** 0.5).to(device) for i, o in shapes]  # one weight of each shape stands for all layers
         return Context(layout, weights={p[0]: frozen[index % len(shapes)] for index, p in enumerate(pairs)})
     return Context(layout)
 
 
-def rows(layout: Layout, device: torch.device) -> Tensor:
-    """Three peers that started together and drifted, A the same where a rule wants it."""
-    generator = torch.Generator().manual_seed(0)
+def name_of_kind(method: str) -> str:
+    """The adapters that a method mixes."""
+    return next((name for name, kind in KINDS.items() if kind.methods and method == kind.methods[0]),
+                methods.METHODS[method].adapter or "lora")
+
+
+def rows(context: Context, device: torch.device) -> Tensor:
+    """Three peers that started together and drifted, A the same where a rule wants it, or each peer's own."""
+    generator, layout = torch.Generator().manual_seed(0), context.layout
     x = empty_rows(3, layout.size, device=device)
     for pair in layout.pairs:
         a_view(x, pair).copy_((torch.randn(pair.rank, pair.d_in, generator=generator) / pair.d_in ** 0.5).expand(3, -1, -1))
         b_view(x, pair).copy_(0.1 * torch.randn(3, pair.d_out, pair.rank, generator=generator))
     for tensor in (*layout.magnitudes, *layout.cores):
         head_view(x, tensor).copy_(1 + 0.1 * torch.randn(3, *tensor.shape, generator=generator))
+    for peer, row in enumerate(x if context.frames else ()):
+        row[layout.groups["A"]] = context.frames(peer)[layout.groups["A"]].to(device)
     return x
 
 
@@ -109,7 +120,7 @@ def peers_of(name: str, model: str, rank: int, layers: int, device: torch.device
     context = make(name, model, rank, layers, device)
     method = methods.build(name, context, PARAMS.get(name, {}))
     weights, found = {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}, []
-    for peer, row in enumerate(rows(context.layout, device)[:num]):
+    for peer, row in enumerate(rows(context, device)[:num]):
         round = Round(0, peer, weights, method.schedule.plan(0, peer))
         message, state = method.rule.send(row, method.rule.init(row), round)
         # a part may be a view of the row; what is received lies elsewhere
@@ -143,6 +154,7 @@ def closed_form(name: str, model: str, rank: int) -> int:
     numbers = {"ffa": rank * outs, "fed_svd": rank * outs, "rolora": rank * outs, "share_a": rank * ins, "local": 0,
                "fed_sb": count * rank ** 2, "ravan": count * (HEADS * (rank // HEADS) ** 2 + HEADS),
                "fedask": 2 * rank * outs + 4 * rank * ins,  # sketches of width 2 R and 4 R
+               "task_bank": rank * outs // 2 + rank * outs // 32,  # half of B, and a bit for each of its numbers
                "plora": rank // 2 * (ins + outs), "dora": rank * (ins + outs) + outs}.get(name, rank * (ins + outs))
     return 4 * numbers
 

@@ -27,6 +27,11 @@ def pytest_report_header(config):
         return f"launchers: the core, and all of {', '.join(whole) or 'nothing'} (all: DFL_TEST_ALL=1)"
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent.name not in ("pure", "graphs"):

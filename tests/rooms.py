@@ -38,6 +38,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_sweep_commands.py": (
         "launch/recipes/sweep.yaml", "dfl/sweep", "dfl/cli/sweep.py", "dfl/run/runtime.py", "dfl/run/folder.py"),
     "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/metrics"),
+    "tests/launch/test_gpu_rehearsal.py": (
+        *_RUN, "benchmarks/gpu.sh", "benchmarks/gpu", "benchmarks/mixing.py", "dfl/adapters", "dfl/rules", "dfl/training",
+        "tests/reads.py", "tests/rules_on_rows.py", "tests/pure/test_gpu.py"),
     "tests/launch/test_report_browser.py": ("dfl/report", "tests/launch/browser.py", "tests/made_up_runs.py"),
     "tests/real/test_own_trainers.py": (
         "dfl/hf", "dfl/script", "benchmarks/own_scripts.py", "dfl/run/loop.py", "dfl/transport", "setup.cfg"),

@@ -48,12 +48,14 @@ def rows(of: Context) -> torch.Tensor:
 class Peer0:
     """Peer 0 of the ring: what it received, and its own round."""
 
-    def __init__(self, name: str, layers: int):
+    def __init__(self, name: str, layers: int, device: torch.device | str = "cpu"):
         name, params = MORE.get(name, (name, {}))
         of, weights = context(name, layers), {0: 0.5, 1: 0.25, 2: 0.25}
+        if of.weights is not None:
+            of = of._replace(weights={layer: weight.to(device) for layer, weight in of.weights.items()})
         method = methods.build(name, of, params)
         self.layout, self.rule, self.inbox = of.layout, method.rule, dict[int, Message]()
-        for peer, row in reversed(list(enumerate(rows(of)))):
+        for peer, row in reversed(list(enumerate(rows(of).to(device)))):
             self.x, self.state, self.round = row, self.rule.init(row), Round(0, peer, weights, method.schedule.plan(0, peer))
             self.inbox[peer], self.state = self.rule.send(row, self.state, self.round)
 

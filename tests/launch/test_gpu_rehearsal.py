@@ -1,0 +1,23 @@
+"""The one command for a GPU, rehearsed on the CPU with small sizes: so that no minute of a GPU goes to a typing error."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import workplace
+
+pytestmark = pytest.mark.launch
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_part_comes_to_its_end(tmp_path):
+    done = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", "--device", "cpu", "--output", tmp_path / "gpu.json"], cwd=tmp_path,
+                          env=workplace.ENVIRONMENT, capture_output=True, text=True, timeout=170)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: part.get("why") for name, part in found["parts"].items() if part["outcome"] != "done"} == {}, done.stdout
+    assert done.returncode == 0 and found["finished"] and found["versions"] and found["git_commit"]
+    # the checks come first, and each says something
+    assert list(found["parts"])[:5] == ["versions", "linear_algebra", "rules", "codecs", "tiny_runs"] and len(found["parts"]) == 18
+    assert all(part["found"] for part in found["parts"].values())
+    assert found["parts"]["two_processes"]["found"]["2 processes gloo: as one process"]["good"]
