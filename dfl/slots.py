@@ -43,8 +43,8 @@ class Message(NamedTuple):
 
 
 def bits_of(value: Tensor) -> Tensor:
-    """A scalar as the int64 (1,) of its float64 bits, for `Message.meta`."""
-    return value.detach().reshape(1).to(torch.float64).view(torch.int64)
+    """A scalar as the int64 (1,) of its float64 bits, for `Message.meta`, which is the host's."""
+    return value.detach().reshape(1).to(torch.float64).view(torch.int64).cpu()
 
 
 def scalar_of(bits: Tensor) -> Tensor:

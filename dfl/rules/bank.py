@@ -72,7 +72,7 @@ def task_bank(layout: Layout, *, density: float = 0.5, layers: str = "spectrum",
         _check_frame(x, round.peer)
         mask = mask_of(x, state, round)
         parts = {"B": x[cut][mask], **parts_of(x, layout, round.plan.sends - BOTH)}
-        return Message(parts, {"bitmap": packed(mask)}), state
+        return Message(parts, {"bitmap": packed(mask).cpu()}), state
 
     def _check_frame(x: Tensor, peer: int) -> None:
         if not torch.equal(of_peer(peer)[layout.groups["A"]].to(x), x[layout.groups["A"]]):

@@ -46,8 +46,8 @@ def restore(run: Run, folder: Path) -> None:
     found = read_state(folder, run.peers.ids)
     for row, peer in enumerate(run.peers.ids):
         run.peers.x[row] = found[f"x.{peer}"].to(run.peers.device)
-    slots = {name: value.to(run.peers.device) for name, value in found.items() if name.partition(".")[0] in run.gossip.state}
-    run.gossip.restore(trees.unflatten(slots))
+    slots = {name: value for name, value in found.items() if name.partition(".")[0] in run.gossip.state}
+    run.gossip.restore(placed(trees.unflatten(slots), run.gossip.state, run.peers.device))
     run.merged = None
     in_part = any(name.startswith("part.") for name in found)
     last = run.completed if in_part else run.completed - 1
@@ -57,6 +57,19 @@ def restore(run: Run, folder: Path) -> None:
     if about is not None:
         table = torch.stack([found[f"pending.{peer}.row"] for peer in run.peers.ids])
         run.pending = Pending(table, **json.loads(bytes(about.numpy())))
+
+
+def placed(tree: trees.Tree, fresh: trees.Tree, device: torch.device) -> trees.Tree:
+    """What was remembered, where the round looks for it: as in the state of a run that has not begun, else with the rows, but for what
+    a message has beside its numbers, and who has got it, which is the host's."""
+    def home(slot: str, key: str, name: str) -> torch.device:
+        like = fresh.get(slot, {}).get(key, {}).get(name)
+        if like is not None:
+            return like.device
+        return torch.device("cpu") if name.startswith(("meta.", "numel.")) or name == "known" else device
+
+    return {slot: {key: {name: value.to(home(slot, key, name)) for name, value in state.items()} for key, state in held.items()}
+            for slot, held in tree.items()}
 
 
 def _as_tensor(record: dict) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What moves messages between peers, wherever they are hosted."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -111,3 +111,8 @@ def edges_of(w: np.ndarray) -> list[tuple[int, int]]:
     weighted = w != 0
     np.fill_diagonal(weighted, False)
     return [(int(j), int(i)) for j, i in np.argwhere(weighted.T)]
+
+
+def links_of(topology: Any, t: int) -> list[tuple[int, int]]:
+    """The same of W(t) by its columns, so that no table of all pairs of peers is made."""
+    return [(j, i) for j in range(topology.num_peers) for i in topology.receivers(t, j)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfl.transport.base import Transport, edges_of
+from dfl.transport.base import Transport, links_of
 from dfl.version import __version__
 
 # the environment variable with a secret that the processes of a run share; it never travels
@@ -54,7 +54,7 @@ def contents(model: torch.nn.Module, train, valid, parts, topology) -> dict[str,
         found |= {f"number of {name} examples": len(split), f"{name} labels": labels_digest(split),
                   f"{name} examples": examples_digest(split)}
     return found | {"partition": _hex(np.asarray(part, dtype=np.int64).tobytes() + b"|" for part in parts),
-                    "topology": _hex(repr(edges_of(topology.matrix(t))).encode() for t in range(3))}
+                    "topology": _hex(repr(links_of(topology, t)).encode() for t in range(3))}
 
 
 def model_digest(model: torch.nn.Module, without: Collection[int] = ()) -> str:

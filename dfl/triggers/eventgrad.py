@@ -36,6 +36,7 @@ def eventgrad(*, horizon: float = 1.0, initial: int = 30, layout: Layout | None 
 
     def decide(message: Message, state: State, round: Round) -> tuple[frozenset[str], State]:
         names, now = list(tensors(message)), norms(message)
+        state = {name: value.cpu() for name, value in state.items()}  # a run that goes on on a GPU has put them there
         if len(now) != len(state["norm"]):  # other groups travel in this round: nothing to compare with
             return frozenset(names), init(message) | {"last": torch.full((len(names),), round.t)}
         change, threshold = (now - state["norm"]).abs(), state["threshold"] * horizon

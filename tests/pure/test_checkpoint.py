@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from dfl.adapters import saving
 from dfl.adapters.layout import a_view, b_view, head_view
+from dfl.engine import state as trees
 from dfl.run import checkpoint, evaluation
 from dfl.run import train as running
+from dfl.run.saving import placed
+from dfl.slots import bits_of
 from dfl.store import manifest
 from dfl.store.records import read_lines
 from dfl.transport import InProcess
@@ -450,3 +453,22 @@ def test_evaluating_a_run_again_gives_its_last_numbers(root, tmp_path):
     again = evaluation.evaluate_run(tmp_path / "run")
     recorded = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["eval"]
     assert {key: again[key] for key in recorded} == recorded and again["round"] == 2
+
+
+def test_what_a_run_on_a_gpu_remembers_goes_back_where_it_was():
+    """A device without memory stands for the GPU: what went there could not be read again."""
+    one, gpu = torch.zeros(2), torch.device("meta")
+    tree = {"rule": {"0": {"mass": one, "residual": one}},
+            "sent": {"0": {"bytes.A": one, "numel.A": one, "meta.ranks": one, "known": one}},
+            "received": {"0/1": {"part.A": one, "meta.ranks": one}}}
+    home = placed(tree, {"rule": {"0": {"mass": one}}}, gpu)
+    there = {f"{slot}.{key}.{name}" for slot, held in home.items() for key, state in held.items() for name, value in state.items()
+             if value.device == gpu}
+    assert there == {"rule.0.residual", "sent.0.bytes.A", "received.0/1.part.A"}
+    assert trees.flatten(home).keys() == trees.flatten(tree).keys()
+
+
+def test_a_note_of_a_message_is_taken_off_the_gpu():
+    assert bits_of(torch.ones(1)).device.type == "cpu"
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # it is asked for; the device without memory has none
+        bits_of(torch.ones(1, device="meta"))

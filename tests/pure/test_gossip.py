@@ -15,7 +15,10 @@ from dfl import methods
 from dfl.adapters.common import digest_of_common
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.engine import timing
-from dfl.transport import InProcess
+from dfl.engine.gossip import Gossip
+from dfl.methods import Choice
+from dfl.transport import InProcess, edges_of
+from dfl.transport.base import links_of
 
 NUM = 5
 LAYOUT = make_layout([("q", 2, 7, 5, 1.0), ("o", 2, 4, 9, 2.0)])
@@ -270,3 +273,33 @@ def test_seconds_of_a_phase_are_not_those_of_work_on_a_gpu_that_was_begun_before
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     assert timing.now(SimpleNamespace(is_cuda=True, device="cuda:1")) <= timing.now(torch.zeros(1))
     assert waited == ["cuda:1"]
+
+
+class RowsAlone:
+    """A topology without its matrices."""
+
+    def __init__(self, topology):
+        self.topology, self.num_peers = topology, topology.num_peers
+
+    def neighbors(self, t, i):
+        return self.topology.neighbors(t, i)
+
+    def receivers(self, t, j):
+        return self.topology.receivers(t, j)
+
+
+@pytest.mark.parametrize("slots", [{}, {"trigger": "event"}, {"channel": Choice("lossy", {"rate": 0.3})}, {"codec": "top_k"},
+                                   {"wrapper": "gradient_tracking"}, {"trigger": Choice("periodic", {"every": 2})}], ids=str)
+def test_a_round_and_the_handshake_ask_for_rows_of_w_alone(slots):
+    """Many peers elsewhere cost a process nothing: there is no table of all pairs."""
+    graph = topologies.build("ring", NUM)
+    built = methods.build("lora", methods.Context(LAYOUT, topology=graph, peers=NUM), {}, {
+        slot: Choice(one) if isinstance(one, str) else one for slot, one in slots.items()})
+    x = rows()
+    heart = Gossip(built, LAYOUT, RowsAlone(graph), InProcess(), range(NUM), x)
+    for t in range(3):
+        heart.round(t, x, lr=0.1, local_steps=1)
+    for name, params in (("ring", {}), ("edge_activation", {"p": 0.4}), ("exponential", {})):
+        made = topologies.build(name, 9, **params)
+        for t in range(3):
+            assert links_of(RowsAlone(made), t) == edges_of(made.matrix(t))
