@@ -10,7 +10,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 # whose commands have tests of their own, because they need hosts, a cluster, or no shell
-ELSEWHERE = {"launch/README.md": ("tests/launch/test_hosts.py", "tests/launch/test_slurm.py"),
+ELSEWHERE = {"launch/README.md": ("tests/launch/test_hosts.py", "tests/launch/test_slurm.py", "tests/launch/test_teams_launch.py"),
              "launch/SURVIVORS.md": ("tests/launch/test_survivors_launch.py",),
              "topologies/README.md": ("tests/graphs/test_topologies_readme.py",),
              "topologies/gallery/README.md": ("tests/graphs/test_topologies_readme.py",)}

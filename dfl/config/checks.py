@@ -9,8 +9,10 @@ from dfl.config.schema import Config, RankConfig
 
 def validate(config: Config) -> None:
     """ValueError names the fields, their values and what is allowed."""
-    if config.processes is not None and config.processes > config.peers:
-        raise wrong("processes", config.processes, f"at most {config.peers}, the number of peers")
+    most = config.peers * config.processes_per_peer
+    if config.processes is not None and config.processes > most:
+        raise wrong("processes", config.processes, f"at most {most}, the number of peers" if most == config.peers else
+                    f"at most {most}, processes_per_peer for each peer")
     train = config.train
     if (train.local_steps is None) == (train.local_epochs is None):
         raise ValueError(f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: "
@@ -20,6 +22,7 @@ def validate(config: Config) -> None:
     if any(peer >= config.peers for peer in config.data.flipped or ()):
         raise wrong("data.flipped", list(config.data.flipped or ()), f"peers, from 0 to {config.peers - 1}")
     _check_privacy(config)
+    _check_parts(config)
     check_optimizer(train.optimizer, train.at_refactor)
     schedule_factor(train.schedule.name, train.schedule.params, train.warmup)
     _check_lists(config)
@@ -43,6 +46,30 @@ def _check_privacy(config: Config) -> None:
     if config.lora.start == "gradient":
         raise ValueError("lora.start = 'gradient' looks at peer 0's examples before training, which train.privacy does not count; "
                          "allowed: kaiming, pissa, olora")
+
+
+def _check_parts(config: Config) -> None:
+    """What cannot have its base model in parts, on several processes."""
+    each, train = config.processes_per_peer, config.train
+    if each == 1:
+        return
+    for refused, what in (
+            (train.executor == "stacked", "train.executor = 'stacked' takes all peers through the model at once, one in parts takes "
+             "one at a time; allowed: auto, sequential"),
+            (train.batch_size < each, f"train.batch_size = {train.batch_size} leaves a process without an example; allowed: at least "
+             f"{each}"),
+            (train.privacy.noise is not None, "train.privacy.noise needs a gradient for every example, which are stacked in one "
+             "process; allowed: null"),
+            (config.model.quantization is not None, f"model.quantization = {config.model.quantization!r}: packed weights are not "
+             "divided; allowed: null"),
+            (config.membership.mode == "survive", "membership.mode = 'survive': who has lost a process has lost a part of the base "
+             "model; allowed: fixed"),
+            (config.lora.start == "gradient", "lora.start = 'gradient' passes through the model before training; allowed: kaiming, "
+             "pissa, olora"),
+            (config.eval.generate.examples > 0, f"eval.generate.examples = {config.eval.generate.examples}: one process alone writes "
+             "answers; allowed: 0, and dfl generate afterwards")):
+        if refused:
+            raise ValueError(f"processes_per_peer = {each} with {what}, or processes_per_peer: 1")
 
 
 def _check_lists(config: Config) -> None:

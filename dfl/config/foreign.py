@@ -6,7 +6,8 @@ Those of `aliases` are accepted as they are and do not stand here. Names of tran
 
 _ROUNDS = "a run is train.rounds rounds of train.local_steps steps (or train.local_epochs passes)"
 _EVERY_ROUND = "every round is recorded in metrics.jsonl and printed; report_to names trackers"
-_PROCESSES = "peers are spread over the processes that torchrun or srun starts; no peer is sharded or data-parallel inside"
+_PROCESSES = ("peers are spread over the processes that torchrun or srun starts; processes_per_peer: 2 has the base model in parts, "
+              "by FSDP")
 _NO_COLLECTOR = "examples are tokenised before the first round and padded to the longest of their batch; nothing is left to choose"
 _PREFERENCES = "there is DPO against the base model, model.task: {name: preference, beta: 0.1, label_smoothing: 0.0}"
 _ONE_SHAPE = "every adapted layer of a peer has one lora.rank and one lora.alpha; ranks may differ from peer to peer"

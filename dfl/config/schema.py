@@ -298,6 +298,9 @@ class Config(Section):
     processes: Count | None = said(
         None, "of a plain `dfl train`, on CPU: the hosted peers are spread over so many; null: one for each core and "
               "peer that memory allows")
+    processes_per_peer: Count = said(
+        1, "so many hold one base model in parts (FSDP), and share the batches of their peers "
+           "([launch](../../launch/README.md#a-peer-of-several-processes))")
     membership: MembershipConfig = MembershipConfig()
     threads: Count | None = said(
         None, "of each process; null: OMP_NUM_THREADS, else 1. Another number gives other bits")

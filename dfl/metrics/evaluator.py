@@ -7,11 +7,12 @@ from torch import Tensor
 
 from dfl.adapters.attach import Adapted, Rows
 from dfl.adapters.batched import uploaded
-from dfl.metrics.base import Metric
+from dfl.metrics.base import Metric, Outcome
 from dfl.metrics.own import Own
 from dfl.metrics.tally import Tally
 from dfl.training.executors import Executor, logit_bytes
 from dfl.training.reference import with_reference
+from dfl.training.together import Together
 from dfl.transport.base import Transport
 
 
@@ -29,15 +30,15 @@ class Evaluator:
     """Examples in batches of similar length, collated once and kept on the device.
 
     metrics: what is evaluated, by name; the first is the primary one. own: the peers' own distributions, for which sums are kept by
-    group; None: there are none.
+    group; None: there are none. together: with the other processes of a team that holds the base model in parts.
 
     A pass over models gives rows of sums (dfl/metrics/tally.py). Where processes divide the batches among them, the tables of
     `by_batch` add up, and `total` makes of their sum, to the bit, what `sums` of all batches is.
     """
 
     def __init__(self, adapted: Adapted, task, split, batch_size: int, device: torch.device, autocast: bool = False,
-                 own: Own | None = None, *, metrics: Mapping[str, Metric]):
-        self.adapted, self.task, self.device, self.autocast = adapted, task, device, autocast
+                 own: Own | None = None, *, metrics: Mapping[str, Metric], together: Together | None = None):
+        self.adapted, self.task, self.device, self.autocast, self.together = adapted, task, device, autocast, together
         self.tally = Tally(metrics, len(split), own)
         chunks = in_batches(split, batch_size)
         self.batches = [self._to_device(task.collate([split.features[i] for i in chunk])) for chunk in chunks]
@@ -89,22 +90,29 @@ class Evaluator:
                 for k in batches:
                     if halted():
                         raise GivenUp
-                    found, of_examples = self._found(forward, index, k)
+                    found, of_examples = self._found(rows, forward, index, k)
                     added[:, slots[k]].index_add_(0, places, found)
                     if of_examples is not None:
                         kept[places[:, None], self.examples[k]] = of_examples
         return added, kept.flatten(1)
 
-    def _found(self, forward: Callable, index: Sequence[int], k: int) -> tuple[Tensor, Tensor | None]:
+    def _found(self, rows: Rows, forward: Callable, index: Sequence[int], k: int) -> tuple[Tensor, Tensor | None]:
         """What batch k adds to the rows of the models `index`, and what is kept of its examples; None: nothing."""
-        # the base model does not change: once for all models and evaluations
+        outcome = self._outcome(rows, forward, index, k)
+        of_examples = self.tally.of_examples(outcome, len(index)) if self.tally.kept else None
+        return self.tally.of_batch(outcome, len(index), self.groups[k]), of_examples
+
+    def _outcome(self, rows: Rows, forward: Callable, index: Sequence[int], k: int) -> Outcome:
+        # what the base model says does not change: once for all models and evaluations
+        if self.together is not None:
+            num = len(self.examples[k])
+            self.batches[k] = self.together.reference(self.batches[k], num)
+            return self.together.outcome(rows, index[0], forward, self.batches[k], num)
         self.batches[k] = with_reference(self.task, self.adapted, self.batches[k], self.autocast)
         repeated = _for_each(index, self.batches[k])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = forward(self.task.inputs(repeated), index)
-        outcome = self.task.outcome(output, repeated)
-        of_examples = self.tally.of_examples(outcome, len(index)) if self.tally.kept else None
-        return self.tally.of_batch(outcome, len(index), self.groups[k]), of_examples
+        return self.task.outcome(output, repeated)
 
     def record(self, sums: Tensor, consensus: Tensor | None, peers: Sequence[int]) -> dict:
         """What a round's record says, from the rows of the models of `peers` (P, ...) and that of the consensus (1, ...): values of

@@ -1,7 +1,7 @@
 """From a configuration to a run that has not begun: what is refused, what is loaded, what is built from it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from dfl.metrics.choice import choose as choose_metrics
 from dfl.metrics.evaluator import Evaluator
 from dfl.metrics.own import Own, own_distributions
 from dfl.partition.poison import FlippedLabels
-from dfl.plugins import check_parameters, lookup
+from dfl.plugins import check_parameters, lookup, parameters
+from dfl.rules import RULES
 from dfl.run import memory
 from dfl.run.answers import make_answers
 from dfl.run.checkpoint import read_state
@@ -37,9 +38,11 @@ from dfl.training import executors
 from dfl.training.hosted import HostedPeers
 from dfl.training.packing import check_packing
 from dfl.training.recomputing import recompute_activations
+from dfl.training.sharding import shard
 from dfl.training.spectrum import participation
 from dfl.training.starts import at_first_gradient
 from dfl.training.stream import DataStream, make_stream
+from dfl.training.together import Together
 from dfl.transport import Transport
 from dfl.transport.agreement import together
 from dfl.transport.zenoh_session import require
@@ -95,6 +98,7 @@ def check(config: Config):
     methods.check_topology(method, topology, slots)
     check_adapter(config, method, known)
     check_membership(config, method)
+    check_parts(config)
     return topology
 
 
@@ -129,6 +133,22 @@ def check_membership(config: Config, method: Method) -> None:
             (method.trigger.common_start, "trigger.start = 'common': who comes back begins elsewhere")):
         if refused:
             raise ValueError(f"membership.mode = 'survive': {what}; allowed: a recipe without that, or membership: fixed")
+
+
+def check_parts(config: Config) -> None:
+    """ValueError for what reads whole weights of a base model that lies on several processes in parts."""
+    if config.processes_per_peer == 1:
+        return
+    filled = methods.fill(config.method.name, config.method.params, chosen_slots(config))
+    rule, adapter = filled["rule"], config.lora.adapter
+    for refused, what in (
+            (kinds.kind_of(config.lora).multiplies, f"lora.adapter = {adapter!r} multiplies the weights themselves"),
+            ("weights" in parameters(RULES[rule.name]), f"rule.name = {rule.name!r} reads the weights themselves"),
+            (rule.name == "task_bank" and rule.params.get("layers") != "even",
+             f"{config.method.name}.layers = 'spectrum' passes through the whole model before training")):
+        if refused:
+            raise ValueError(f"processes_per_peer = {config.processes_per_peer} with a base model in parts: {what}; allowed: a recipe "
+                             "without that, or processes_per_peer: 1")
 
 
 def chosen_slots(config: Config) -> dict[str, Choice]:
@@ -216,7 +236,8 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     if kinds.kind_of(config.lora).beside and chosen in ("nf4", "fp4", "int8") and device.type == "cpu":
         raise ValueError(f"model.quantization = {chosen!r} with lora.adapter = {config.lora.adapter!r}: on a CPU bitsandbytes packs "
                          "weights as the magnitudes cannot read them; allowed with it: torchao_int8, or a GPU")
-    net = bundle.model if config.model.quantization else bundle.model.to(device)
+    # one that is to lie in parts goes to the device part by part
+    net = bundle.model if config.model.quantization or config.processes_per_peer > 1 else bundle.model.to(device)
     if config.train.gradient_checkpointing:
         recompute_activations(net)
     adapted = attach(net, config.lora, config.model.task.name, bundle.head_modules, derive(config.seed, "lora"),
@@ -224,6 +245,26 @@ def adapt(config: Config, bundle: tasks.Bundle, parts: list, device: torch.devic
     if config.lora.start != "gradient":  # which needs the processes together: `assemble`
         adapted = with_start(adapted, config.lora.start)
     return Loaded(bundle, parts, adapted)
+
+
+def in_parts(config: Config, runtime: Runtime, loaded: Loaded) -> None:
+    """Keep this process's part of the base model alone, where a team holds it."""
+    if runtime.team is not None:
+        shard(loaded.adapted, runtime.team, loaded.bundle.head_modules)
+
+
+def together_on(config: Config, runtime: Runtime, loaded: Loaded, adapted: Adapted, asked: Callable[[], bool] = lambda: False
+                ) -> Together | None:
+    """The passes of a team through its model; None where a process has the model alone."""
+    if runtime.team is None:
+        return None
+    return Together(runtime.team, adapted, loaded.bundle.task, executors.autocasts(config.train.autocast, runtime.device), asked)
+
+
+def adapted_for(config: Config, runtime: Runtime, loaded: Loaded, topology) -> Adapted:
+    """The model with what the method keeps beside its adapters, for a process that hosts no peer and serves its team."""
+    method = build_method(config, loaded.adapted.layout, topology, loaded.adapted.ranks, loaded.adapted)
+    return with_residual(loaded.adapted, method.rule.residual)
 
 
 def build_method(config: Config, layout: Layout, topology, known: ranks.Ranks | None, adapted: Adapted | None = None,
@@ -305,14 +346,15 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     peers = HostedPeers(runtime.hosted, adapted, streams, config.train, seed=config.seed, device=runtime.device)
     check_same_start(peers, bundle, runtime.transport, config.peers)
     autocast = executors.autocasts(config.train.autocast, runtime.device)
+    together = together_on(config, runtime, loaded, adapted)
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
                           None if isinstance(own, str) else own,
-                          metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)))
+                          metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)), together=together)
     gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
-    private = config.train.privacy.noise is not None
-    executor = executors.choose("sequential" if private else config.train.executor, runtime.device, config.lora.adapter)
+    one_by_one = config.train.privacy.noise is not None or together is not None
+    executor = executors.choose("sequential" if one_by_one else config.train.executor, runtime.device, config.lora.adapter)
     return Run(config, peers, gossip, topology, runtime.transport, executor,
-               bundle.task, bundle.train, evaluator, answers=make_answers(config, adapted, bundle, runtime.device))
+               bundle.task, bundle.train, evaluator, answers=make_answers(config, adapted, bundle, runtime.device), together=together)
 
 
 def check_same_start(peers: HostedPeers, bundle, transport: Transport, num_peers: int) -> None:

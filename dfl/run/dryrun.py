@@ -13,7 +13,7 @@ from dfl.run import callbacks, workers
 from dfl.run.build import check, data_seed, divide
 from dfl.run.folder import look
 from dfl.run.preflight import memory_lines, ready
-from dfl.run.runtime import Place, check_backend, choose_device, launched, place_from_environment
+from dfl.run.runtime import Place, check_backend, choose_device, launched, of_team, place_from_environment
 from dfl.tasks.models import folder_of, locate
 from dfl.tasks.tables import encode_labels
 from dfl.transport import hosting
@@ -46,10 +46,8 @@ def _comments(lines: list[str]) -> list[str]:
 
 def planned_place(config: Config) -> Place:
     """As which of how many processes a run would start."""
-    if launched():
-        return place_from_environment()
-    number = workers.count(config, automatic=True)
-    return Place(0, number, 0, number)
+    number = 1 if launched() else workers.count(config, automatic=True)
+    return of_team(place_from_environment() if launched() else Place(0, number, 0, number), config.processes_per_peer)
 
 
 def _code(config: Config) -> list[str]:

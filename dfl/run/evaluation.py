@@ -65,7 +65,7 @@ def evaluate_target(path: Path, overrides: Sequence[str] = (), *, data: str | No
 def evaluate_run(output: Path, overrides: Sequence[str] = (), *, checkpoint: Path | None = None,
                  data: str | None = None, spread: bool = False) -> dict | None:
     """All peers and the consensus model of a run's checkpoint: the same numbers as in its record, or those on the file `data`."""
-    config = read_config(output, overrides)
+    config = in_one_process(read_config(output, overrides))
     topology = check(config)
     folder = checkpoint or targets.choose_checkpoint(output)
     names = None if data is None else label_names(output)
@@ -74,6 +74,11 @@ def evaluate_run(output: Path, overrides: Sequence[str] = (), *, checkpoint: Pat
         return _evaluate_run(config, topology, folder, data, names, worker)
 
     return workers.run(workers.count(config, automatic=spread), work)
+
+
+def in_one_process(config: Config) -> Config:
+    """With the whole base model in every process."""
+    return config.model_copy(update={"processes_per_peer": 1})
 
 
 def _evaluate_run(config: Config, topology, folder: Path, data: str | None, names, worker: Worker | None) -> dict | None:

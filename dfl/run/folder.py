@@ -39,8 +39,8 @@ MAX_NAMED = 10
 # more classes than this are not counted peer by peer
 MAX_CLASSES = 100
 # what may differ between a run and its continuation without changing the result
-_FREE = {"device", "backend", "processes", "threads", "timeout", "membership", "report_to", "callbacks", "output", "eval",
-         "measure", "checkpoint", "baseline"}
+_FREE = {"device", "backend", "processes", "processes_per_peer", "threads", "timeout", "membership", "report_to", "callbacks",
+         "output", "eval", "measure", "checkpoint", "baseline"}
 # and what a run that is made longer changes
 _OF_LENGTH = ("train.rounds", "method.ends", "schedule.ends")
 

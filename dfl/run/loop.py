@@ -25,6 +25,7 @@ from dfl.training.base import DivergenceError, LocalTrainer
 from dfl.training.executors import Executor
 from dfl.training.hosted import HostedPeers
 from dfl.training.phase import ModelTrainer
+from dfl.training.together import Together
 from dfl.transport.base import LOOK, SENT, Transport
 from dfl.transport.ledger import Ledger
 from dfl.transport.packet import Packet
@@ -60,6 +61,7 @@ class Run:
     answers: Answers | None = None  # that models write at evaluations
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
     num_there: int = 0  # the peers that are there: all of them, unless the run goes on without some
+    together: Together | None = None  # with the other processes of a team that holds the base model in parts
     begun: list[tuple] = field(default_factory=list)  # (t, rows and moments, gossip's state) at the start of the last two rounds
 
     def __post_init__(self):
@@ -73,7 +75,8 @@ class Run:
 
     @property
     def trainer(self) -> LocalTrainer:
-        return ModelTrainer(self.peers, self.task, self.split, self.executor, self.config.data.max_length)
+        return ModelTrainer(self.peers, self.task, self.split, self.executor, self.config.data.max_length,
+                            self.together)
 
     def rows(self) -> Rows:
         """What the model reads of the hosted peers now."""

@@ -46,7 +46,7 @@ def limit(env: Path = Path("/sys/fs/cgroup")) -> float:
 
 def check_peers(config: Config, env: Mapping[str, str] = os.environ) -> None:
     """ValueError for more peers than this machine could count, whatever they train."""
-    processes = max(1, int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", "1"))))
+    processes = max(1, int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", "1"))) // config.processes_per_peer)
     needed = OF_EACH * config.peers + OF_HOSTED * math.ceil(config.peers / processes)
     if needed > limit():
         raise ValueError(f"peers = {config.peers} need {told(needed)} of memory in a process before it has a model, and this machine "
@@ -64,7 +64,8 @@ def parts(config: Config, *, hosted: int, row: int, active: int, message: int, m
     train, of = config.train, f"{hosted:,} peer{'s' if hosted > 1 else ''}"
     moments = OPTIMIZERS[train.optimizer].kept / _NUMBER if train.momentum or train.optimizer != "sgd" else 0
     carried = moments if train.state == "carried" else 0
-    found = [Part("base model", model), Part(f"adapters of {of}", _NUMBER * hosted * row),
+    base = "base model" if config.processes_per_peer == 1 else f"base model, one of {config.processes_per_peer} parts"
+    found = [Part(base, model), Part(f"adapters of {of}", _NUMBER * hosted * row),
              Part("their gradients", _NUMBER * hosted * row),
              Part(f"their moments ({train.optimizer})", _NUMBER * hosted * active * moments),
              Part("their rows as the round began", _NUMBER * hosted * row),

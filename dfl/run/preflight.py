@@ -34,7 +34,7 @@ def ready(config: Config, topology, device: torch.device, place: Place) -> tuple
 
     ValueError where they, or the model's adapters, cannot be had or kept. None for a model that cannot be made without its weights.
     """
-    executors.choose(config.train.executor, device, config.lora.adapter)
+    executors.choose(config.train.executor if config.processes_per_peer == 1 else "sequential", device, config.lora.adapter)
     examples = read_examples(config)
     shapes = shapes_of(config, examples.prepared)
     return examples, None if shapes is None else _memory(config, topology, shapes, device, place)
@@ -59,7 +59,8 @@ def _memory(config: Config, topology, shapes: Shapes, device: torch.device, plac
     """ValueError where it does not suffice."""
     # of the process that hosts most; what a rule adds is known when it is built, which may take memory itself
     hosted = max(map(len, hosting(config.peers, place.size)))
-    count = partial(memory.parts, config, hosted=hosted, row=shapes.layout.size, model=shapes.model_bytes,
+    count = partial(memory.parts, config, hosted=hosted, row=shapes.layout.size,
+                    model=shapes.model_bytes / config.processes_per_peer,
                     expanded=shapes.lora.size if shapes.layout is not shapes.lora else 0)
     available, where, sharing = room(device, place)
     memory.check(config, count(active=0, message=0), sharing, available, where)

@@ -18,6 +18,7 @@ from dfl.transport import Distributed, InProcess, Transport, hosting
 from dfl.transport.group import Group
 from dfl.transport.meeting import meet, reach
 from dfl.transport.seats import Seat, agree_on_wire, seat_of
+from dfl.transport.team import Team
 
 # the least time that processes have to find each other: they start on machines that are more or less busy
 START_SECONDS = 300.0
@@ -45,10 +46,13 @@ PROCESS = "DFL_PROCESS"
 
 
 class Runtime(NamedTuple):
+    """place: of the process, or of its team, among those that host peers; team: where several processes work for the same peers."""
+
     place: Place
     device: torch.device
     transport: Transport
     hosted: range  # the peers of this process
+    team: Team | None = None
 
 
 def place_from_environment(env=os.environ) -> Place:
@@ -145,34 +149,54 @@ def start(config: Config, worker: Worker | None = None) -> Runtime:
 
     worker: this process among those that the command has started itself.
     """
-    place = Place(worker.rank, worker.size, worker.rank, worker.size) if worker else place_from_environment()
+    own = Place(worker.rank, worker.size, worker.rank, worker.size) if worker else place_from_environment()
+    place = of_team(own, config.processes_per_peer)
     hosted = hosting(config.peers, place.size)[place.rank]
-    device = choose_device(config, place)
+    device = choose_device(config, own)
     torch.set_num_threads(num_threads(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.deterministic:
         only_deterministic()
-    return Runtime(place, device, connect(config, place, device, worker), hosted)
+    transport, team = connect(config, own, device, worker)
+    return Runtime(place, device, transport, hosted, team)
 
 
-def connect(config: Config, place: Place, device: torch.device, worker: Worker | None = None) -> Transport:
-    """The transport of this process, in a group of its own with the others, once all have come; alone, all stays in memory.
+def of_team(place: Place, each: int) -> Place:
+    """The place of a process's team among the teams of `each`. ValueError for a number of processes that is no multiple of it."""
+    if place.size % each:
+        raise ValueError(f"processes_per_peer = {each} and {place.size} process(es) were started; allowed: a multiple of {each}, as "
+                         f"by torchrun --nproc-per-node {each}")
+    return place._replace(rank=place.rank // each, size=place.size // each)
 
+
+def connect(config: Config, place: Place, device: torch.device, worker: Worker | None = None) -> tuple[Transport, Team | None]:
+    """The transport of this process, in a group of its own with the others, once all have come, and its team, if it has one.
+
+    Alone, all stays in memory. Of a team the first process is among the others, and none of the rest.
     device: where peers live. ConnectionError where the others do not come.
     """
     if place.size == 1:
-        return InProcess()
+        return InProcess(), None
     if worker is None and PROCESS in os.environ:
         raise ValueError(f"{PROCESS} = {os.environ[PROCESS]!r} is for membership: survive, whose processes find each other; with "
                          "membership: fixed start them with torchrun or srun")
     check_backend(config, device)
     patience = max(1.2 * config.timeout, START_SECONDS)
+    each, store, team = config.processes_per_peer, None, None
     with _within_the_machine() if worker else contextlib.nullcontext():
-        group = _meet(place, worker, patience, config.backend, device)
+        if each > 1:
+            with _naming(place):
+                store, (number, rank) = _store(place, worker, patience), divmod(place.rank, each)
+                team = Team(dist.PrefixStore(f"team/{number}", store), rank, each, first=number * each, device=device,
+                            wish=config.backend, timeout=config.timeout, patience=patience)
+            place = of_team(place, each)
+            if place.size == 1 or not team.speaks:
+                return InProcess(), team
+        group = _meet(place, worker, patience, config.backend, device, store)
     transport = Distributed(config.peers, group, device=device, timeout=config.timeout)
     transport.introduce(socket.gethostname())
-    return transport
+    return transport, team
 
 
 @contextlib.contextmanager
@@ -188,22 +212,30 @@ def _within_the_machine() -> Iterator[None]:
             os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
-def _meet(place: Place, worker: Worker | None, patience: float, wish: str, device: torch.device) -> Group:
+def _meet(place: Place, worker: Worker | None, patience: float, wish: str, device: torch.device,
+          store=None) -> Group:
     """Join the others in a group of our own. ConnectionError says in one line who waited where, when they do not come.
 
-    wish: `backend` of the recipe; over what messages go all settle together.
+    wish: `backend` of the recipe; over what messages go all settle together. store: where they meet, if that is known already.
 
     Processes agree over gloo in any case: it says who is missing, which NCCL cannot. The group's own time-out is longer than
     that of the transport, so that NCCL's watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING), which ends the process, comes second.
     """
-    try:
-        store = _store(place, worker, patience)
+    with _naming(place):
+        store = store or _store(place, worker, patience)
         store = dist.PrefixStore(f"dfl/{meet(store, place.rank, place.size, patience)}", store)
         seats = [Seat(*json.loads(told)) for told in _told(store, place, json.dumps(seat_of(device)), "seat")]
         wire, why = agree_on_wire(wish, seats)
         if why and place.rank == 0:
             print(f"dfl: messages go over gloo, by way of the CPUs: {why}", file=sys.stderr)
         return Group(store, place.rank, place.size, timeout=patience, device=device if wire == "nccl" else None)
+
+
+@contextlib.contextmanager
+def _naming(place: Place) -> Iterator[None]:
+    """What goes wrong while processes meet, in one line."""
+    try:
+        yield
     except (RuntimeError, ConnectionError) as error:
         if "Duplicate GPU" in str(error):
             raise ValueError("backend: NCCL refuses processes that share a GPU (\"Duplicate GPU\"); allowed: gloo") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from dfl.config import Config, from_dict
 from dfl.report import closing_table
 from dfl.run import workers
-from dfl.run.build import Loaded, assemble, check, load
+from dfl.run.build import Loaded, adapted_for, assemble, check, in_parts, load, together_on
 from dfl.run.callbacks import Callback, Callbacks, RunView, load_callbacks, name_of
 from dfl.run.checkpoint import Checkpointer, choose
 from dfl.run.folder import OwnRecords, Recording, begin, check_shared, continued, describe_data, enter, make_room
@@ -23,6 +23,7 @@ from dfl.run.watching import own_callbacks
 from dfl.store import manifest
 from dfl.store.directory import ENDED
 from dfl.store.lease import Lease
+from dfl.training.together import Together
 from dfl.transport.agreement import together
 from dfl.transport.handshake import check_contents, check_secret, check_settings, contents, settings
 from dfl.transport.stopping import Halt, Stopped, StopSignal
@@ -55,18 +56,50 @@ def _train_here(config: Config, worker: Worker | None, topology, resume: bool, o
     if config.membership.mode == "survive":
         return train_on(config, worker, topology, resume, overwrite, stop)
     runtime = start(config, worker)
+    if runtime.team is not None and not runtime.team.speaks:
+        return _serve(config, runtime, topology, stop)
     try:
         finished = _train_all(config, runtime, topology, resume, overwrite, callbacks, stop)
     except Stopped as asked:
-        runtime.transport.leave(asked)
+        _leave(runtime, asked)
         if runtime.place.rank == 0:
             print(f"{asked} before the first round; --resume begins, or goes on", file=sys.stderr, flush=True)
         return STOPPED
     except BaseException as error:
-        runtime.transport.leave(error)
+        _leave(runtime, error)
         raise
+    status = 0 if finished else STOPPED
+    if runtime.team is not None:
+        Together.end(runtime.team, status)
+        runtime.team.close()
     runtime.transport.close()
-    return 0 if finished else STOPPED
+    return status
+
+
+def _leave(runtime: Runtime, error: BaseException) -> None:
+    runtime.transport.leave(error)
+    if runtime.team is not None:
+        runtime.team.leave(error)
+
+
+def _serve(config: Config, runtime: Runtime, topology, stop: StopSignal) -> int:
+    """The run of a process that is not the first of its team: it reads what that one reads, and passes its examples through its part
+    of the model. Folder, records, messages and mixing are the first one's."""
+    team = runtime.team
+    try:
+        with stop.at_once():
+            loaded = load(config, runtime.device, ready(config, topology, runtime.device, runtime.place)[0])
+        in_parts(config, runtime, loaded)
+        adapted = adapted_for(config, runtime, loaded, topology)
+        status = together_on(config, runtime, loaded, adapted, lambda: stop.received > 0).serve()
+    except Stopped as asked:
+        team.leave(asked)
+        return STOPPED
+    except BaseException as error:
+        team.leave(error)
+        raise
+    team.close()
+    return status
 
 
 def _train_all(config: Config, runtime: Runtime, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
@@ -104,6 +137,7 @@ def _train_held(config: Config, runtime: Runtime, topology, lease: Lease, resume
     loaded = together(transport, load_here)
     loaded = together(transport, lambda: _with_contents(loaded, topology))
     check_settings(transport, loaded.contents)
+    in_parts(config, runtime, loaded)
     # as late as can be: a start that is refused for its data or its model leaves the run that was there
     together(transport, lambda: make_room(output, resumed_from is None, overwrite, lease) if transport.rank == 0 else None)
     if runtime.place.rank == 0:
@@ -187,7 +221,8 @@ def _hooks(run: Run, saver: Checkpointer, record: Recording | OwnRecords, stop: 
         watching.saved(run.completed, folder)
 
     def halted() -> bool:
-        return stop.received > 0 or run.transport.told_to_stop
+        of_team = run.together is not None and run.together.told_to_stop
+        return stop.received > 0 or run.transport.told_to_stop or of_team
 
     return Hooks(record_round, save_now, lambda: watching.control.should_training_stop, clock.due, halted, Halt(halted))
 

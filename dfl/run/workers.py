@@ -40,8 +40,12 @@ def count(config: Config, *, automatic: bool, cores: int | None = None) -> int:
     """
     if launched():
         return 1
+    each = config.processes_per_peer
     if config.processes is not None:
         return _checked(config)
+    if each > 1:  # also where nobody asks for several: fewer make no team
+        teams = min((cores or num_cores()) // (each * num_threads(config)), config.peers) if automatic else 1
+        return _checked(config, each * max(1, teams))
     if not automatic or not sys.platform.startswith("linux") or choose_device(config, place_from_environment()).type != "cpu":
         return 1
     size = weight_bytes(config.model)
@@ -51,13 +55,17 @@ def count(config: Config, *, automatic: bool, cores: int | None = None) -> int:
     return max(1, min((cores or num_cores()) // num_threads(config), config.peers, fit))
 
 
-def _checked(config: Config) -> int:
-    if config.processes > 1 and choose_device(config, place_from_environment()).type != "cpu":
-        raise ValueError(f"processes = {config.processes} is for device = 'cpu'; "
+def _checked(config: Config, number: int | None = None) -> int:
+    what, number = ("processes", config.processes) if number is None else ("processes_per_peer", number)
+    if number % config.processes_per_peer:
+        raise ValueError(f"processes = {number} is no multiple of processes_per_peer = {config.processes_per_peer}; allowed: one that "
+                         "is, or null")
+    if number > 1 and choose_device(config, place_from_environment()).type != "cpu":
+        raise ValueError(f"{what} = {getattr(config, what)} is for device = 'cpu'; "
                          "allowed on a GPU: 1, or torchrun with a process for each GPU")
-    if config.processes > 1 and not hasattr(os, "fork"):
-        raise ValueError(f"processes = {config.processes}: this system cannot fork; allowed: 1, or torchrun")
-    return config.processes
+    if number > 1 and not hasattr(os, "fork"):
+        raise ValueError(f"{what} = {getattr(config, what)}: this system cannot fork; allowed: 1, or torchrun")
+    return number
 
 
 def free_memory() -> float:

@@ -104,7 +104,7 @@ def join(source: Source = None, every: int | None = None, output: str | os.PathL
     topology = check(config)
     before(place)
     end_with_launcher(env)
-    transport = connect(config, place, torch.device("cpu"))
+    transport, _ = connect(config, place, torch.device("cpu"))
     peer = Peer(config, topology, place, transport, folder, overwrite)
     try:
         check_secret(transport)

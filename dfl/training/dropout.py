@@ -1,7 +1,7 @@
 """Dropout from one generator per peer, so that a peer's masks do not depend on who is hosted beside it."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+class Cut(NamedTuple):
+    """Of a batch of `whole` examples a pass sees `number`, from `first` on: its masks are those rows of the whole batch's."""
+
+    first: int
+    number: int
+    whole: int
+
+
 class PeerDropout(TorchFunctionMode):
     """While active, every dropout draws the mask of each peer's block of rows from that peer's generator.
 
     The batch of a forward pass is the equal blocks of `generators`' peers, one after the other. Dropout inside
     scaled_dot_product_attention is covered too: there the attention is written out, since the kernel draws by itself.
+    cut: of one peer, where other processes see the rest of its batch.
     """
 
     active: ClassVar["PeerDropout | None"] = None
 
-    def __init__(self, generators: Sequence[torch.Generator]):
+    def __init__(self, generators: Sequence[torch.Generator], cut: Cut | None = None):
         super().__init__()
-        self.generators = generators
+        assert cut is None or len(generators) == 1
+        self.generators, self.cut = generators, cut
 
     def __enter__(self) -> "PeerDropout":
         self.before, PeerDropout.active = PeerDropout.active, self
@@ -35,7 +45,7 @@ class PeerDropout(TorchFunctionMode):
         copies = [torch.Generator(generator.device) for generator in self.generators]
         for copy, generator in zip(copies, self.generators, strict=True):
             copy.set_state(generator.get_state())
-        return PeerDropout(copies)
+        return PeerDropout(copies, self.cut)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,12 +58,19 @@ class PeerDropout(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
+        return input * self._mask(input, p).div_(1 - p)
+
+    def _mask(self, input: Tensor, p: float) -> Tensor:
+        cut = self.cut
+        if cut is not None and len(input) % cut.number == 0:  # rows of examples, as in most layers
+            each = len(input) // cut.number
+            mask = input.new_empty(cut.whole * each, *input.shape[1:]).bernoulli_(1 - p, generator=self.generators[0])
+            return mask[cut.first * each:(cut.first + cut.number) * each]
         # contiguous, so that the outermost blocks are the peers' also where the input is a transposed view
         mask = torch.empty_like(input, memory_format=torch.contiguous_format)
-        blocks = mask.view(len(self.generators), -1)
-        for block, generator in zip(blocks, self.generators, strict=True):
+        for block, generator in zip(mask.view(len(self.generators), -1), self.generators, strict=True):
             block.bernoulli_(1 - p, generator=generator)
-        return input * mask.div_(1 - p)
+        return mask
 
     def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         if enable_gqa:

@@ -20,12 +20,15 @@ from dfl.training.masks import Held
 from dfl.training.privacy import noise_seed, noisy_mean, sampled
 from dfl.training.reference import with_reference
 from dfl.training.skipped import untrained
+from dfl.training.together import Together
 
 
 class _Phase(NamedTuple):
-    """What all steps of a phase have in common. held: what masks leave out; masks, stretches: those of the plans."""
+    """What all steps of a phase have in common. rows: what the model reads; held: what masks leave out; masks, stretches: those of
+    the plans."""
 
     t: int
+    rows: Rows
     trains: frozenset[str]
     corrections: Sequence[Tensor | None]
     part: Part
@@ -43,10 +46,12 @@ class ModelTrainer:
     the next call of `run`, also in another process, from what `HostedPeers.state_tensors` gave. Who gives `halt` has to
     call `HostedPeers.end_phase`: until then a phase that is done can be saved as well, as another process may have
     stopped in its own. max_length: tokens of an example at most, by which the executor decides who trains together.
+    together: with the other processes of a team that holds the base model in parts.
     """
 
-    def __init__(self, peers: HostedPeers, task: Any, split: Any, executor: Executor, max_length: int = 0):
-        self.peers, self.task, self.split, self.executor = peers, task, split, executor
+    def __init__(self, peers: HostedPeers, task: Any, split: Any, executor: Executor, max_length: int = 0,
+                 together: Together | None = None):
+        self.peers, self.task, self.split, self.executor, self.together = peers, task, split, executor, together
         self.row_bytes = logit_bytes(peers.adapted.model, peers.train.batch_size * max_length)
         self.generators = [torch.Generator(peers.device) for _ in peers.ids]
 
@@ -58,10 +63,10 @@ class ModelTrainer:
         rows, part = peers.rows(residuals), peers.begin_phase(trains, masks[0] is not None)
         # what is left out has the values of the start still
         held = None if masks[0] is None else Held(torch.stack(masks), x.clone(), part.held)
-        phase = _Phase(t, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans])
+        phase = _Phase(t, rows, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans])
         peers.adapted.model.train()
         for index in self.executor.groups(len(peers.ids), self.row_bytes):
-            if not self._train(phase, rows, index):
+            if not self._train(phase, index):
                 self._check_finite(phase)
                 return None
         if held:
@@ -72,7 +77,7 @@ class ModelTrainer:
             peers.end_phase()
         return part.means
 
-    def _train(self, phase: _Phase, rows: Rows, index: list[int]) -> bool:
+    def _train(self, phase: _Phase, index: list[int]) -> bool:
         """The steps of the rows `index`, which go through the model together; False when halted before the last."""
         peers, done = self.peers, phase.part.done
         unfinished = [row for row in index if done[row] < peers.steps(row)]
@@ -80,7 +85,7 @@ class ModelTrainer:
             return True
         self._seed(phase, index)
         reads, skips = peers.adapted.reads(phase.trains), untrained(peers.adapted, phase.masks, index)
-        with self.executor.bound(peers.adapted, rows, peers.factors.gradients, index, reads, skips) as forward:
+        with self.executor.bound(peers.adapted, phase.rows, peers.factors.gradients, index, reads, skips) as forward:
             # peers that come from several processes may have stopped at different steps: those behind catch up first
             for k in range(min(done[row] for row in unfinished), max(map(peers.steps, index))):
                 active = [row for row in index if done[row] <= k < peers.steps(row)]
@@ -136,7 +141,9 @@ class ModelTrainer:
         batches = [self._collate(active, [(phase.t * peers.steps(row) + k) * train.accumulation + micro for row in active])
                    for micro in range(train.accumulation)]
         shares = self._shares(batches, len(active))
-        for micro, batch in enumerate(batches):
+        if self.together is not None:
+            total[0] = self._step_together(phase, active[0], batches, shares, forward)
+        for micro, batch in enumerate(batches if self.together is None else ()):
             batch = with_reference(self.task, peers.adapted, batch, self._autocasts)
             with self._autocast(), PeerDropout([self.generators[row] for row in active]):
                 output = forward(self.task.inputs(batch), active)
@@ -152,6 +159,14 @@ class ModelTrainer:
         self._correct_and_clip(phase, active)
         peers.optimizer.step(phase.t, k, active, phase.trains)
         return total
+
+    def _step_together(self, phase: _Phase, row: int, batches: list[dict[str, Tensor]], shares: Tensor | None, forward) -> Tensor:
+        """The gradient of a step of one peer, of which each process of the team takes a part; the loss."""
+        peers, train = self.peers, self.peers.train
+        told = [1 / train.accumulation] * len(batches) if shares is None else shares[:, 0].tolist()
+        return self.together.gradients(phase.rows, row, peers.factors.gradients[row], forward, batches, told, train.batch_size,
+                                       self.generators[row], peers.adapted.reads(phase.trains),
+                                       untrained(peers.adapted, phase.masks, [row]))
 
     def _private_step(self, phase: _Phase, k: int, active: list[int]) -> Tensor:
         """The same of DP-SGD: every example is a row of its own for the stacked executor, whose gradients are then one for each."""

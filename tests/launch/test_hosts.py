@@ -106,7 +106,7 @@ def test_hosts_come_and_go(place, hosts):
 
 @pytest.mark.core
 def test_readme_has_no_block_that_is_not_run():
-    sections = ("One machine", "Several machines", "Slurm")
+    sections = ("One machine", "A peer of several processes", "Several machines", "Slurm")
     blocks = [block for section in sections for block in workplace.readme_blocks(section)]
     assert len(blocks) == (workplace.ROOT / "launch/README.md").read_text().count("```bash") > 0
 

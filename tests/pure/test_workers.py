@@ -118,3 +118,12 @@ def test_weights_of_a_graph_do_not_depend_on_the_cores_either():
         env |= {"OMP_NUM_THREADS": given} if given else {}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == f"threads {found}"
+
+
+def test_teams_are_started_whole():
+    assert workers.count(config(processes=4, processes_per_peer=2), automatic=True) == 4
+    assert workers.count(config(processes_per_peer=2), automatic=True, cores=5) == 4
+    assert workers.count(config(processes_per_peer=2), automatic=True, cores=1) == 2
+    assert workers.count(config(processes_per_peer=3), automatic=False, cores=8) == 3
+    with pytest.raises(ValueError, match="processes = 3 is no multiple of processes_per_peer = 2"):
+        workers.count(config(processes=3, processes_per_peer=2), automatic=True)
