@@ -6,6 +6,7 @@ back with the same members, and with what each has told of itself.
 """
 
 import json
+import math
 import struct
 import sys
 import time
@@ -85,6 +86,7 @@ class Members:
         self.ending = False  # this process has come to the end, and waits for the others
         self._finished = False
         self._last_word = b""
+        self._told_out: dict[int, float] = {}  # when each that is out was told so
         self._inbox: dict[int, dict[tuple[bytes, int], bytes]] = {}
         self._reset()
 
@@ -316,7 +318,7 @@ class Members:
         if sender not in known.joined:
             raise ValueError("it has not joined itself")
         if sender in self._settling.known.out:  # it has missed that
-            self._send(sender.process, _STATE, self._state())
+            self._tell_it_is_out(sender.process)
             return
         before = self._settling.known
         if self._settling.receive(sender, known, info):
@@ -328,6 +330,12 @@ class Members:
             self._tell_all()
         elif info is not None and self._settling.info is None and self._view:  # it has missed what this one said when it settled
             self._send(sender.process, _STATE, self._last_word)
+
+    def _tell_it_is_out(self, process: int) -> None:
+        """It may think the same of this one: an answer to every answer would never end."""
+        if time.monotonic() > self._told_out.get(process, -math.inf) + AGAIN_SECONDS:
+            self._told_out[process] = time.monotonic()
+            self._send(process, _STATE, self._state())
 
     def leave(self, text: str) -> None:
         """Tell the others why, and go."""

@@ -125,6 +125,17 @@ def test_a_member_that_lies_is_put_out_and_the_others_go_on(lie, capsys):
     assert said.startswith("dfl: going on without process 1: sent what no member sends") and "Traceback" not in said
 
 
+def test_two_that_hold_each_other_for_gone_do_not_answer_each_other_for_ever():
+    """As after a cut between two halves, both of which went on."""
+    mail = Silence()
+    members = Members(mail, 0, 3, timeout=5.0)
+    members._settling.known = Known().with_joined(Member(0), Member(1))._replace(out=frozenset({Member(1)}))
+    for _ in range(50):
+        mail.events.put(Event("message", 1, told(Known().with_joined(Member(1)))))
+    members._take(0.1)
+    assert [process for process, data in mail.sent if data[0] == 3] == [1]
+
+
 def test_a_gap_in_ones_own_time_is_nobodys_silence(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -152,3 +163,11 @@ def test_what_cannot_go_on_without_a_part_of_its_peers_is_refused(fields):
     with pytest.raises(ValueError, match="membership.mode = 'survive': "):
         check(configuration.from_dict(tree))
     check(configuration.from_dict({**tree, "membership": "fixed"}))
+
+
+def test_where_zenoh_is_not_installed_a_recipe_with_it_is_refused(monkeypatch):
+    from dfl.transport import zenoh_session
+    config = configuration.from_dict({"membership": {"mode": "survive", "transport": "zenoh"}, "method": "lora", "device": "cpu"})
+    monkeypatch.setattr(zenoh_session.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"transport = 'zenoh' needs the package eclipse-zenoh: pip install 'dfl\[zenoh\]'"):
+        check(config)
