@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 AUTHORITY = "authority"
-MISSING = "needs the package cryptography: pip install 'dfl[zenoh]'"
 
 
 class Identity(NamedTuple):
@@ -31,7 +30,8 @@ def identity_of(folder: Path, process: int) -> Identity:
 
 
 def read_identity(folder: Path, process: int) -> Identity:
-    """ValueError where a file is missing, or others may read the key."""
+    """ValueError where a file is missing, or others may read the key, or the certificate is none of this process now: the others
+    would give it no answer, and no reason."""
     found = identity_of(folder, process)
     missing = [path.name for path in found if not path.is_file()]
     if missing:
@@ -39,7 +39,43 @@ def read_identity(folder: Path, process: int) -> Identity:
                          "`dfl certificates RUN` makes them")
     if found.key.stat().st_mode & 0o077:
         raise ValueError(f"{str(found.key)!r} may be read by others; allowed: mode 600, as by chmod 600")
+    wrong = _wrong(found, process)
+    if wrong:
+        raise ValueError(f"certificate {str(found.certificate)!r}: {wrong}")
     return found
+
+
+def _wrong(files: Identity, process: int) -> str:
+    """Why the others would not take a certificate; empty where they would."""
+    x509, serialization = _cryptography()
+    try:
+        certificate, authority = (x509.load_pem_x509_certificate(path.read_bytes()) for path in (files.certificate, files.authority))
+        key = serialization.load_pem_private_key(files.key.read_bytes(), None)
+    except (ValueError, TypeError) as error:
+        return f"it, its key or {files.authority.name} is no PEM: {' '.join(str(error).split())[:100]}"
+    names = [str(one.value) for one in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if names != [name_of(process)]:
+        return f"it names {', '.join(names) or 'nobody'}; needed: {name_of(process)}"
+    if key.public_key() != certificate.public_key():
+        return f"{files.key.name} is not its key"
+    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        return f"it is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}, and today is {now:%Y-%m-%d}"
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except Exception:  # of several kinds, by what is wrong
+        return f"{files.authority.name} has not signed it"
+    return ""
+
+
+def _cryptography() -> tuple[Any, Any]:
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import serialization
+    except ImportError:
+        raise ValueError("certificates need the package cryptography: pip install 'dfl[zenoh]'") from None
+    return x509, serialization
 
 
 def make(folder: Path, number: int, days: int = 90) -> list[Path]:
@@ -53,8 +89,8 @@ def make(folder: Path, number: int, days: int = 90) -> list[Path]:
     if there:
         raise ValueError(f"{str(folder)!r} holds {', '.join(there[:3])} already; certificates are not written over: give another "
                          "folder, or remove them yourself")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     signer = _Signer(folder.resolve().parent.name, days)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _write(authority, *signer.itself())
     for process in range(number):
         _write(identity_of(folder, process)[1:], *signer.sign(name_of(process)))
@@ -65,12 +101,9 @@ class _Signer:
     """Keys on the curve P-256, signatures with ECDSA and SHA-256."""
 
     def __init__(self, run: str, days: int):
-        try:
-            from cryptography import x509
-            from cryptography.hazmat.primitives.asymmetric import ec
-        except ImportError:
-            raise ValueError(f"dfl certificates {MISSING}") from None
-        self.x509, self.ec, self.days = x509, ec, days
+        self.x509, self.serialization = _cryptography()
+        from cryptography.hazmat.primitives.asymmetric import ec
+        self.ec, self.days = ec, days
         self.key: Any = ec.generate_private_key(ec.SECP256R1())
         self.name = self._name(f"trial authority of {run}"[:64])
 
@@ -108,8 +141,8 @@ class _Signer:
                 .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False))
 
     def _pem(self, builder, key) -> tuple[bytes, bytes]:
-        from cryptography.hazmat.primitives import hashes, serialization
-        certificate = builder.sign(self.key, hashes.SHA256())
+        from cryptography.hazmat.primitives import hashes
+        certificate, serialization = builder.sign(self.key, hashes.SHA256()), self.serialization
         pem = serialization.Encoding.PEM
         private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         return certificate.public_bytes(pem), private

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from dfl.transport.certificates import Identity
 from dfl.transport.hello import MAX_HELLO, Admission, checked_hello
 from dfl.transport.mail import MAX_AWAITED, Address, Event, Life
-from dfl.transport.zenoh_session import MAX_PIECE, alive_key, key_of, library, open_session, reserve
+from dfl.transport.zenoh_session import MAX_PIECE, alive_key, full_queue_seconds, key_of, library, open_session, reserve
 
 # kind; the connection, by the name that its receiver has given it; the number of the piece, or of a sign of life: of the last piece
 # that has come; bytes of the whole message
@@ -121,10 +121,13 @@ class ZenohMail:
         for line in lines.values():
             line.close()
         self._held.close()
-        if self._session is not None:  # waits for those whom a link does not reach
-            closing = threading.Thread(target=self._session.close, name="dfl-close", daemon=True)
-            closing.start()
-            closing.join(CLOSE_SECONDS)
+        if self._session is not None:
+            with contextlib.suppress(library().ZError):  # a link takes nothing, and zenoh has waited long enough
+                self._session.close()
+        # a thread that is still in zenoh when the interpreter ends takes the process with it
+        until = time.monotonic() + full_queue_seconds(self.life.patience) + CLOSE_SECONDS
+        for line in lines.values():
+            line.writer.join(max(0.0, until - time.monotonic()))
 
     def _begin(self, process: int, start: str) -> None:
         """A new connection with a start of a process, in place of the one there was."""
@@ -271,7 +274,8 @@ class _Line:
                                                congestion_control=zenoh.CongestionControl.DROP)
         self._publisher = session.declare_publisher(key, priority=zenoh.Priority.DATA, reliability=zenoh.Reliability.RELIABLE,
                                                     congestion_control=zenoh.CongestionControl.BLOCK)
-        threading.Thread(target=self._write, name="dfl-write", daemon=True).start()
+        self.writer = threading.Thread(target=self._write, name="dfl-write", daemon=True)
+        self.writer.start()
 
     def message(self, data: bytes) -> None:
         for begin in range(0, len(data), MAX_PIECE) or (0,):

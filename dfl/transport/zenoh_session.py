@@ -77,11 +77,16 @@ def settings(listen: Address, seeds: list[Address], size: int, patience: float, 
         "transport/link/rx/max_message_size": 2 * MAX_PIECE,
         # a link that is cut for less than the patience is no lost link: neither silence nor a full queue ends it before
         "transport/link/tx/lease": max(1000, int(2000 * patience)),
-        "transport/link/tx/queue/congestion_control/block/wait_before_close": max(5_000_000, int(2e6 * patience)),
+        "transport/link/tx/queue/congestion_control/block/wait_before_close": int(1e6 * full_queue_seconds(patience)),
     }
     if identity:
         found |= {"transport/link/tls": _tls(identity), "access_control": access(size)}
     return found
+
+
+def full_queue_seconds(patience: float) -> float:
+    """How long a message may wait for a link that takes none, before the link is closed."""
+    return 1.25 * patience
 
 
 def _endpoint(protocol: str, address: Address) -> str:
@@ -118,7 +123,7 @@ def _rule(name: str, flow: str, messages: tuple[str, ...], key: str) -> dict[str
 def reserve(listen: Address, host: str) -> tuple[socket.socket, Address]:
     """A port that nobody else takes until the session opens, and where that listens: at `host` where that is an address of this
     machine, as zenoh tells others all addresses at which it listens."""
-    for at in (listen[0] or host, "0.0.0.0"):
+    for at in (listen[0],) if listen[0] else (host, "0.0.0.0"):
         held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier start may linger
         with contextlib.suppress(OSError):

@@ -1,6 +1,8 @@
 """A run whose messages go over zenoh: the bits of any other, and it goes on without whoever is lost."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -66,6 +68,35 @@ def test_the_others_go_on_within_patience_and_who_was_lost_comes_back(place, tmp
         for process in range(3):
             assert "Traceback" not in run.said(process) and "panicked" not in run.said(process), run.everything()
         assert replay(tmp_path / "run").all
+
+
+CODE = """
+import os, signal, subprocess, sys, time
+from dfl.transport.zenoh_mail import ZenohMail
+process, port = int(sys.argv[1]), int(sys.argv[2])
+mail = ZenohMail(process, 2, secret=b"", about={}, check=lambda *_: "", patience=2.0)
+mail.meet([("127.0.0.1", port)] if port else [])
+if process:
+    time.sleep(120)
+other = subprocess.Popen([sys.executable, sys.argv[3], "1", str(mail.book[0][1])])
+while not mail.connected():
+    time.sleep(0.01)
+os.kill(other.pid, signal.SIGSTOP)
+mail.send(1, bytes(50_000_000))
+time.sleep(0.5)
+mail.close()
+other.kill()
+print("closed")
+"""
+
+
+@pytest.mark.clock
+def test_a_process_ends_cleanly_beside_one_that_is_stopped_and_takes_nothing(tmp_path):
+    """A thread that waits for it within zenoh may not be there any more when the interpreter ends, which would abort the process."""
+    script = tmp_path / "script.py"
+    script.write_text(CODE)
+    done = subprocess.run([sys.executable, str(script), "0", "0", str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
 
 
 def until_alive(run: Group, process: int, alive: list[int], seconds: float = 60.0) -> None:

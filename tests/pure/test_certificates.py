@@ -1,6 +1,7 @@
 """A small authority for a trial: whom it vouches for, who may read its keys, and that nothing is written over."""
 
 import datetime
+import shutil
 import stat
 
 import pytest
@@ -56,6 +57,31 @@ def test_a_key_that_others_may_read_is_refused(tmp_path):
     (tmp_path / "process-0.key").chmod(0o640)
     with pytest.raises(ValueError, match="process-0.key' may be read by others; allowed: mode 600"):
         read_identity(tmp_path, 0)
+
+
+WRONG = {"another's": "it names process-1; needed: process-0", "another's key": "process-0.key is not its key",
+         "another authority's": "authority.pem has not signed it", "old": "it is valid from .* to .*, and today is",
+         "no PEM": "it, its key or authority.pem is no PEM"}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_certificate_that_the_others_would_not_take_is_refused_at_the_start(run, tmp_path, what):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    shutil.copytree(run / "certificates", ours)
+    make(other, 1, days=0 if what == "old" else 5)
+    if what == "another's":
+        for suffix in ("pem", "key"):
+            shutil.copy2(ours / f"process-1.{suffix}", ours / f"process-0.{suffix}")
+    elif what == "another's key":
+        shutil.copy2(ours / "process-1.key", ours / "process-0.key")
+    elif what == "another authority's":
+        shutil.copy2(other / "authority.pem", ours / "authority.pem")
+    elif what == "old":
+        ours = other
+    else:
+        (ours / "process-0.pem").write_text("none")
+    with pytest.raises(ValueError, match=f"process-0.pem': {WRONG[what]}"):
+        read_identity(ours, 0)
 
 
 def test_nothing_is_written_over(run, capsys):
