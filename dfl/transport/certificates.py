@@ -1,7 +1,8 @@
 """A small certificate authority for a trial: it says which processes belong to a run, and which of them each is.
 
-For a trial, as one machine makes the keys of all and they have to be carried to the others. In earnest every site makes its own key,
-and an authority that is kept somewhere safe signs it: what counts is that the certificate of process K names it process-K.
+For a trial, as one machine makes the keys of all and they have to be carried to the others. In earnest every site makes
+its own key, and an authority that is kept somewhere safe signs it: what counts is that the certificate of process K
+names it process-K.
 """
 
 import datetime
@@ -13,7 +14,8 @@ AUTHORITY = "authority"
 
 
 class Identity(NamedTuple):
-    """Files in PEM: the authority that vouches for all, the certificate of a process, and its key, which nobody else may read."""
+    """Files in PEM: the authority that vouches for all, the certificate of a process, and its key, which nobody else
+    may read."""
 
     authority: Path
     certificate: Path
@@ -30,8 +32,8 @@ def identity_of(folder: Path, process: int) -> Identity:
 
 
 def read_identity(folder: Path, process: int) -> Identity:
-    """ValueError where a file is missing, or others may read the key, or the certificate is none of this process now: the others
-    would give it no answer, and no reason."""
+    """ValueError where a file is missing, or others may read the key, or the certificate is none of this process now:
+    the others would give it no answer, and no reason."""
     found = identity_of(folder, process)
     missing = [path.name for path in found if not path.is_file()]
     if missing:
@@ -49,7 +51,8 @@ def _wrong(files: Identity, process: int) -> str:
     """Why the others would not take a certificate; empty where they would."""
     x509, serialization = _cryptography()
     try:
-        certificate, authority = (x509.load_pem_x509_certificate(path.read_bytes()) for path in (files.certificate, files.authority))
+        certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
+        authority = x509.load_pem_x509_certificate(files.authority.read_bytes())
         key = serialization.load_pem_private_key(files.key.read_bytes(), None)
     except (ValueError, TypeError) as error:
         return f"it, its key or {files.authority.name} is no PEM: {' '.join(str(error).split())[:100]}"
@@ -87,8 +90,8 @@ def make(folder: Path, number: int, days: int = 90) -> list[Path]:
     authority = folder / f"{AUTHORITY}.pem", folder / f"{AUTHORITY}.key"
     there = [path.name for path in (*authority, *paths) if path.exists()]
     if there:
-        raise ValueError(f"{str(folder)!r} holds {', '.join(there[:3])} already; certificates are not written over: give another "
-                         "folder, or remove them yourself")
+        raise ValueError(f"{str(folder)!r} holds {', '.join(there[:3])} already; certificates are not written over: give "
+                         "another folder, or remove them yourself")
     signer = _Signer(folder.resolve().parent.name, days)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _write(authority, *signer.itself())
@@ -120,18 +123,19 @@ class _Signer:
         """Certificate and key, in PEM."""
         x509, key = self.x509, self.ec.generate_private_key(self.ec.SECP256R1())
         both = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH, x509.ExtendedKeyUsageOID.CLIENT_AUTH])
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         builder = (self._begin(self._name(name), key, {"digital_signature": True})
                    .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
                    .add_extension(both, critical=False)
                    .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-                   .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False))
+                   .add_extension(issuer, critical=False))
         return self._pem(builder, key)
 
     def _begin(self, name, key, allowed: dict[str, bool]):
         """Without the last word on whom it is of."""
         x509 = self.x509
-        uses = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign",
-                "crl_sign", "encipher_only", "decipher_only")
+        uses = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+                "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
         now = datetime.datetime.now(datetime.timezone.utc)
         return (x509.CertificateBuilder().subject_name(name).issuer_name(self.name).public_key(key.public_key())
                 .serial_number(x509.random_serial_number())

@@ -10,8 +10,8 @@ MAX_HELLO = 2**18
 
 
 class Admission:
-    """process: this one, of `size`; about: what it was started with; check(process, its about) -> why that does not belong here,
-    or "". secret: of the run; a proof of it is an HMAC-SHA256 over a challenge that the other has drawn.
+    """process: this one, of `size`; about: what it was started with; check(process, its about) -> why that does not
+    belong here, or "". secret: of the run; a proof of it is an HMAC-SHA256 over a challenge that the other has drawn.
     """
 
     def __init__(self, process: int, size: int, secret: bytes, about: Mapping[str, Any],
@@ -26,10 +26,11 @@ class Admission:
 
     def refused(self, process: int, hello: Mapping[str, Any], challenge: str) -> str:
         """Why a process does not belong here; empty where it does."""
+        what = f"process {process} does not belong to this run"
         if not 0 <= process < self.size or process == self.process:
-            return f"process {process} does not belong to this run: allowed are 0 to {self.size - 1} other than {self.process}"
+            return f"{what}: allowed are 0 to {self.size - 1} other than {self.process}"
         if not hmac.compare_digest(str(hello["proof"]), self._proof(challenge, process)):
-            return f"process {process} does not belong to this run: its DFL_SECRET is not that of process {self.process}"
+            return f"{what}: its DFL_SECRET is not that of process {self.process}"
         return self.check(process, hello["about"])
 
     def addresses(self, process: int, hello: Mapping[str, Any]) -> dict[int, Address]:
@@ -44,7 +45,8 @@ def checked_hello(tree: dict[str, Any]) -> dict[str, Any]:
     (host, port), book = tree["at"], tree.get("book", {})
     kinds = ((tree["process"], int), (tree["about"], dict), (tree["proof"], str), (host, str), (port, int),
              (book, dict))
-    right = all(isinstance(value, kind) for value, kind in kinds) and all(key.isdecimal() and len(at) == 2 for key, at in book.items())
-    if not right:
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise ValueError("no hello")
+    if not all(key.isdecimal() and len(at) == 2 for key, at in book.items()):
         raise ValueError("no hello")
     return tree

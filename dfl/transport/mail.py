@@ -1,5 +1,5 @@
-"""What carries the messages of a run that goes on without those it loses, whatever the way: what a carrier offers (`Mail`), what it
-reports (`Event`), and how silence is counted (`Life`). post.py carries over TCP connections.
+"""What carries the messages of a run that goes on without those it loses, whatever the way: what a carrier offers
+(`Mail`), what it reports (`Event`), and how silence is counted (`Life`). post.py carries over TCP connections.
 """
 
 import time
@@ -25,7 +25,8 @@ class RefusedError(ValueError):
 
 
 class Life:
-    """How long others have shown no sign of life. A gap in our own time, as of a machine that was asleep, is nobody's silence."""
+    """How long others have shown no sign of life. A gap in our own time, as of a machine that was asleep, is nobody's
+    silence."""
 
     def __init__(self, patience: float):
         self.patience, self.tick = patience, min(1.0, patience / 8)
@@ -54,9 +55,9 @@ class Life:
 
 
 class Mail(Protocol):
-    """events: what arrives, in the order of each sender. waits: by process, whom it says that it waits for; awaited: whom this one
-    does, which its signs of life say. book: where processes can be reached, as far as known. refusals: why members do not want this
-    process, as they said."""
+    """events: what arrives, in the order of each sender. waits: by process, whom it says that it waits for; awaited:
+    whom this one does, which its signs of life say. book: where processes can be reached, as far as known. refusals:
+    why members do not want this process, as they said."""
 
     events: SimpleQueue[Event]
     life: Life

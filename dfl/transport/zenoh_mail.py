@@ -1,9 +1,10 @@
-"""Messages between the processes of a run that goes on without those it loses, over zenoh: a carrier (mail.py) for several sites.
+"""Messages between the processes of a run that goes on without those it loses, over zenoh: a carrier (mail.py) for
+several sites.
 
-zenoh finds the others from the address of any of them, keeps the links, encrypts them and lets nobody in without a certificate of the
-run (zenoh_session.py). A liveliness token says that a process is there, and that it has gone. Above it lies what zenoh does not
-promise: both ends say hello before anything counts, pieces are numbered, so that a lost one is noticed, and an old connection's are
-ignored.
+zenoh finds the others from the address of any of them, keeps the links, encrypts them and lets nobody in without a
+certificate of the run (zenoh_session.py). A liveliness token says that a process is there, and that it has gone. Above
+it lies what zenoh does not promise: both ends say hello before anything counts, pieces are numbered, so that a lost one
+is noticed, and an old connection's are ignored.
 """
 
 import contextlib
@@ -19,13 +20,9 @@ from typing import Any, NamedTuple
 from dfl.transport.certificates import Identity
 from dfl.transport.hello import MAX_HELLO, Admission, checked_hello
 from dfl.transport.mail import MAX_AWAITED, Address, Event, Life
-from dfl.transport.zenoh_session import MAX_PIECE, alive_key, full_queue_seconds, key_of, library, open_session, reserve
+from dfl.transport.zenoh_line import ASK, HEAD, HELLO, LIFE, NO_LINE, PIECE, REFUSED, Line
+from dfl.transport.zenoh_session import alive_key, full_queue_seconds, key_of, library, open_session, reserve
 
-# kind; the connection, by the name that its receiver has given it; the number of the piece, or of a sign of life: of the last piece
-# that has come; bytes of the whole message
-_HEAD = struct.Struct("<B8sQQ")
-_HELLO, _REFUSED, _LIFE, _PIECE, _ASK = range(1, 6)
-_NO_LINE = bytes(8)
 CLOSE_SECONDS = 5.0
 
 
@@ -39,7 +36,8 @@ class _Seen(NamedTuple):
 
 
 class ZenohMail:
-    """about, check, secret: as Admission has them; identity: certificates, or None within one machine; most: bytes of one message."""
+    """about, check, secret: as Admission has them; identity: certificates, or None within one machine; most: bytes of
+    one message."""
 
     def __init__(self, process: int, size: int, *, secret: bytes, about: Mapping[str, Any],
                  check: Callable[[int, Mapping[str, Any]], str], patience: float, listen: Address = ("127.0.0.1", 0),
@@ -55,7 +53,7 @@ class ZenohMail:
         self._held, self._listen = reserve(listen, host)
         self.book: dict[int, Address] = {process: (host, self._listen[1])}
         self._start = secrets.token_hex(8)  # of this start of the process
-        self._lines: dict[int, _Line] = {}
+        self._lines: dict[int, Line] = {}
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._seen: SimpleQueue[_Seen | None] = SimpleQueue()
         self._session: Any = None
@@ -110,7 +108,7 @@ class ZenohMail:
             if not late:
                 return
             for line in late:
-                line.put(_HEAD.pack(_ASK, line.theirs, 0, 0))
+                line.put(HEAD.pack(ASK, line.theirs, 0, 0))
             time.sleep(0.005)
 
     def close(self) -> None:
@@ -134,10 +132,10 @@ class ZenohMail:
         before = self._lines.get(process)
         if before is not None:
             before.close()
-        self._lines[process] = line = _Line(self._session, key_of(process, self.process), start)
+        self._lines[process] = line = Line(self._session, key_of(process, self.process), start)
         line.put(self._hello(line))
 
-    def _lost(self, process: int, line: "_Line", kind: str, text: str, start: str = "") -> None:
+    def _lost(self, process: int, line: Line, kind: str, text: str, start: str = "") -> None:
         """The end of a connection. With a start of the process another one begins."""
         was_ready = line.ready
         if start:
@@ -148,12 +146,12 @@ class ZenohMail:
         if was_ready:
             self.events.put(Event(kind, process, text=text))
 
-    def _hello(self, line: "_Line") -> bytes:
+    def _hello(self, line: Line) -> bytes:
         """challenge: the names that both ends have drawn. Without the other's there is no proof yet."""
         tree = self.admission.hello(_challenge(line.start, line.mine), self.book[self.process])
         tree |= {"start": self._start, "line": line.mine.hex(), "received": line.theirs.hex(),
                  "book": {str(other): at for other, at in self.book.items()}}
-        return _HEAD.pack(_HELLO, _NO_LINE, 0, 0) + json.dumps(tree).encode()
+        return HEAD.pack(HELLO, NO_LINE, 0, 0) + json.dumps(tree).encode()
 
     def _handle_all(self) -> None:
         while (seen := self._seen.get()) is not None:
@@ -168,17 +166,17 @@ class ZenohMail:
             self._handle_token(seen, line)
             return
         try:
-            kind, name, number, size = _HEAD.unpack_from(seen.data)
-            if kind in (_HELLO, _REFUSED):
-                self._handle_hello(seen.process, kind, seen.data[_HEAD.size:])
+            kind, name, number, size = HEAD.unpack_from(seen.data)
+            if kind in (HELLO, REFUSED):
+                self._handle_hello(seen.process, kind, seen.data[HEAD.size:])
             elif line is not None and line.ready and name == line.mine:
                 self.life.hear(seen.process)
-                self._handle_word(seen.process, line, kind, number, size, seen.data[_HEAD.size:])
+                self._handle_word(seen.process, line, kind, number, size, seen.data[HEAD.size:])
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if line is not None and line.ready:
                 self._lost(seen.process, line, "harm", " ".join(str(error).split())[:200], line.start)
 
-    def _handle_token(self, seen: _Seen, line: "_Line | None") -> None:
+    def _handle_token(self, seen: _Seen, line: Line | None) -> None:
         if seen.there:
             if line is None:
                 self._begin(seen.process, seen.start)
@@ -191,7 +189,7 @@ class ZenohMail:
         tree = json.loads(data) if len(data) <= MAX_HELLO else None
         if not isinstance(tree, dict):
             raise ValueError("no hello")
-        if kind == _REFUSED:
+        if kind == REFUSED:
             line, text = self._lines.get(process), str(tree["refused"])[:1000]
             if line is not None and not line.ready and text not in self.refusals:
                 self.refusals.append(text)
@@ -202,11 +200,11 @@ class ZenohMail:
         line = self._lines.get(process)
         if line is None:
             self._begin(process, tree["start"])
-        elif line.start != tree["start"] or line.theirs not in (_NO_LINE, theirs):
+        elif line.start != tree["start"] or line.theirs not in (NO_LINE, theirs):
             self._lost(process, line, "gone", "its connection closed", tree["start"])
         self._meet(process, self._lines[process], hello, theirs, received)
 
-    def _meet(self, process: int, line: "_Line", hello: Mapping[str, Any], theirs: bytes, received: bytes) -> None:
+    def _meet(self, process: int, line: Line, hello: Mapping[str, Any], theirs: bytes, received: bytes) -> None:
         """A hello of the other end of a connection that is to be."""
         refused = self.admission.refused(process, hello, _challenge(self._start, theirs))
         if hello["process"] != process:
@@ -215,7 +213,7 @@ class ZenohMail:
             if not line.refused:
                 line.refused = True
                 self.events.put(Event("refused", process, text=refused))
-            line.put(_HEAD.pack(_REFUSED, _NO_LINE, 0, 0) + json.dumps({"refused": refused}).encode())
+            line.put(HEAD.pack(REFUSED, NO_LINE, 0, 0) + json.dumps({"refused": refused}).encode())
             return
         line.theirs = theirs
         self.book |= self.admission.addresses(process, hello)
@@ -226,13 +224,13 @@ class ZenohMail:
             line.ready = True
             self.life.begin(process)
 
-    def _handle_word(self, process: int, line: "_Line", kind: int, number: int, size: int, data: bytes) -> None:
-        if kind == _LIFE and len(data) == size <= 8 * MAX_AWAITED:
+    def _handle_word(self, process: int, line: Line, kind: int, number: int, size: int, data: bytes) -> None:
+        if kind == LIFE and len(data) == size <= 8 * MAX_AWAITED:
             line.arrived = number
             self.waits[process] = struct.unpack(f"<{size // 8}q", data[:size // 8 * 8])
-        elif kind == _ASK:
+        elif kind == ASK:
             self._tell_life(line)
-        elif kind == _PIECE:
+        elif kind == PIECE:
             if size > self.most:
                 raise ValueError(f"announced {size} bytes; allowed: up to {self.most}")
             found = line.take(number, size, data)
@@ -251,74 +249,14 @@ class ZenohMail:
                     elif not line.refused:
                         line.put(self._hello(line))
 
-    def _tell_life(self, line: "_Line") -> None:
+    def _tell_life(self, line: Line) -> None:
         told = struct.pack(f"<{len(self.awaited)}q", *self.awaited)
-        line.life(_HEAD.pack(_LIFE, line.theirs, line.received, len(told)) + told)
-
-
-class _Line:
-    """A connection with a start of a process, written by a thread of its own: who sends never waits for who reads.
-
-    mine, theirs: what each end calls it; ready: both know both. given, received: pieces sent and taken; arrived: pieces that the
-    other says that it has.
-    """
-
-    def __init__(self, session: Any, key: str, start: str):
-        self.start, self.mine, self.theirs = start, secrets.token_bytes(8), _NO_LINE
-        self.ready = self.refused = False
-        self.given = self.received = self.arrived = 0
-        self._parts = bytearray()
-        self._out: SimpleQueue[bytes | None] = SimpleQueue()
-        zenoh = library()
-        self._life = session.declare_publisher(key, priority=zenoh.Priority.INTERACTIVE_HIGH,
-                                               congestion_control=zenoh.CongestionControl.DROP)
-        self._publisher = session.declare_publisher(key, priority=zenoh.Priority.DATA, reliability=zenoh.Reliability.RELIABLE,
-                                                    congestion_control=zenoh.CongestionControl.BLOCK)
-        self.writer = threading.Thread(target=self._write, name="dfl-write", daemon=True)
-        self.writer.start()
-
-    def message(self, data: bytes) -> None:
-        for begin in range(0, len(data), MAX_PIECE) or (0,):
-            self.given += 1
-            self.put(_HEAD.pack(_PIECE, self.theirs, self.given, len(data)) + data[begin:begin + MAX_PIECE])
-
-    def put(self, data: bytes) -> None:
-        self._out.put(data)
-
-    def life(self, data: bytes) -> None:
-        """Past all that waits; where even that is not possible, nothing."""
-        self._quietly(self._life.put, data)
-
-    def take(self, number: int, size: int, data: bytes) -> bytes | None:
-        """A piece; the message that it ends, or None. ValueError where one is missing. Memory is taken as pieces come."""
-        if number != self.received + 1:
-            raise ValueError(f"piece {number} came after piece {self.received}")
-        self.received = number
-        self._parts += data
-        if len(self._parts) > size or not data and size:
-            raise ValueError(f"sent {len(self._parts)} bytes where {size} were announced")
-        if len(self._parts) < size:
-            return None
-        found, self._parts = bytes(self._parts), bytearray()
-        return found
-
-    def close(self) -> None:
-        self.ready = False
-        self._out.put(None)
-
-    def _write(self) -> None:
-        while (data := self._out.get()) is not None:
-            self._quietly(self._publisher.put, data)
-        self._quietly(self._publisher.undeclare)
-        self._quietly(self._life.undeclare)
-
-    def _quietly(self, function: Callable[..., None], *args: bytes) -> None:
-        with contextlib.suppress(library().ZError):  # the session is closed, or the link: the token says so
-            function(*args)
+        line.life(HEAD.pack(LIFE, line.theirs, line.received, len(told)) + told)
 
 
 def _challenge(start: str, line: bytes) -> str:
-    """What a proof is of: the start of the process that checks it, and the name of the connection of the one that gives it."""
+    """What a proof is of: the start of the process that checks it, and the name of the connection of the one that gives
+    it."""
     return f"{start} {line.hex()}"
 
 

@@ -1,8 +1,9 @@
-"""What a zenoh session of a run may do, and others with it: its addresses, its certificates, and who may write and read what.
+"""What a zenoh session of a run may do, and others with it: its addresses, its certificates, and who may write and read
+what.
 
-Keys: `dfl/to/J/K` is what process K tells process J, `dfl/alive/K/START` says that a start of K is there. Over TLS both ends of a
-link show a certificate of the run's authority, and every process lets process-K write under K's name alone, listen to what is for K
-alone, and be there as K alone; whatever else comes is dropped before this process sees it.
+Keys: `dfl/to/J/K` is what process K tells process J, `dfl/alive/K/START` says that a start of K is there. Over TLS both
+ends of a link show a certificate of the run's authority, and every process lets process-K write under K's name alone,
+listen to what is for K alone, and be there as K alone; whatever else comes is dropped before this process sees it.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ MISSING = "membership.transport = 'zenoh' needs the package eclipse-zenoh: pip i
 MAX_PIECE = 2**20
 _READS_AND_WRITES = ("put", "delete", "declare_subscriber", "query", "reply", "declare_queryable", "liveliness_token",
                      "liveliness_query", "declare_liveliness_subscriber")
+_LOOKS = ("declare_liveliness_subscriber", "liveliness_query")
 
 
 def key_of(receiver: object, sender: object) -> str:
@@ -58,7 +60,8 @@ def open_session(listen: Address, seeds: list[Address], size: int, patience: flo
         raise ConnectionError(f"zenoh cannot listen at {listen[0]}:{listen[1]}: {why}") from None
 
 
-def settings(listen: Address, seeds: list[Address], size: int, patience: float, identity: Identity | None) -> dict[str, Any]:
+def settings(listen: Address, seeds: list[Address], size: int, patience: float,
+             identity: Identity | None) -> dict[str, Any]:
     """By name in zenoh's configuration. Nobody is found but through the addresses given and those that members tell."""
     protocol = "tls" if identity else "tcp"
     found = {
@@ -98,7 +101,8 @@ def _tls(identity: Identity) -> dict[str, Any]:
     """Both ends show a certificate. It names a process, not an address: who answers at an address is known by that."""
     own, key = str(identity.certificate), str(identity.key)
     return {"root_ca_certificate": str(identity.authority), "enable_mtls": True, "verify_name_on_connect": False,
-            "listen_certificate": own, "listen_private_key": key, "connect_certificate": own, "connect_private_key": key}
+            "listen_certificate": own, "listen_private_key": key,
+            "connect_certificate": own, "connect_private_key": key}
 
 
 def access(size: int) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def access(size: int) -> dict[str, Any]:
         rules += [_rule(f"writes-{k}", "ingress", ("put",), key_of("*", k)),
                   _rule(f"reads-{k}", "ingress", ("declare_subscriber",), key_of(k, "*")),
                   _rule(f"is-{k}", "ingress", ("liveliness_token",), alive_key(k, "*")),
-                  _rule(f"looks-{k}", "ingress", ("declare_liveliness_subscriber", "liveliness_query"), alive_key("*", "*"))]
+                  _rule(f"looks-{k}", "ingress", _LOOKS, alive_key("*", "*"))]
         subjects.append({"id": name_of(k), "cert_common_names": [name_of(k)]})
         policies.append({"id": name_of(k), "rules": [rule["id"] for rule in rules[-4:]], "subjects": [name_of(k)]})
     return {"enabled": True, "default_permission": "deny", "rules": rules, "subjects": subjects, "policies": policies}
@@ -121,8 +125,8 @@ def _rule(name: str, flow: str, messages: tuple[str, ...], key: str) -> dict[str
 
 
 def reserve(listen: Address, host: str) -> tuple[socket.socket, Address]:
-    """A port that nobody else takes until the session opens, and where that listens: at `host` where that is an address of this
-    machine, as zenoh tells others all addresses at which it listens."""
+    """A port that nobody else takes until the session opens, and where that listens: at `host` where that is an address
+    of this machine, as zenoh tells others all addresses at which it listens."""
     for at in (listen[0],) if listen[0] else (host, "0.0.0.0"):
         held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier start may linger

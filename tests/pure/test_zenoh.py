@@ -17,8 +17,9 @@ from dfl.transport.mail import Event
 zenoh = pytest.importorskip("zenoh", reason="needs zenoh: pip install 'dfl[zenoh]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install 'dfl[zenoh]'")
 
-from dfl.transport import zenoh_mail  # noqa: E402
-from dfl.transport.zenoh_mail import _HEAD, ZenohMail  # noqa: E402
+from dfl.transport import zenoh_line  # noqa: E402
+from dfl.transport.zenoh_line import HEAD  # noqa: E402
+from dfl.transport.zenoh_mail import ZenohMail  # noqa: E402
 from dfl.transport.zenoh_session import alive_key, key_of, open_session  # noqa: E402
 
 
@@ -89,20 +90,20 @@ def test_who_is_cut_off_notices_and_what_it_had_under_way_is_not_read(mails):
     zero.cut(1)
     assert one.events.get(timeout=5)[:2] == ("gone", 0)
     meet(zero, one)
-    one._session.put(key_of(0, 1), _HEAD.pack(zenoh_mail._PIECE, old, 1, 3) + b"old")
+    one._session.put(key_of(0, 1), HEAD.pack(zenoh_line.PIECE, old, 1, 3) + b"old")
     nothing_comes(zero, one)
 
 
-HARM = {"200 GB": lambda line: _HEAD.pack(zenoh_mail._PIECE, line, 1, 200 * 10**9) + b"x",
-        "a piece is missing": lambda line: _HEAD.pack(zenoh_mail._PIECE, line, 5, 1) + b"x",
-        "more than announced": lambda line: _HEAD.pack(zenoh_mail._PIECE, line, 1, 1) + b"xx",
-        "an empty piece": lambda line: _HEAD.pack(zenoh_mail._PIECE, line, 1, 7),
-        "an unknown kind": lambda line: _HEAD.pack(77, line, 1, 0),
-        "too many awaited": lambda line: _HEAD.pack(zenoh_mail._LIFE, line, 1, 8 * 5000) + bytes(8 * 5000),
+HARM = {"200 GB": lambda line: HEAD.pack(zenoh_line.PIECE, line, 1, 200 * 10**9) + b"x",
+        "a piece is missing": lambda line: HEAD.pack(zenoh_line.PIECE, line, 5, 1) + b"x",
+        "more than announced": lambda line: HEAD.pack(zenoh_line.PIECE, line, 1, 1) + b"xx",
+        "an empty piece": lambda line: HEAD.pack(zenoh_line.PIECE, line, 1, 7),
+        "an unknown kind": lambda line: HEAD.pack(77, line, 1, 0),
+        "too many awaited": lambda line: HEAD.pack(zenoh_line.LIFE, line, 1, 8 * 5000) + bytes(8 * 5000),
         "half a head": lambda line: b"\x04",
-        "a hello that is none": lambda line: _HEAD.pack(zenoh_mail._HELLO, line, 0, 0) + b"{",
-        "a deep hello": lambda line: _HEAD.pack(zenoh_mail._HELLO, line, 0, 0) + b"[" * 100_000,
-        "a hello without parts": lambda line: _HEAD.pack(zenoh_mail._HELLO, line, 0, 0) + b'{"line": 5}'}
+        "a hello that is none": lambda line: HEAD.pack(zenoh_line.HELLO, line, 0, 0) + b"{",
+        "a deep hello": lambda line: HEAD.pack(zenoh_line.HELLO, line, 0, 0) + b"[" * 100_000,
+        "a hello without parts": lambda line: HEAD.pack(zenoh_line.HELLO, line, 0, 0) + b'{"line": 5}'}
 
 
 @pytest.mark.parametrize("what", HARM)
@@ -136,7 +137,7 @@ def test_who_writes_under_anothers_name_or_listens_to_it_is_refused(mails, keys)
         token = liar.liveliness().declare_token(alive_key(2, "another start"))
         own = liar.liveliness().declare_token(alive_key(1, "its start"))
         until(lambda: 1 in zero._lines and 1 in two._lines and not heard.empty())  # and both say hello to it
-        liar.put(key_of(0, 2), _HEAD.pack(zenoh_mail._PIECE, zero._lines[2].mine, 1, 4) + b"lies")
+        liar.put(key_of(0, 2), HEAD.pack(zenoh_line.PIECE, zero._lines[2].mine, 1, 4) + b"lies")
         liar.put("dfl/anything", b"else")
         liar.delete(key_of(0, 2))
         nothing_comes(zero, two)  # neither a message of 2, nor its end, nor another start of it
