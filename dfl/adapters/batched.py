@@ -173,4 +173,4 @@ def _following(size: int, device: torch.device) -> Tensor:
     """Who sits where in the next step: 0 stays, the others go around, so that after size - 1 steps all have met once."""
     seats = list(range(0, size, 2)) + list(range(size - 1, 0, -2))  # upper row from the left, lower row from the right
     comes = {seats[0]: seats[0]} | {seats[1 + (k + 1) % (size - 1)]: seats[1 + k] for k in range(size - 1)}
-    return torch.tensor([comes[seat] for seat in range(size)], device=device)
+    return torch.tensor([comes[seat] for seat in range(size)]).to(device)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
 from dfl.codecs.bits import num_bytes, pack_bits, unpack_bits
 from dfl.codecs.memory import Compressor, remembering
 from dfl.plugins import check_share
@@ -69,7 +70,7 @@ def random_k(*, share: float = 0.01, memory: str = "none", gamma: float | None =
 
     def pack(name: str, values: Tensor, seed: int | None) -> Tensor:
         at = drawn(seed, values.numel(), count(values.numel(), share)).to(values.device)
-        return torch.cat([torch.tensor([seed], device=values.device).view(torch.uint8), values[at].float().view(torch.uint8)])
+        return torch.cat([uploaded([seed], values).view(torch.uint8), values[at].float().view(torch.uint8)])
 
     def unpack(name: str, data: Tensor, numel: int) -> Tensor:
         k = count(numel, share)

@@ -7,6 +7,7 @@ does: factors, or products. No mean is kept over the network, as what i takes of
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import Layout, make_layout
 from dfl.guards.distances import METRICS, inner_products, squared_distances
 from dfl.guards.norm import norm
@@ -30,7 +31,7 @@ def clipped(*, radius: float | None = None, tolerate: int = 1, metric: str = "pr
     def screen(inbox: Inbox, round: Round, x: Tensor) -> tuple[dict[int, Message], dict[int, float]]:
         peers, weights = sorted(inbox), dict(round.weights)
         distances = inner_products(inbox, round.peer, x, layout, metric).diagonal().clamp_min(0).sqrt()
-        others = distances[[k for k, j in enumerate(peers) if j != round.peer]]
+        others = distances[uploaded([k for k, j in enumerate(peers) if j != round.peer], distances)]
         tau = radius
         if tau is None:
             tau = float(torch.quantile(others, max(0.0, 1 - 2 * tolerate / len(others)), interpolation="lower"))
@@ -81,7 +82,7 @@ def geometric_median(*, steps: int = 8, smoothing: float = 0.1, metric: str = "f
     def screen(inbox: Inbox, round: Round, x: Tensor) -> tuple[dict[int, Message], dict[int, float]]:
         peers = sorted(inbox)
         inner = inner_products(inbox, round.peer, x, layout, metric)
-        given = torch.tensor([round.weights[j] for j in peers], dtype=torch.float64, device=inner.device)
+        given = uploaded([round.weights[j] for j in peers], inner, torch.float64)
         shares = given / given.sum()
         for _ in range(steps):
             mixed = inner @ shares

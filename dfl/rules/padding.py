@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import Layout, Pair, a_view, b_view, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import refactor, truncate
 from dfl.plugins import check_count
@@ -107,7 +108,7 @@ def _has_slot(received: Received, pairs: Sequence[Pair], ranks: Sequence[int] | 
     slots = torch.arange(pairs[0].rank, device=received.rows.device)
     if ranks is None:
         return torch.ones(len(received.peers), len(slots), dtype=torch.bool, device=slots.device)
-    held = slots < torch.tensor([ranks[j] for j in received.peers], device=slots.device)[:, None]
+    held = slots < uploaded([ranks[j] for j in received.peers], slots)[:, None]
     return held | ~held.any(0)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import SPLITS, align, cut, energy_rank, refactor, truncate, weighted_sum
 from dfl.plugins import check_choice, check_share
@@ -62,7 +63,7 @@ def florist(layout: Layout, *, tau: float = 0.99, cap: int | None = None, split:
                 for slots, pair in zip(state["slots"].tolist(), layout.pairs, strict=True)]
 
     def init(x: Tensor) -> State:
-        slots = torch.tensor([pair.rank for pair in layout.pairs], device=x.device)
+        slots = uploaded([pair.rank for pair in layout.pairs], x)
         return {"slots": slots, "rank": slots.double().mean()}
 
     def combine(out: Tensor, received: Received, state: State) -> State:
@@ -71,7 +72,7 @@ def florist(layout: Layout, *, tau: float = 0.99, cap: int | None = None, split:
         for pairs in layout.shapes():
             error, kept = mix_products(out, received, pairs, split, limit(pairs[0].rank, received.round.peer), tau)
             squared += error
-            slots[[place[pair.name] for pair in pairs]] = kept
+            slots[uploaded([place[pair.name] for pair in pairs], slots)] = kept
         return {"slots": slots, "rank": slots.double().mean(), "truncation_error": squared.sqrt()}
 
     return pair_gossip(layout, combine, ranks=ranks, init=init, message_ranks=message_ranks,
