@@ -111,10 +111,11 @@ def scalings(pairs: Sequence[Pair], like: Tensor) -> Tensor:
     return uploaded([pair.scaling for pair in pairs], like, torch.float64)
 
 
-def empty_rows(num_rows: int, size: int, *, dtype=torch.float32, device="cpu") -> Tensor:
-    """Zeroed rows (P, D); every row begins on a 64-byte boundary."""
-    stride = -(-size // _ALIGN) * _ALIGN
-    return torch.zeros(num_rows, stride, dtype=dtype, device=device)[:, :size]
+def empty_rows(num_rows: int, size: int, *, dtype=torch.float32, device="cpu", before: int = 0) -> Tensor:
+    """Zeroed rows (P, D); every row begins on a 64-byte boundary. before: numbers that are left free in front of each, rounded up to
+    such a boundary."""
+    padded, before = (-(-length // _ALIGN) * _ALIGN for length in (size, before))
+    return torch.zeros(num_rows, before + padded, dtype=dtype, device=device)[:, before:before + size]
 
 
 def a_view(x: Tensor, pair: Pair) -> Tensor:

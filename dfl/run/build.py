@@ -350,6 +350,7 @@ def assemble(config: Config, runtime: Runtime, loaded: Loaded, topology, resumed
     evaluator = Evaluator(adapted, bundle.task, bundle.valid, config.eval.batch_size, runtime.device, autocast,
                           None if isinstance(own, str) else own,
                           metrics=choose_metrics(config.eval, bundle.task, len(bundle.train.label_names)), together=together)
+    runtime.transport.lend(peers.x)
     gossip = Gossip(method, adapted.layout, topology, runtime.transport, peers.ids, peers.x, seed=config.seed, scale=peers.scale)
     one_by_one = config.train.privacy.noise is not None or together is not None
     executor = executors.choose("sequential" if one_by_one else config.train.executor, runtime.device, config.lora.adapter)

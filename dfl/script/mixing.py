@@ -66,6 +66,7 @@ class Mixing:
         method = build_method(config, context)
         check_able(config, method, peer.topology)
         check_adapter(config, method, adapted.ranks)
+        transport.lend(self.row.x)
         gossip = Gossip(method, adapted.layout, peer.topology, transport, [peer.rank], self.row.x, seed=config.seed,
                         scale=self._scale())
         rest: Any = None  # the loop, the data and the evaluation are the script's

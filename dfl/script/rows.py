@@ -11,6 +11,7 @@ from dfl.config import Config
 from dfl.script.adapters import Parameter, read, write
 from dfl.script.moments import Moments
 from dfl.training.hosted import common_scale
+from dfl.transport.base import FREE
 
 
 class ScriptPeer:
@@ -24,7 +25,7 @@ class ScriptPeer:
         self.ids, self.adapted, self.layout, self.device = [rank], adapted, adapted.layout, device
         self.parameters, self.moments, self.train = parameters, moments, config.train
         self.num_steps = config.train.local_steps
-        self.x = empty_rows(1, self.layout.size, device=device)
+        self.x = empty_rows(1, self.layout.size, device=device, before=FREE)
 
     def read(self) -> None:
         read(self.parameters, self.x[0])

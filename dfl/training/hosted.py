@@ -18,6 +18,7 @@ from dfl.config.optimizers import OPTIMIZERS
 from dfl.training.factors import Factors
 from dfl.training.optimizer import PeerOptimizer, learning_rate
 from dfl.training.stream import DataStream, num_steps
+from dfl.transport.base import FREE
 
 # the first parts of the names of `state_tensors`; gossip has others
 SLOTS = ("moments", "part", "generator", "part_start", "part_held")
@@ -57,7 +58,7 @@ class HostedPeers:
                  seed: int, device: torch.device):
         self.ids, self.adapted, self.streams, self.train = list(ids), adapted, list(streams), train
         self.seed, self.device, self.layout = seed, device, adapted.layout
-        self.x = empty_rows(len(self.ids), self.layout.size, device=device)
+        self.x = empty_rows(len(self.ids), self.layout.size, device=device, before=FREE)
         for row, peer in enumerate(self.ids):
             self.x[row] = start_of(adapted, peer).to(device)
         self.g = empty_rows(len(self.ids), self.layout.size, device=device)

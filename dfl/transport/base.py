@@ -10,6 +10,7 @@ from dfl.transport.packet import Packet
 
 SENT = ("wire_bytes", "control_bytes", "measured_bytes")  # what a transport counts
 EXCHANGE, LOOK = "exchange", "look at neighbours"  # what moves: the messages of a round, or rows that are measured
+FREE = 128  # numbers before a row: room for the header and the table of its message
 Arrived = dict[int, dict[int, Packet]]  # for each hosted peer, what its neighbours sent it, by peer id
 
 
@@ -50,6 +51,10 @@ class Transport(Protocol):
               due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
         """The same without waiting: what is given has been read when this returns, and what it gives waits for what arrives. All
         processes do so at the same place among their exchanges."""
+
+    def lend(self, rows: Tensor) -> None:
+        """Rows (P, D) with `FREE` numbers before each that nobody uses (`empty_rows`): a message that is the front of one of them may
+        be sent from where it is, with its header before it. Such a row may not change before what `begin` gives has come back."""
 
     def newly_sent(self) -> list[int]:
         """The bytes of each kind of SENT since this was called last, or since the start."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dfl.transport import frames, wire
-from dfl.transport.base import EXCHANGE, SENT, Arrived, hosting
+from dfl.transport.base import EXCHANGE, FREE, SENT, Arrived, hosting
 from dfl.transport.control import MOST, ControlPlane
 from dfl.transport.group import Begun, Group
 from dfl.transport.link import Link, total_bytes
@@ -34,6 +34,10 @@ class Distributed:
         self.wire_bytes = self.looked_bytes = 0
         self._told = [0] * len(SENT)
         self._lengths: dict[tuple[str, str, int], int] = {}  # of the last frame to and from every other process, the same at both ends
+        self._readers: dict[tuple[str, int], wire.Reader] = {}
+        self._last_sent: tuple[dict, dict, dict] = ({}, {}, {})
+        self._last_expected: tuple[dict, dict] = ({}, {})
+        self._lent: dict[int, wire.Lent] = {}  # rows by where they begin
 
     def _make_link(self, group, run: int, timeout: float) -> Link:
         return Link(group, self.hosts, run=run, timeout=timeout)
@@ -88,12 +92,7 @@ class Distributed:
     def begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
               due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
         self.round = t
-        incoming, sent = self._incoming(expected), {}
-        for q, entries in self._outgoing(packets, addressed, due).items():
-            draft = wire.draft(entries)
-            sent[q] = self.link.buffer("sent", what, q, draft.size, self.wire)
-            wire.fill(sent[q], draft)
-            frames.seal(sent[q], self.link.label(what, self.process))
+        incoming, sent = self._incoming(expected), self._packed(what, self._outgoing(packets, addressed, due))
         self._count(what, total_bytes(sent))
         arrived: Arrived = {peer: {} for peer in expected}
         for sender, receivers in addressed.items():
@@ -101,38 +100,78 @@ class Distributed:
                 if self.process_of[receiver] == self.process:
                     arrived[receiver][sender] = packets[sender]
         received = self._begin_unknown(what, sent, incoming)
-        return lambda: self._arrive(received(), incoming, arrived)
+        return lambda: self._arrive(what, received(), incoming, arrived)
 
-    def _arrive(self, received: dict[int, Tensor], incoming: dict[int, dict[int, list[int]]], arrived: Arrived) -> Arrived:
+    def _packed(self, what: str, outgoing: dict[int, list[Entry]]) -> dict[int, Tensor]:
+        """The sealed frame for each other process: one for all that are sent the same."""
+        sent, made = {}, dict[tuple, Tensor]()
+        for q, entries in outgoing.items():
+            same = tuple((entry.peer, id(entry.packet), entry.receivers and tuple(entry.receivers)) for entry in entries)
+            if same not in made:
+                draft = wire.draft(entries)
+                frame = self._in_place(entries, draft)
+                if frame is None:
+                    frame = self.link.buffer("sent", what, q, draft.size, self.wire)
+                    wire.fill(frame, draft)
+                made[same] = frames.seal(frame, self.link.label(what, self.process))
+            sent[q] = made[same]
+        return sent
+
+    def lend(self, rows: Tensor) -> None:
+        if rows.device.type == self.wire.type == "cpu":
+            self._lent = {row.data_ptr(): wire.lent(row, FREE * row.itemsize) for row in rows}
+
+    def _in_place(self, entries: list[Entry], draft: wire.Draft) -> Tensor | None:
+        """The frame of one message that lies in a lent row already: a copy of a large one takes longer than its digest."""
+        first = entries[0].packet
+        if len(entries) > 1 or first is None or not first.payload:
+            return None
+        row = self._lent.get(next(iter(first.payload.values())).data_ptr())
+        return row and wire.in_place(draft, row)
+
+    def _arrive(self, what: str, received: dict[int, Tensor], incoming: dict[int, dict[int, list[int]]], arrived: Arrived) -> Arrived:
         for q, senders in incoming.items():
+            reader = self._readers.setdefault((what, q), wire.Reader())
             try:
-                self._deliver(q, wire.read(received[q], self.device), senders, arrived)
+                self._deliver(q, reader.read(received[q], self.device), senders, arrived)
             except wire.WireError as error:
                 raise self.link.fault(q, f"{self.link.describe(q)} sent {error}, {self.link.when()}") from None
         return arrived
 
     def _outgoing(self, packets, addressed, due) -> dict[int, list[Entry]]:
         """By other process: what each of my peers that are due there says. Each once, ascending: no byte is sent twice."""
-        found: dict[int, list[Entry]] = {}
+        return {q: [Entry(sender, packets[sender] if speaks else None, wanted) for sender, speaks, wanted in entries]
+                for q, entries in self._sent_where(addressed, due).items()}
+
+    def _sent_where(self, addressed, due) -> dict[int, list[tuple[int, bool, list[int] | None]]]:
+        """By other process: my senders that are due there, whether each speaks, and to whom if not to all that are due. Made anew
+        where it is not as it was the last time."""
+        if self._last_sent[:2] == (addressed, due):
+            return self._last_sent[2]
+        found: dict[int, list] = {}
         for sender in sorted(due):
             there: dict[int, list[int]] = {}
             for receiver in due[sender]:
                 there.setdefault(self.process_of[receiver], []).append(receiver)
+            spoken_to = set(addressed.get(sender, ()))
             for q, receivers in there.items():
-                wanted = sorted(set(receivers) & set(addressed.get(sender, ())))
+                wanted = sorted(set(receivers) & spoken_to)
                 if q != self.process:
-                    entry = Entry(sender, packets[sender], None if wanted == receivers else wanted) if wanted else Entry(sender)
-                    found.setdefault(q, []).append(entry)
-        return {q: found[q] for q in sorted(found)}
+                    found.setdefault(q, []).append((sender, bool(wanted), None if wanted in ([], receivers) else wanted))
+        self._last_sent = _copied(addressed), _copied(due), {q: found[q] for q in sorted(found)}
+        return self._last_sent[2]
 
     def _incoming(self, expected) -> dict[int, dict[int, list[int]]]:
-        """By other process: its peers that are due here, and for which of mine."""
+        """By other process: its peers that are due here, and for which of mine. Made anew where it is not as it was the last time."""
+        if self._last_expected[0] == expected:
+            return self._last_expected[1]
         found: dict[int, dict[int, list[int]]] = {}
         for receiver, senders in expected.items():
             for sender in senders:
                 if self.process_of[sender] != self.process:
                     found.setdefault(self.process_of[sender], {}).setdefault(sender, []).append(receiver)
-        return {q: dict(sorted(found[q].items())) for q in sorted(found)}
+        self._last_expected = _copied(expected), {q: dict(sorted(found[q].items())) for q in sorted(found)}
+        return self._last_expected[1]
 
     def _deliver(self, q: int, entries: list[Entry], senders: dict[int, list[int]], arrived: Arrived) -> None:
         if [entry.peer for entry in entries] != list(senders):
@@ -171,7 +210,7 @@ class Distributed:
     def _end_unknown(self, what: str, begun: Begun, sent: dict[int, Tensor], received: dict[int, Tensor], incoming
                      ) -> dict[int, Tensor]:
         self.link.end(what, begun)
-        more = {q: frame[room:] for q, frame in sent.items() if len(frame) > (room := self._room("sent", what, q))}
+        more = {q: frame[room:] for q, frame in sent.items() if frame.numel() > (room := self._room("sent", what, q))}
         missing = {}
         for q, buffer in received.items():
             room = self._room("received", what, q)
@@ -183,10 +222,11 @@ class Distributed:
                 received[q] = whole
                 missing[q] = whole[room:]
             received[q] = received[q][:size]
-        self.link.complete(what, more, missing)
-        self._lengths |= {("sent", what, q): len(frame) for q, frame in sent.items()}
-        self._lengths |= {("received", what, q): len(frame) for q, frame in received.items()}
-        return {q: self.link.checked(what, q, frames.contents, frame, len(frame), self.link.label(what, q))
+        if more or missing:
+            self.link.complete(what, more, missing)
+        self._lengths |= {("sent", what, q): frame.numel() for q, frame in sent.items()}
+        self._lengths |= {("received", what, q): frame.numel() for q, frame in received.items()}
+        return {q: self.link.checked(what, q, frames.contents, frame, frame.numel(), self.link.label(what, q))
                 for q, frame in received.items()}
 
     def _count(self, what: str, num_bytes: int) -> None:
@@ -235,3 +275,7 @@ class Distributed:
     def close(self) -> None:
         self.agree(0)
         self.link.close()
+
+
+def _copied(lists: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    return {peer: list(others) for peer, others in lists.items()}

@@ -4,16 +4,17 @@ A frame finds accidents and mistakes: a message that was cut, left over, mixed u
 It does not prove who sent it: the digest has no key, and whoever can reach the ports of a run can make one.
 """
 
-import hashlib
 import struct
 import zlib
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-_MAGIC, _VERSION = b"DFLg", 2
+_MAGIC, _VERSION = b"DFLg", 3
 # magic, version, kind, sender, run, round, bytes of the whole frame, digest of what follows, nothing
 _HEADER = struct.Struct("<4sHHIQQQ8s4x")
 HEADER = _HEADER.size
@@ -44,28 +45,41 @@ def room(num_bytes: int, device: torch.device) -> int:
 
 def expect(buffer: Tensor, num_bytes: int) -> Tensor:
     """The same buffer, marked behind the frame of num_bytes that it is for: a longer one overwrites the mark."""
-    mark = buffer[num_bytes:num_bytes + len(_MARK)]
-    if len(mark) == len(_MARK):
-        mark.copy_(torch.frombuffer(bytearray(_MARK), dtype=torch.uint8))
+    if buffer.numel() >= num_bytes + len(_MARK):
+        write(buffer, num_bytes, _MARK)
     return buffer
+
+
+def write(buffer: Tensor, offset: int, data: bytes) -> None:
+    """Put bytes into a buffer (uint8)."""
+    if buffer.device.type == "cpu":  # numpy does it in a third of the time
+        buffer.numpy()[offset:offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    else:
+        buffer[offset:offset + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def first_bytes(buffer: Tensor, num_bytes: int, offset: int = 0) -> bytes:
+    """Up to num_bytes from `offset` of a buffer (uint8)."""
+    if buffer.device.type == "cpu":
+        return buffer.numpy()[offset:offset + num_bytes].tobytes()
+    return buffer[offset:offset + num_bytes].cpu().numpy().tobytes()
 
 
 def seal(frame: Tensor, label: Label) -> Tensor:
     """Write the header of a frame whose contents, from HEADER on, are complete."""
-    head = _HEADER.pack(_MAGIC, _VERSION, *_numbers(label), len(frame), digest(frame[HEADER:]))
-    frame[:HEADER] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    write(frame, 0, _HEADER.pack(_MAGIC, _VERSION, *_numbers(label), frame.numel(), digest(frame[HEADER:])))
     return frame
 
 
 def contents(buffer: Tensor, num_bytes: int, label: Label) -> Tensor:
     """What is in a frame of num_bytes, a view into the buffer. FrameError names the first field that is not as expected."""
-    found = _HEADER.unpack(bytes(buffer[:HEADER].cpu().numpy()))
+    found = _HEADER.unpack(first_bytes(buffer, HEADER))
     expected = (_MAGIC, _VERSION, *_numbers(label), num_bytes)
-    for name, got, want in zip(("magic", "version", "kind", "sender", "run", "round", "bytes"), found, expected, strict=False):
-        if got != want:
-            raise FrameError(f"a message with {name} = {got!r}; expected {want!r}")
-    mark = bytes(buffer[num_bytes:num_bytes + len(_MARK)].cpu().numpy())
-    if mark not in (b"", _MARK):
+    if found[:-1] != expected:
+        for name, got, want in zip(("magic", "version", "kind", "sender", "run", "round", "bytes"), found, expected, strict=False):
+            if got != want:
+                raise FrameError(f"a message with {name} = {got!r}; expected {want!r}")
+    if first_bytes(buffer, len(_MARK), num_bytes) not in (b"", _MARK):
         raise FrameError(f"a message that is longer than it says ({num_bytes} bytes)")
     inside = buffer[HEADER:num_bytes]
     if digest(inside) != found[-1]:
@@ -75,25 +89,38 @@ def contents(buffer: Tensor, num_bytes: int, label: Label) -> Tensor:
 
 def length(buffer: Tensor, most: int) -> int:
     """How long a frame says that it is, for one whose length its receiver does not know. FrameError above `most`."""
-    magic, _, _, _, _, _, num_bytes, _ = _HEADER.unpack(bytes(buffer[:HEADER].cpu().numpy()))
+    magic, _, _, _, _, _, num_bytes, _ = _HEADER.unpack(first_bytes(buffer, HEADER))
     if magic != _MAGIC or not HEADER <= num_bytes <= most:
         raise FrameError(f"a message that announces {num_bytes} bytes; allowed: {HEADER} to {most}")
     return num_bytes
 
 
+@cache
+def _number_of(kind: str) -> int:
+    return zlib.crc32(kind.encode()) & 0xffff
+
+
 def _numbers(label: Label) -> tuple[int, int, int, int]:
-    return zlib.crc32(label.kind.encode()) & 0xffff, label.sender, label.run, 0 if label.round is None else label.round + 1
+    return _number_of(label.kind), label.sender, label.run, 0 if label.round is None else label.round + 1
 
 
 def digest(data: Tensor) -> bytes:
-    """8 bytes from data (uint8) that starts at a multiple of 8 bytes: BLAKE2b of the column and row sums of its 64-bit words.
+    """8 bytes from data (uint8): XXH3, which reads it once and faster than a copy does.
 
-    The sums, modulo 2^64, read the data at the speed of a copy, where BLAKE2b itself takes thirty times as long. One word that
-    changes, a part that is missing or two that are exchanged change them; what does not has to change four words in a rectangle.
+    On a GPU, of the column and row sums of its 64-bit words, modulo 2^64, so that the data stay there: one word that changes, a part
+    that is missing or two that are exchanged change them; what does not has to change four words in a rectangle. Both ends of a
+    connection have their buffers on the same kind of device.
     """
-    whole = len(data) // (8 * _COLUMNS) * (8 * _COLUMNS)
+    if data.device.type == "cpu":
+        return xxhash.xxh3_64_digest(data.numpy().data)
+    return digest_of_sums(data)
+
+
+def digest_of_sums(data: Tensor) -> bytes:
+    """The digest on a GPU, of data (uint8) that starts at a multiple of 8 bytes."""
+    whole = data.numel() // (8 * _COLUMNS) * (8 * _COLUMNS)
     table = data[:whole].view(torch.int64).view(-1, _COLUMNS)
-    found = hashlib.blake2b(struct.pack("<Q", len(data)), digest_size=8)
+    found = xxhash.xxh3_64(struct.pack("<Q", data.numel()))
     for part in (table.sum(0), table.sum(1), data[whole:]):
         found.update(np.ascontiguousarray(part.cpu().numpy()).data)
     return found.digest()

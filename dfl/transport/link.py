@@ -50,7 +50,7 @@ class Link:
     def buffer(self, use: str, what: str, process: int, num_bytes: int, device: torch.device) -> Tensor:
         """A buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB."""
         kept = self._buffers.get((use, what, process))
-        if kept is None or len(kept) < num_bytes or kept.device != device:
+        if kept is None or kept.numel() < num_bytes or kept.device != device:
             self._buffers[use, what, process] = kept = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return kept[:num_bytes]
 

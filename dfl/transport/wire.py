@@ -7,12 +7,13 @@
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfl.transport.frames import HEADER
+from dfl.transport.frames import HEADER, first_bytes, write
 from dfl.transport.packet import Packet
 
 _ENTRY = struct.Struct("<IHHI")
@@ -53,6 +54,37 @@ def draft(entries: Sequence[Entry]) -> Draft:
     return Draft(start, pieces)
 
 
+class Lent(NamedTuple):
+    """A row from where messages may be sent: `free` bytes that belong to nobody, the `used` bytes of the row, zeros up to 16."""
+
+    area: Tensor
+    free: int
+    used: int
+
+
+def lent(row: Tensor, free: int) -> Lent:
+    """row (D,), a view with so many free bytes before it in its storage, and zeros behind it."""
+    area = torch.empty(0, dtype=torch.uint8).set_(row.untyped_storage())
+    start = row.storage_offset() * row.itemsize
+    return Lent(area[start - free:start + _aligned(row.nbytes)], free, row.nbytes)
+
+
+def in_place(what: Draft, row: Lent) -> Tensor | None:
+    """The frame where its pieces lie already, its table written before them. None where they do not lie in the row as in a frame, or
+    where the table is too long. The row begins with the first of them."""
+    (_, table), (start, first), *rest = what.pieces
+    assert isinstance(table, bytes) and isinstance(first, Tensor)
+    used = what.pieces[-1][0] + what.pieces[-1][1].nbytes - start  # type: ignore[union-attr]
+    # what is not sent of a row may not go along to fill up 16 bytes
+    if start > row.free or used > row.used or (used % 16 and used != row.used):
+        return None
+    if any(piece.data_ptr() - first.data_ptr() != offset - start for offset, piece in rest):  # type: ignore[union-attr]
+        return None
+    frame = row.area[row.free - start:row.free - start + what.size]
+    write(frame, HEADER, table + bytes(start - HEADER - len(table)))
+    return frame
+
+
 def _describe(entry: Entry) -> bytes:
     if entry.packet is None:
         return _ENTRY.pack(entry.peer, 0, 0, 0)
@@ -61,11 +93,15 @@ def _describe(entry: Entry) -> bytes:
     found = [_ENTRY.pack(entry.peer, len(payload), len(meta), receivers)]
     if entry.receivers is not None:
         found.append(struct.pack(f"<{len(entry.receivers)}I", *entry.receivers))
-    for name, part in payload.items():
-        found += [_name(name), _SIZES.pack(numel[name], part.nbytes)]
+    found += [_described(name, numel[name], part.nbytes) for name, part in payload.items()]
     for name, values in meta.items():
         found += [_name(name), struct.pack("<I", len(values)), values.contiguous().numpy().tobytes()]
     return b"".join(found)
+
+
+@lru_cache
+def _described(name: str, numel: int, num_bytes: int) -> bytes:
+    return _name(name) + _SIZES.pack(numel, num_bytes)
 
 
 def _name(name: str) -> bytes:
@@ -81,50 +117,76 @@ def _tensor(data: bytes) -> Tensor:
 def fill(frame: Tensor, what: Draft) -> None:
     """Write all of it into a frame (uint8) of `what.size` bytes, but for its header."""
     ends = [*(offset for offset, _ in what.pieces[1:]), what.size]
+    on_cpu = frame.numpy() if frame.device.type == "cpu" else None
     for (offset, piece), end in zip(what.pieces, ends, strict=True):
-        data = _tensor(piece) if isinstance(piece, bytes) else piece
-        frame[offset:offset + data.nbytes] = data
-        frame[offset + data.nbytes:end] = 0  # what lies between the pieces is part of what is digested
+        if isinstance(piece, bytes):
+            size = len(piece)
+            write(frame, offset, piece)
+        else:
+            size = piece.nbytes
+            if on_cpu is not None and piece.device.type == "cpu":
+                on_cpu[offset:offset + size] = piece.numpy()
+            else:
+                frame[offset:offset + size] = piece
+        if offset + size < end:
+            frame[offset + size:end] = 0  # what lies between the pieces is part of what is digested
 
 
-def read(inside: Tensor, device: torch.device) -> list[Entry]:
-    """The entries of a frame's contents (uint8). WireError for what cannot be read."""
-    try:
-        return _entries(inside, device)
-    except (struct.error, UnicodeDecodeError, IndexError, ValueError) as error:
-        raise WireError(f"a message that cannot be read: {error}") from None
+class Reader:
+    """Reads the frames of one sender, into the entries of which it makes views.
+
+    The table of a round is mostly that of the round before, in the same buffer: then so are the entries.
+    """
+
+    def __init__(self) -> None:
+        self._place, self._table = (0, 0), b""
+        self._entries: list[Entry] = []
+
+    def read(self, inside: Tensor, device: torch.device) -> list[Entry]:
+        """The entries of a frame's contents (uint8). WireError for what cannot be read."""
+        place = (inside.data_ptr(), inside.numel())
+        stays = inside.device == device  # else a copy is made of it
+        if stays and place == self._place and first_bytes(inside, len(self._table)) == self._table:
+            return self._entries
+        try:
+            self._entries, self._table = _entries(inside, device)
+        except (struct.error, UnicodeDecodeError, IndexError, ValueError) as error:
+            self._place = (0, 0)
+            raise WireError(f"a message that cannot be read: {error}") from None
+        self._place = place if stays else (0, 0)
+        return self._entries
 
 
-def _entries(inside: Tensor, device: torch.device) -> list[Entry]:
-    reader = _Reader(inside)
-    (num_entries,) = struct.unpack("<I", reader.take(4))
-    described = [_read_entry(reader) for _ in range(num_entries)]
-    start, entries = _aligned(HEADER + reader.at) - HEADER, []
+def _entries(inside: Tensor, device: torch.device) -> tuple[list[Entry], bytes]:
+    """The entries, and the table before them."""
+    table = _Table(inside)
+    (num_entries,) = struct.unpack("<I", table.take(4))
+    described = [_read_entry(table) for _ in range(num_entries)]
+    start, entries = _aligned(HEADER + table.at) - HEADER, []
     body = inside.to(device)
     for peer, parts, meta, receivers in described:
         payload, numel = {}, {}
         for name, numbers, num_bytes in parts:
-            if start + num_bytes > len(inside):
+            if start + num_bytes > inside.numel():
                 raise ValueError(f"part {name!r} of peer {peer} ends beyond it")
             payload[name], numel[name] = body[start:start + num_bytes], numbers
             start = _aligned(HEADER + start + num_bytes) - HEADER
         entries.append(Entry(peer, Packet(payload, numel, meta) if parts or meta else None, receivers))
-    return entries
+    return entries, table.data[:table.at]
 
 
-class _Reader:
-    """Reads the table at the head of a buffer piece by piece; it is small, so that a GPU's copy of it is made in few steps."""
+class _Table:
+    """The table at the head of a frame's contents, piece by piece; it is small, so that a GPU's copy of it is made in few steps."""
 
     def __init__(self, buffer: Tensor):
-        self.buffer, self.at, self.data = buffer, 0, b""
+        self.buffer, self.size, self.at, self.data = buffer, buffer.numel(), 0, b""
 
     def take(self, num_bytes: int) -> bytes:
         end = self.at + num_bytes
-        if end > len(self.buffer):
+        if end > self.size:
             raise ValueError("its table is longer than it is")
         if end > len(self.data):
-            upto = min(len(self.buffer), len(self.data) + max(4096, num_bytes))
-            self.data += bytes(self.buffer[len(self.data):upto].cpu().numpy())
+            self.data += first_bytes(self.buffer, max(4096, num_bytes), len(self.data))
         found = self.data[self.at:end]
         self.at = end
         return found
@@ -136,17 +198,17 @@ class _Reader:
         return self.take(length).decode()
 
 
-def _read_entry(reader: _Reader) -> tuple[int, list, dict, Sequence[int] | None]:
-    peer, num_parts, num_meta, num_receivers = _ENTRY.unpack(reader.take(_ENTRY.size))
+def _read_entry(table: _Table) -> tuple[int, list, dict, Sequence[int] | None]:
+    peer, num_parts, num_meta, num_receivers = _ENTRY.unpack(table.take(_ENTRY.size))
     if num_parts > _MOST or num_meta > _MOST:
         raise ValueError(f"{num_parts} parts and {num_meta} metadata of peer {peer}")
-    receivers = None if num_receivers in (ALL, 0) else struct.unpack(f"<{num_receivers}I", reader.take(4 * num_receivers))
-    parts = [(reader.name(), *_SIZES.unpack(reader.take(_SIZES.size))) for _ in range(num_parts)]
+    receivers = None if num_receivers in (ALL, 0) else struct.unpack(f"<{num_receivers}I", table.take(4 * num_receivers))
+    parts = [(table.name(), *_SIZES.unpack(table.take(_SIZES.size))) for _ in range(num_parts)]
     meta = {}
     for _ in range(num_meta):
-        name = reader.name()
-        (count,) = struct.unpack("<I", reader.take(4))
-        meta[name] = _tensor(reader.take(8 * count)).view(torch.int64)
+        name = table.name()
+        (count,) = struct.unpack("<I", table.take(4))
+        meta[name] = _tensor(table.take(8 * count)).view(torch.int64)
     return peer, parts, meta, receivers
 
 

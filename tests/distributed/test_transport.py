@@ -14,6 +14,7 @@ from dfl.codecs import CODECS
 from dfl.engine.gossip import Gossip
 from dfl.methods import Choice
 from dfl.transport import Distributed, InProcess, edges_of, frames, hosting
+from dfl.transport.base import FREE
 from dfl.transport.control import PIECE
 from dfl.transport.packet import Packet
 
@@ -311,3 +312,31 @@ def test_no_memory_is_asked_for_what_cannot_be_a_message(size):
     said = run_processes(lying_size_worker, 2, size)[0]
     assert said.startswith("process 1 (peer 1, host not told) sent a message that announces")
     assert f"{size} bytes; allowed: 48 to 1052" in said
+
+
+# -- what a round of one peer a process costs --------------------------------------------------------------------------
+
+def sealing_worker(rank: int) -> tuple[int, int, bool, list[float]]:
+    """Frames sealed and tables read anew in a third round, for whose messages there is room; whether the frame lies in the row; the
+    row."""
+    from dfl.transport import wire
+    layout = make_layout([("q", 4, 8, 8, 2.0)], [("classifier.weight", (4, 4))])
+    transport, x = cpu_transport(4), empty_rows(1, layout.size, before=FREE)
+    x += torch.arange(layout.size) + rank
+    transport.lend(x)
+    heart = Gossip(build("lora", layout, head="mixed").method, layout, topologies.build("ring", 4), transport, [rank], x)
+    heart.round(0, x)
+    heart.round(1, x)
+    seal, read, made, sizes, tables = frames.seal, wire._entries, [], [], []
+    frames.seal = lambda frame, label: made.append(frame.data_ptr()) or sizes.append(len(frame)) or seal(frame, label)
+    wire._entries = lambda *arguments: tables.append(0) or read(*arguments)
+    heart.round(2, x)
+    inside = made[0] < x.data_ptr() < made[0] + sizes[0]
+    return len(made), len(tables), inside, x[0].tolist()
+
+
+def test_a_row_is_sealed_once_for_all_neighbours_from_where_it_lies():
+    found = run_processes(sealing_worker, 4)
+    assert [one[:3] for one in found] == [(1, 0, True)] * 4
+    w = topologies.build("ring", 4).matrix(0)
+    np.testing.assert_allclose([one[3][0] for one in found], w @ w @ w @ np.arange(4), rtol=1e-6)  # the starts are 0 to 3
