@@ -23,6 +23,7 @@ from dfl.adapters.common import digest_of_common
 from dfl.adapters.layout import Layout
 from dfl.channels import repeats
 from dfl.engine import messages
+from dfl.engine.averaging import Averaging, terms_of
 from dfl.engine.coding import Coding
 from dfl.engine.memory import Memory, state_of_message
 from dfl.engine.receiving import Norms, Received, Receiving
@@ -32,6 +33,7 @@ from dfl.engine.timing import now
 from dfl.engine.ways import Graph, Ways
 from dfl.methods import Method
 from dfl.networks.clock import Clock
+from dfl.rules.base import GroupMean
 from dfl.slots import Inbox, Message, Plan, Round, State
 from dfl.training.base import AfterStep
 from dfl.transport import ledger
@@ -112,6 +114,7 @@ class Gossip:
         self._planned: tuple[int, list[Round]] = (-1, [])
         self._contracts: tuple[int, float] = (-1, 1.0)
         self._ahead: Ahead | None = None
+        self._averaging = Averaging(layout) if isinstance(method.rule.mix, GroupMean) and scale is None else None
         for k, (peer, row) in enumerate(zip(self.peers, x, strict=True)):
             self.state["rule"][str(peer)] = method.rule.init(self._common_scale(row, k))
         if method.trigger.common_start:
@@ -316,6 +319,10 @@ class Gossip:
 
     def _mix(self, x: Tensor, norms: Mapping[int, Norms], full: Sequence[tuple[Inbox, Round]], own: Mapping[int, Message]) -> None:
         """All new rows are made before any takes the place of an old one, which a message may be a view of."""
+        if self._averaging is not None and x.device.type == "cpu":
+            sums = {row: terms_of(inbox, round) for row, (inbox, round) in enumerate(full) if _finite(norms[round.peer])}
+            self._averaging(x, full[0][1].plan.sends, sums)
+            return
         mixed = [self._mixed_row(x[row], norms[round.peer], inbox, round, row, own[round.peer])
                  for row, (inbox, round) in enumerate(full)]
         for row, ((_, round), (new, state)) in enumerate(zip(full, mixed, strict=True)):
@@ -325,7 +332,7 @@ class Gossip:
     def _mixed_row(self, x: Tensor, norms: Norms, inbox: Inbox, round: Round, row: int, own: Message) -> tuple[Tensor, State]:
         state = self.memory.tree["rule"][str(round.peer)]
         # what is not finite in its own message a peer cannot mix; its next local phase says that it has diverged
-        if not all(map(math.isfinite, norms.values())):
+        if not _finite(norms):
             return x, state
         new, state = self._mixed(self._common_scale(x, row), inbox, state, round, own)
         # alone, it keeps its bits, which scaling there and back may not
@@ -353,6 +360,10 @@ class Gossip:
         row = row.clone()
         row[self.layout.groups["B"]] *= factor
         return row
+
+
+def _finite(norms: Norms) -> bool:
+    return all(map(math.isfinite, norms.values()))
 
 
 def _same_start(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dfl.methods import Method
 from dfl.rules.base import same_shape
 from dfl.slots import EXACT, Inbox, Message, Round, State
 from dfl.transport.base import Arrived
+from dfl.transport.packet import Packet
 
 Told = dict[int, Message | None]  # by sender; None: bytes that are no numbers
 Norms = Mapping[str, float]
@@ -34,6 +35,8 @@ class Receiving:
 
     def __init__(self, method: Method, ways: Ways, coding: Coding, memory: Memory, common: int):
         self.method, self.ways, self.coding, self.memory, self.common = method, ways, coding, memory, common
+        self._views: dict[int, tuple[Packet, Message | None]] = {}
+        self._seen: dict[int, tuple[Packet, Message | None]] = {}
 
     def open(self, arrived: Arrived, spoken: Spoken, own: Mapping[int, Message], rounds: Sequence[Round],
              k: int) -> dict[int, Received]:
@@ -44,12 +47,24 @@ class Receiving:
     def _decoded(self, arrived: Arrived, spoken: Spoken, own: Mapping[int, Message]) -> dict[int, Told]:
         """Each packet decoded once, however many receive it."""
         like, decoded = next(iter(own.values())), dict[int, Message | None]()
+        self._views, self._seen = self._seen, {}  # those of the last round, and of this one
         if self.method.trigger.tensors is None:
             decoded = {id(packet): spoken.public[peer] for peer, packet in spoken.packets.items()}
         for packet in (packet for inbox in arrived.values() for packet in inbox.values()):
             if id(packet) not in decoded:
-                decoded[id(packet)] = self.coding.decode(packet, like)
+                decoded[id(packet)] = self._read(packet, like)
         return {peer: {j: decoded[id(packet)] for j, packet in inbox.items()} for peer, inbox in arrived.items()}
+
+    def _read(self, packet: Packet, like: Message) -> Message | None:
+        """A packet decoded. Where numbers travel as they are, a transport may give the same packet in every round, which is a view of
+        the buffer that it receives into: then so is the message."""
+        if not self.coding.codec.exact:
+            return self.coding.decode(packet, like)
+        kept = self._views.get(id(packet))
+        if kept is None or kept[0] is not packet:
+            kept = packet, self.coding.decode(packet, like)
+        self._seen[id(packet)] = kept
+        return kept[1]
 
     def _moved_copies(self, arrived: Arrived, own: Mapping[int, Message], rounds: Sequence[Round]) -> dict[int, Told]:
         """Each receiver's copies of its neighbours, moved by the differences that arrived.
@@ -120,16 +135,17 @@ class Receiving:
 
     def guard(self, received: Mapping[int, Received], own: Mapping[int, Message], x: Mapping[int, Tensor]) -> dict[int, Norms]:
         """Take out of each inbox what may not enter the mix; the norms of each hosted peer's own message."""
-        seen = {id(message): message for message in own.values()}
-        seen |= {id(message): message for one in received.values() for message in one.inbox.values()}
+        # what a hosted peer said and what others here take it for have the same parts
+        seen = {id(message.parts): message for message in own.values()}
+        seen |= {id(message.parts): message for one in received.values() for message in one.inbox.values()}
         norms = dict(zip(seen, messages.norms(list(seen.values())), strict=True))
         for peer, one in received.items():
-            held = {j: norms[id(message)] for j, message in one.inbox.items()}
-            out = self.method.guard.rejects({**held, peer: norms[id(own[peer])]}, peer, x[peer])
+            held = {j: norms[id(message.parts)] for j, message in one.inbox.items()}
+            out = self.method.guard.rejects({**held, peer: norms[id(own[peer].parts)]}, peer, x[peer])
             one.rejected = sorted([*one.rejected, *out])
             self._check_needed(peer, one.rejected)
             one.inbox = {j: message for j, message in one.inbox.items() if j not in one.rejected}
-        return {peer: norms[id(message)] for peer, message in own.items()}
+        return {peer: norms[id(message.parts)] for peer, message in own.items()}
 
     def _check_needed(self, peer: int, rejected: Sequence[int]) -> None:
         """What peers keep has to cancel over all of them, or to be the same at both ends: one message less would break it for ever,

@@ -1,13 +1,10 @@
 """Averages of what is trained, group by group: the rule of plain, frozen-A, alternating and core gossip, by its schedule."""
 
-from functools import cache
-
-import torch
 from torch import Tensor
 
 from dfl.adapters.cores import fold_scales
 from dfl.adapters.layout import Layout
-from dfl.rules.base import mean_of_groups, no_state, send_groups
+from dfl.rules.base import GroupMean, no_state, send_groups
 from dfl.slots import Inbox, Message, Round, Rule, State
 
 
@@ -20,17 +17,7 @@ def average(layout: Layout) -> Rule:
     al. 2025, arXiv 2410.01463 (FedSA-LoRA); alternate: Wang, Li, Zhou, Li, Liu 2025, arXiv 2511.18291 (ADF-LoRA) and
     2026, arXiv 2602.00451 (TAD-LoRA); on cores it is exact for any W: Ponkshe et al. 2025, arXiv 2502.15436 (Fed-SB).
     """
-    @cache
-    def is_all(groups: frozenset[str]) -> bool:
-        return layout.length(groups) == layout.size
-
-    def mix(x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
-        # a whole row that travels is written over
-        out = torch.empty_like(x) if is_all(round.plan.sends) else x.clone()
-        mean_of_groups(out, layout, round.plan.sends, inbox, round)
-        return out, state
-
-    return Rule(no_state, send_groups(layout), mix, linear=True, averages=True)
+    return Rule(no_state, send_groups(layout), GroupMean(layout), linear=True, averages=True)
 
 
 def ravan(layout: Layout) -> Rule:

@@ -36,6 +36,21 @@ def mean_of_groups(out: Tensor, layout: Layout, groups: Iterable[str], inbox: In
             cut.add_(parts[group], alpha=weight)
 
 
+class GroupMean:
+    """A rule's `mix` that averages the groups which the schedule has exchanged, x_F,i <- sum_j w_ij x_F,j, and does nothing else: so
+    `Gossip` may write the sums where they belong (dfl/engine/averaging.py)."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+    def __call__(self, x: Tensor, inbox: Inbox, state: State, round: Round) -> tuple[Tensor, State]:
+        # a whole row that travels is written over
+        whole = self.layout.length(round.plan.sends) == self.layout.size
+        out = torch.empty_like(x) if whole else x.clone()
+        mean_of_groups(out, self.layout, round.plan.sends, inbox, round)
+        return out, state
+
+
 def send_groups(layout: Layout) -> Callable[[Tensor, State, Round], tuple[Message, State]]:
     """A rule's `send` whose message is the groups that the plan has exchanged."""
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
