@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfl.adapters.layout import scalings, stack_a, stack_b
 from dfl.adapters.lowrank import gram_tables, procrustes, products, truncate, weighted_sum
-from dfl.metrics.measures import Seen
+from dfl.metrics.measures import Seen, apart, of_receivers
 from dfl.transport.base import Transport
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -25,11 +25,12 @@ def diagnose(transport: Transport, look: Seen, num_peers: int) -> dict[str, dict
     ||A_i' - A_j||², mean over links; norm_A, norm_B: the largest over peers; alignment_angle: degrees by which a neighbour's frame
     is turned against the receiver's, mean over links.
     """
-    links = _links(look)
+    parts = [(part, _links(part)) for part in (of_receivers(look, rows) for rows in apart(look.weights))]
+    numbers = torch.cat([torch.bincount(links[0], minlength=len(part.after)) for part, links in parts]).double()[:, None]
     found: dict[str, dict[str, float]] = {}
     for pairs in look.layout.shapes():
-        values = _of_products(look, pairs, links) | _of_factors(look, pairs, links)  # (P, L) each
-        numbers = torch.bincount(links[0], minlength=len(look.after)).double()[:, None]
+        made = [_of_products(part, pairs, links) | _of_factors(part, pairs, links) for part, links in parts]
+        values = {name: torch.cat([one[name] for one in made]) for name in made[0]}  # (P, L) each
         table = torch.cat([values[name] for name in (*_OF_RECEIVERS, *_OF_LINKS)] + [numbers], 1)
         sums = transport.total(table)
         means = sums[:-1].view(-1, len(pairs)) / num_peers

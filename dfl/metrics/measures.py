@@ -15,6 +15,8 @@ from dfl.adapters.lowrank import gram_tables, products
 from dfl.metrics.products import mean_row, squared_product_distance
 from dfl.transport.base import Transport
 
+FEW = 32  # peers whose products are compared pair by pair in one table
+
 
 class Seen(NamedTuple):
     """The rows before and after a mix of P hosted peers, and before it of the J peers that they received from, themselves included.
@@ -59,11 +61,46 @@ def measure(transport: Transport, look: Seen, num_peers: int) -> dict[str, float
     whole = mean if look.whole_after is look.after else mean_row(transport, look.whole_after, num_peers)
     centred = look.after - mean.to(look.after.dtype)
     squares = [centred[:, cut].square().sum(1, dtype=torch.float64) for cut in columns.values()]
-    cross, relative = cross_terms(look)
-    means = (transport.total(torch.stack([*squares, cross, relative, aggregation_errors(look)], 1)) / num_peers).tolist()
+    parts = [(*cross_terms(part), aggregation_errors(part)) for part in (of_receivers(look, rows) for rows in apart(look.weights))]
+    rest = [torch.cat(values) for values in zip(*parts, strict=True)]
+    means = (transport.total(torch.stack([*squares, *rest], 1)) / num_peers).tolist()
     found = dict(zip(columns, (value ** 0.5 for value in means), strict=False))
     found["product_distance"] = squared_product_distance(transport, look.whole_after, whole, look.whole, num_peers) ** 0.5
     return found | dict(zip(("cross_term", "cross_term_relative", "aggregation_error"), means[len(columns):], strict=True))
+
+
+def apart(weights: Tensor) -> list[range]:
+    """The receivers of W's rows (P, J) that are looked at together: as many, in order, as see FEW peers among them.
+
+    A table of all pairs grows with the square of the peers, and of a sparse graph no receiver asks for most of them. Where nearly all
+    see nearly all, it is one table.
+    """
+    num, others = weights.shape
+    found, known, asked = [0], set[int](), 0
+    for row, mine in enumerate((weights != 0).tolist() if others > FEW else ()):
+        sees = {j for j, used in enumerate(mine) if used}
+        if row > found[-1] and len(known | sees) > FEW:
+            asked += (len(known) + row - found[-1]) ** 2
+            found.append(row)
+            known = set()
+        known |= sees
+    if asked + (len(known) + num - found[-1]) ** 2 >= (num + others) ** 2:
+        found = [0]
+    return [range(first, end) for first, end in zip(found, [*found[1:], num], strict=True)]
+
+
+def of_receivers(look: Seen, rows: range) -> Seen:
+    """What some of the receivers see."""
+    if len(rows) == len(look.weights):
+        return look
+    mine = slice(rows.start, rows.stop)
+    columns = (look.weights[mine] != 0).any(0)
+    columns[list(look.own[mine])] = True
+    place = (columns.cumsum(0) - 1).tolist()
+    before, after = look.before[columns], look.after[mine]
+    same = look.whole_before is look.before
+    return Seen(before, after, look.weights[mine][:, columns], [place[j] for j in look.own[mine]], look.layout,
+                before if same else look.whole_before[columns], after if same else look.whole_after[mine], look.whole)
 
 
 def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor], Tensor] = lambda factors: factors) -> Tensor:

@@ -278,10 +278,14 @@ class Look(NamedTuple):
         arrived = run.transport.exchange(t, packets, due, due, expected, LOOK)
         known = packets | {j: packet for inbox in arrived.values() for j, packet in inbox.items()}
         ids = sorted(known)
-        weights = torch.tensor([[row.get(j, 0.0) for j in ids] for row in rows], dtype=torch.float64)
+        place = {j: k for k, j in enumerate(ids)}
+        weights = torch.zeros(len(rows), len(ids), dtype=torch.float64)
+        for k, row in enumerate(rows):
+            there = [j for j in row if j in place]
+            weights[k, [place[j] for j in there]] = torch.tensor([row[j] for j in there], dtype=torch.float64)
         found = {name: torch.stack([known[j].payload[name].view(values.dtype) for j in ids]).to(values.device)
                  for name, values in mine.items()}
-        return Before(found["x"], found.get("kept"), weights, [ids.index(peer) for peer in run.peers.ids])
+        return Before(found["x"], found.get("kept"), weights, [place[peer] for peer in run.peers.ids])
 
     def after(self, run: Run, before: "Before | None") -> dict:
         if before is None:

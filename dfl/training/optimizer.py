@@ -44,7 +44,10 @@ class PeerOptimizer:
             for group, parameter in params.items():
                 shared.setdefault((steps[row], self.ratio(group)), []).append(parameter)
         flat = [{"params": params, "steps": steps, "ratio": ratio} for (steps, ratio), params in shared.items()]
-        return make_torch(self.train, flat, self.params[0])
+        made = make_torch(self.train, flat, self.params[0])
+        self._shared = {key: group for key, group in zip(shared, made.param_groups, strict=True)}
+        self._steps = list(steps)
+        return made
 
     def ratio(self, group: str) -> float:
         """The rate of a group of trained numbers over `learning_rate`."""
@@ -57,12 +60,14 @@ class PeerOptimizer:
 
     def step(self, t: int, k: int, active: Collection[int], trains: frozenset[str]) -> None:
         """Step k of round t of the rows `active`; others, and groups that are not in `trains`, stay as they are."""
-        for row, (params, grads) in enumerate(zip(self.params, self.grads, strict=True)):
-            for group, parameter in params.items():
-                parameter.grad = grads[group] if row in active and group in trains else None
         for shared in self.torch.param_groups:
+            shared["params"] = []  # a step looks at these alone, however many are hosted
             progress = (t + min(k / shared["steps"], 1)) / self.train.rounds
             shared["lr"] = shared["ratio"] * learning_rate(self.train, progress)
+        for row in sorted(active):
+            for group, parameter in self.params[row].items():
+                parameter.grad = self.grads[row][group] if group in trains else None
+                self._shared[self._steps[row], self.ratio(group)]["params"].append(parameter)
         self.torch.step()
 
     def begin_round(self, trains: frozenset[str]) -> None:

@@ -25,7 +25,7 @@ from dfl.training.together import Together
 
 class _Phase(NamedTuple):
     """What all steps of a phase have in common. rows: what the model reads; held: what masks leave out; masks, stretches: those of
-    the plans."""
+    the plans; num_steps: of all hosted peers together."""
 
     t: int
     rows: Rows
@@ -37,6 +37,7 @@ class _Phase(NamedTuple):
     halt: Halt | None
     masks: Sequence[Tensor | None]
     stretches: Sequence[Tensor | None]
+    num_steps: int
 
 
 class ModelTrainer:
@@ -63,7 +64,8 @@ class ModelTrainer:
         rows, part = peers.rows(residuals), peers.begin_phase(trains, masks[0] is not None)
         # what is left out has the values of the start still
         held = None if masks[0] is None else Held(torch.stack(masks), x.clone(), part.held)
-        phase = _Phase(t, rows, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans])
+        num_steps = sum(map(peers.steps, range(len(peers.ids))))
+        phase = _Phase(t, rows, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans], num_steps)
         peers.adapted.model.train()
         for index in self.executor.groups(len(peers.ids), self.row_bytes):
             if not self._train(phase, index):
@@ -89,7 +91,7 @@ class ModelTrainer:
             # peers that come from several processes may have stopped at different steps: those behind catch up first
             for k in range(min(done[row] for row in unfinished), max(map(peers.steps, index))):
                 active = [row for row in index if done[row] <= k < peers.steps(row)]
-                if phase.halt and phase.halt(sum(peers.steps(row) - number for row, number in enumerate(done))):
+                if phase.halt and phase.halt(phase.num_steps - sum(done)):
                     self._keep_generators(phase, index)
                     return False
                 self._count(phase, k, active, self._step(phase, k, active, forward))
