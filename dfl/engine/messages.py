@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from dfl.slots import Message
 
@@ -12,14 +13,30 @@ Tensors = Mapping[str, tuple[str, slice]]  # what travels one by one: by name, t
 
 def norms(messages: Sequence[Message]) -> list[dict[str, float]]:
     """The norm of each part of each message: not finite where a number is not. One synchronisation for all."""
-    flat = [(k, name, part) for k, message in enumerate(messages) for name, part in message.parts.items()]
-    found: list[dict[str, float]] = [{} for _ in messages]
-    if flat:
-        sizes = torch.stack([torch.linalg.vector_norm(part) for _, _, part in flat]).tolist()
-        for (k, name, part), size in zip(flat, sizes, strict=True):
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for k, message in enumerate(messages):
+        for name, part in message.parts.items():
+            parts.setdefault(name, []).append((k, part))
+    found: list[dict[str, float]] = [dict.fromkeys(message.parts, 0.0) for message in messages]
+    if parts:
+        sizes = torch.cat([_sizes([part for _, part in held]) for held in parts.values()]).tolist()
+        for (name, k, part), size in zip(((name, *one) for name, held in parts.items() for one in held), sizes, strict=True):
             # squares of float32 end at 1e38: large numbers are numbers
             found[k][name] = size if math.isfinite(size) else float(torch.linalg.vector_norm(part.double()))
     return found
+
+
+def _sizes(parts: Sequence[Tensor]) -> Tensor:
+    """The norm of each tensor (M,), of those that lie at equal distances, as the rows of hosted peers do, in one call: (K,)."""
+    first, last = parts[0], parts[-1]
+    length, places = first.numel(), [part.data_ptr() for part in parts]
+    step = places[1] - places[0] if len(parts) > 1 else 0
+    alike = (step > 0 and step % first.itemsize == 0 and places == list(range(places[0], places[0] + step * len(parts), step))
+             and all(part.dtype == first.dtype and part.numel() == length for part in parts)
+             and first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr())
+    if alike:
+        return torch.linalg.vector_norm(first.as_strided((len(parts), length), (step // first.itemsize, 1)), dim=1)
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts])
 
 
 def numbers(message: Message) -> int:

@@ -1,6 +1,7 @@
 """What rules share: averages over an inbox, groups of a row as parts of a message, checks of parameters."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,8 +54,12 @@ class GroupMean:
 
 def send_groups(layout: Layout) -> Callable[[Tensor, State, Round], tuple[Message, State]]:
     """A rule's `send` whose message is the groups that the plan has exchanged."""
+    @cache
+    def columns(groups: frozenset[str]) -> list[tuple[str, slice]]:
+        return [(group, layout.groups[group]) for group in layout.present(groups)]
+
     def send(x: Tensor, state: State, round: Round) -> tuple[Message, State]:
-        return Message(parts_of(x, layout, round.plan.sends)), state
+        return Message({group: x[cut] for group, cut in columns(round.plan.sends)}), state
     return send
 
 
