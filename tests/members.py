@@ -59,11 +59,11 @@ class Group:
         self.folder, self.tree, self.size, self.env = folder, tree_of(words), size, env or {}
         self.ports, self.workers = free_ports(size), {}
 
-    def start(self, process: int, resume: bool = False, **more: str) -> None:
+    def start(self, process: int, resume: bool = False, work=_work, **more: str) -> None:
         others = ",".join(f"127.0.0.1:{port}" for port in self.ports)
         env = {"DFL_PROCESS": f"{process}/{self.size}", "DFL_MEMBERS": others,
                "DFL_LISTEN": f"127.0.0.1:{self.ports[process]}", **self.env, **more}
-        self.workers[process] = begin(_work, self.tree, env, str(self.log_of(process)), resume)
+        self.workers[process] = begin(work, self.tree, env, str(self.log_of(process)), resume)
 
     def log_of(self, process: int) -> Path:
         return self.folder / f"log-{process}.txt"
