@@ -69,6 +69,10 @@ class Hosts:
         inside = ["ip", "netns", "exec", self._namespace(name), "unshare", "--uts", "sh", "-c", _RENAMED, name, *words]
         return subprocess.Popen(inside, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
+    def network(self, name: str) -> str:
+        """The file by which a process enters a host's network."""
+        return f"/run/netns/{self._namespace(name)}"
+
     def limit(self, megabits: float) -> None:
         """Every host sends at most this much a second, but for a burst of ten milliseconds' worth, or of 4 kB where that is more."""
         burst = max(4000, int(megabits * 1e6 / 8 / 100))

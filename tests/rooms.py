@@ -30,6 +30,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_own_workers.py": (*_RUN, "benchmarks/kill_loop.py", "dfl/cli/train.py"),
     "tests/launch/test_survivors_launch.py": (*_RUN, "launch/torchrun.py", "dfl/engine", "dfl/store"),
     "tests/launch/test_survivors_hosts.py": (*_RUN, "tests/hosts.py", "dfl/run/survive.py", "dfl/run/joining.py", "dfl/store"),
+    "tests/launch/test_soak.py": (
+        "dfl/transport", "dfl/run/survive.py", "dfl/run/joining.py", "dfl/run/replay.py", "dfl/store/collect.py",
+        "dfl/engine/living.py", "benchmarks/soak.py", "tests/members.py", "tests/hosts.py"),
     "tests/launch/test_own_scripts.py": (
         *_RUN, "dfl/hf", "dfl/script", "dfl/run/loop.py", "dfl/engine", "dfl/training", "tests/own_trainer.py", "setup.cfg"),
     "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/transport/handshake.py", "dfl/run/checkpoint.py"),

@@ -7,7 +7,7 @@ began it again without it, is left out.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ _FOLDER = re.compile(r"process-(\d+)")
 
 
 class History(NamedTuple):
-    """folders, records: by process; first: the process whose record goes furthest; lines: by round, its record, and where it was not
-    there, that of the one which went furthest among those that were."""
+    """folders, records: by process; first: a process of the run that had the most peers at the end, and among these one whose record
+    goes furthest; lines: by round, its record, and where it was not there, that of one which was. What processes recorded that went
+    on without the others, and then came back to them, is not among the lines."""
 
     folders: dict[int, Path]
     records: dict[int, dict[int, dict[str, Any]]]
@@ -69,15 +70,35 @@ def history(run: Path, given: Sequence[Path] = ()) -> History:
         read = scan(path.read_bytes()).records if path.exists() else []
         whole = {line["round"]: {"hosted": [], **line} for line in read if isinstance(line.get("alive"), list)}
         records[process] = whole
-    order = sorted(records, key=lambda process: (-max(records[process], default=-1), process))
-    lines: dict[int, dict[str, Any]] = {}
-    for process in order:
-        for t, line in records[process].items():
-            if t not in lines and set(line["hosted"]) <= set(line["alive"]):
-                lines[t] = line
+    order = sorted((process for process in records if records[process]), key=lambda process: _end(records, process))
+    lines = _way_to(order, records) if order else {}
     if not lines:
         raise ValueError(f"no process of {str(run)!r} has recorded a round yet")
     return History(folders, records, order[0], dict(sorted(lines.items())))
+
+
+def _end(records: Mapping[int, Mapping[int, dict[str, Any]]], process: int) -> tuple[bool, int, int, int]:
+    """Less for those that the run ended with: nobody who was there with it went on from its last round, most were there, it is far."""
+    last = max(records[process])
+    alive = records[process][last]["alive"]
+    went_on = any(max(lines, default=-1) > last and last in lines and lines[last]["alive"] == alive for lines in records.values())
+    return went_on, -len(alive), -last, process
+
+
+def _way_to(order: Sequence[int], records: Mapping[int, Mapping[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    """The lines that led to the last one of the first process, from there back: who was there in a round, and had not come in it, was
+    there in the round before."""
+    last = max(records[order[0]])
+    lines = {last: records[order[0]][last]}
+    for t in range(last - 1, -1, -1):
+        later = lines[t + 1] if t + 1 in lines else {"alive": [], "came": {}}
+        stayed = set(later["alive"]) - set(map(int, later.get("came", {})))
+        told = [records[process][t] for process in order if t in records[process]]
+        told = [line for line in told if set(line["hosted"]) <= set(line["alive"])]
+        led = [line for line in told if line["hosted"] and set(line["hosted"]) <= stayed] or told
+        if led:
+            lines[t] = led[0]
+    return lines
 
 
 def collect(run: Path, given: Sequence[Path] = ()) -> tuple[int, list[int]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dfl.transport import frames
 from dfl.transport.mail import Event, Mail
-from dfl.transport.view import Known, Member, Settling
+from dfl.transport.view import Known, Member, Settling, of_one_run
 from dfl.transport.watch import held_up_by
 
 # what a message is, and the start of the process that sends it
@@ -82,11 +82,14 @@ class Members:
         self._changed, self.open, self._view = False, True, b""
         self._accused_at = 0.0
         self.connect: Callable[[], None] = lambda: None  # makes connections to those that are known and not connected
-        self._heard: dict[int, tuple[Known, bool]] | None = None  # what others have answered, before this one has joined
+        # what others have answered, before this one has joined
+        self._heard: dict[int, tuple[Member, Known, bool]] | None = None
         self.ending = False  # this process has come to the end, and waits for the others
         self._finished = False
-        self._last_word = b""
         self._told_out: dict[int, float] = {}  # when each that is out was told so
+        self._outnumbered: str | None = None  # another run goes on without this one, and before it
+        self._looked_at = 0.0
+        self._last_words: list[bytes] = []
         self._inbox: dict[int, dict[tuple[bytes, int], bytes]] = {}
         self._reset()
 
@@ -116,18 +119,16 @@ class Members:
                     self._send(process, _HAIL)
             self._take(0.02)
         books, self._heard = self._heard.values(), None
-        starts = [member.start for known, _ in books for member in known.joined if member.process == self.rank]
+        starts = [member.start for _, known, _ in books for member in known.joined if member.process == self.rank]
         self.me = Member(self.rank, max(starts, default=-1) + 1)
-        self.members, known = (self.me,), Known().with_joined(self.me)
-        for other, _ in books:
-            known = known.join(other)
-        self._settling = Settling(self.me, known, None)
+        known = of_one_run((sender, known) for sender, known, _ in books)
+        self.members, self._settling = (self.me,), Settling(self.me, known.with_joined(self.me), None)
         self._tell_all()
-        return any(begun for _, begun in books)
+        return any(begun for *_, begun in books)
 
     def _enough(self) -> bool:
         """All have answered, or, of a run that goes on, all that are connected."""
-        begun = any(begun for _, begun in self._heard.values())
+        begun = any(begun for *_, begun in self._heard.values())
         wanted = self.mail.connected() if begun else set(range(self.size)) - {self.rank}
         return set(wanted) <= set(self._heard)
 
@@ -151,8 +152,7 @@ class Members:
                 self._tell_all()
             self.connect()
             self._take(0.02)
-            if self._finished:
-                raise FinishedError
+            self._ends()
             self._look_for_silent()
             if self.me not in self._settling.known.members():
                 self._begin_anew()
@@ -167,8 +167,9 @@ class Members:
 
     def _settled(self) -> dict[int, dict[str, Any]]:
         infos: dict[int, Any] = {member.process: info for member, info in self._settling.infos().items()}
-        self._last_word = self._state()
         known = self._settling.known.settled()
+        # who has missed them may know already who is out since
+        self._last_words = [_state(one, self._settling.info, again=True) for one in (self._settling.known, known)]
         self.members, self._view = known.members(), known.digest()
         self._settling, self._changed = Settling(self.me, known, None), False
         for process in set(self.mail.connected()) - set(self.processes):
@@ -206,11 +207,17 @@ class Members:
     def check(self) -> None:
         """ViewChange where the members have to settle; asked now and then while there is something else to do."""
         self._take(0.0)
-        if self._finished:
-            raise FinishedError
+        self._ends()
         self._look_for_silent()
+        self._look_for_lost()
         if self._changed:
             raise ViewChange
+
+    def _ends(self) -> None:
+        if self._finished:
+            raise FinishedError
+        if self._outnumbered is not None:
+            raise LeftOutError(self._outnumbered)
 
     def begin(self, sent: dict[int, Tensor], received: dict[int, Tensor]) -> "Step":
         """Send all of it; what is received is waited for by `end`."""
@@ -250,11 +257,21 @@ class Members:
             if member != self.me and self.mail.life.silent(member.process):
                 self.accuse(member.process, f"has shown no life for {self.mail.life.patience:g} s")
 
+    def _look_for_lost(self) -> None:
+        """Now and then call those that went, as they may only have been out of reach, and tell those that are no members what is
+        known here: of two runs that go on without each other one ends."""
+        now = time.monotonic()
+        if now > self._looked_at + max(self.mail.life.patience, AGAIN_SECONDS):
+            self._looked_at = now
+            self.connect()
+            for process in set(self.mail.connected()) - set(self.processes):
+                self._send(process, _STATE, self._state())
+
     def _send(self, process: int, kind: int, data: bytes = b"") -> None:
         self.mail.send(process, _HEAD.pack(kind, self.me.start) + data)
 
     def _state(self) -> bytes:
-        return json.dumps({"known": json.loads(self._settling.known.text()), "info": self._settling.info}).encode()
+        return _state(self._settling.known, self._settling.info)
 
     def _tell_all(self) -> None:
         for process in self.mail.connected():
@@ -291,7 +308,7 @@ class Members:
         elif kind == _BOOK:
             tree = json.loads(data[_HEAD.size:])
             if self._heard is not None:
-                self._heard[process] = Known.read(tree["known"], self.size), bool(tree["begun"])
+                self._heard[process] = sender, Known.read(tree["known"], self.size), bool(tree["begun"])
         elif self._heard is not None:  # this process has not joined yet
             pass
         elif kind == _STATE:
@@ -317,9 +334,19 @@ class Members:
             raise ValueError(f"what it tells of itself is no table: {str(info)[:80]}")
         if sender not in known.joined:
             raise ValueError("it has not joined itself")
-        if sender in self._settling.known.out:  # it has missed that
+        verdict = self._settling.verdict(sender, known) if self._view else "learn"
+        if verdict == "leave":
+            there, here = len(known.members()), len(self._settling.known.members())
+            self._outnumbered = f"the others go on without this process: {there} with {self.describe(sender.process)}, here are " \
+                                f"{here}; started again, it comes back"
+        elif verdict == "accuse":
+            self.accuse(sender.process, "goes on without this process")
+        elif verdict == "tell" or sender in self._settling.known.out:
             self._tell_it_is_out(sender.process)
-            return
+        else:
+            self._join(sender, known, info, bool(tree["again"]))
+
+    def _join(self, sender: Member, known: Known, info: dict[str, Any] | None, again: bool) -> None:
         before = self._settling.known
         if self._settling.receive(sender, known, info):
             self._changed = True
@@ -328,8 +355,10 @@ class Members:
             if self._settling.known.accused != before.accused:
                 self._accused_at = time.monotonic()
             self._tell_all()
-        elif info is not None and self._settling.info is None and self._view:  # it has missed what this one said when it settled
-            self._send(sender.process, _STATE, self._last_word)
+        elif info is not None and not again and self._settling.info is None and self._view:
+            # it has missed what this one said when it settled
+            for word in self._last_words:
+                self._send(sender.process, _STATE, word)
 
     def _tell_it_is_out(self, process: int) -> None:
         """It may think the same of this one: an answer to every answer would never end."""
@@ -356,3 +385,8 @@ class Members:
             self.mail.close()
 
     abort = close
+
+
+def _state(known: Known, info: Any, again: bool = False) -> bytes:
+    """again: it repeats what was said when the members settled. Nobody is to answer: two that have settled would without end."""
+    return json.dumps({"known": json.loads(known.text()), "info": info, "again": again}).encode()

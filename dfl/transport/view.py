@@ -82,6 +82,12 @@ class Known(NamedTuple):
         """The same once its members have agreed on it: whoever is no member now must join again."""
         return self._replace(out=self.out | (self.joined - set(self.members())))
 
+    def goes_before(self, others: Iterable[Member]) -> bool:
+        """Whether its members are those that go on, of two runs that go on without each other: those that are more, or else those
+        with the lowest process."""
+        mine, theirs = self.members(), tuple(others)
+        return (len(mine), -min(mine, default=Member(2**31)).process) >= (len(theirs), -min(theirs, default=Member(2**31)).process)
+
     def digest(self) -> bytes:
         """8 bytes that are the same where the same is known."""
         return hashlib.sha256(self.text().encode()).digest()[:8]
@@ -98,6 +104,20 @@ class Known(NamedTuple):
             raise ValueError(f"what is known of members has {sum(map(len, tree))} entries; allowed: {MOST_ENTRIES}")
         joined, accused, denied, out = tree
         return cls(_members(joined, size), _accusations(accused, size), _accusations(denied, size), _members(out, size))
+
+
+def of_one_run(heard: Iterable[tuple[Member, Known]]) -> Known:
+    """What those know who belong to one run: the one that goes before all others, where some go on without each other."""
+    def place(one: tuple[Member, Known]) -> tuple[int, Member]:
+        members = one[1].members()
+        return -len(members), min(members, default=one[0])
+
+    first, *rest = sorted(heard, key=place) or [(Member(0), Known())]
+    found = first[1]
+    for sender, known in rest:
+        if sender not in found.out and first[0] not in known.out:
+            found = found.join(known)
+    return found
 
 
 def _member(value: object, size: int) -> Member:
@@ -133,6 +153,19 @@ class Settling:
     def __init__(self, me: Member, known: Known, info: object = ()):
         self.me, self.known, self.info = me, known, info
         self._told: dict[Member, tuple[Known, object]] = {}
+
+    def verdict(self, sender: Member, known: Known) -> str:
+        """What a member of a settled run does about that which a process tells: "learn" it; "tell" the sender, which has missed
+        something; "accuse" it, as it goes on without this process and others, but not these without it; or "leave", as its run
+        goes before this one (`Known.goes_before`): two that have both settled without the other are never put together, or each
+        would put out all of the other."""
+        theirs, without_me = known.members(), self.me in known.out
+        if sender in self.known.out:
+            return "leave" if without_me and not self.known.goes_before(theirs) else "tell"
+        if without_me and self.me in self.known.members():
+            rest = self.known._replace(out=self.known.out | set(theirs))
+            return "accuse" if rest.goes_before(theirs) else "learn"
+        return "learn"
 
     def receive(self, sender: Member, known: Known, info: object = ()) -> bool:
         """What a process tells; whether more is known now, which has to be told to all others."""

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dfl.transport.view import Known, Member, Settling
+from dfl.transport.view import Known, Member, Settling, of_one_run
 
 
 def a_group(size: int) -> Known:
@@ -86,6 +86,9 @@ class Network:
         self.ever_cut = False
         self.under_way: list[tuple[int, int, Member, Known]] = []
         self.settled: dict[int, Known] = {}
+        self.views: set[int] = set()  # those that have been members
+        self.answered: dict[tuple[int, Member], Known] = {}
+        self.again: dict[int, Known] = {}
         for process in self.at:
             self.tell(process)
 
@@ -107,14 +110,28 @@ class Network:
         _, _, sender, known = self.under_way.pop(k)
         if b in self.dead:
             return
-        if self.at[b].receive(sender, known):
+        verdict = self.at[b].verdict(sender, known) if b in self.views else "learn"
+        if verdict == "leave":
+            self.dead.add(b)
+        elif verdict == "accuse":
+            if self.at[b].learn(Known().accuse(self.at[b].me, sender)):
+                self.tell(b)
+        elif verdict == "tell" or sender in self.at[b].known.out:
+            if self.answered.get((b, sender)) != self.at[b].known:
+                self.answered[b, sender] = self.at[b].known
+                self.under_way.append((b, a, self.at[b].me, self.at[b].known))
+        elif self.at[b].receive(sender, known):
             self.tell(b)
+        elif b in self.settled and a not in self.settled and self.answered.get((b, sender)) != self.settled[b]:
+            self.answered[b, sender] = self.settled[b]  # it has missed the last word
+            self.under_way += [(b, a, self.at[b].me, known) for known in (self.settled[b], self.settled[b].settled())]
         self.settle(b)
 
     def settle(self, process: int) -> None:
         one = self.at[process]
         if process not in self.settled and one.me in one.known.members() and not one.waits_for():
             self.settled[process] = one.known
+            self.views.add(process)
             one.known = one.known.settled()
 
     def happen(self) -> None:
@@ -135,6 +152,7 @@ class Network:
             self.starts[process] = 1 + max(self.starts[process], *known)
             me = Member(process, self.starts[process])
             self.at[process] = Settling(me, self.at[asked].known.with_joined(me))
+            self.views.discard(process)
             self.tell(process)
 
     def notice(self) -> None:
@@ -153,6 +171,10 @@ class Network:
             while self.under_way:
                 self.deliver()
             self.notice()
+            for process in () if self.under_way else set(self.alive()) - set(self.settled):
+                if self.again.get(process) != self.at[process].known:  # who waits tells again
+                    self.again[process] = self.at[process].known
+                    self.tell(process)
             if not self.under_way:
                 return
         raise AssertionError("no end")
@@ -186,3 +208,65 @@ def check(network: Network, seed: int) -> None:
             assert member == one.me or (member.process, process) not in network.cut, (seed, process, member)
     if not network.ever_cut:  # then nobody is left out that lives
         assert all(network.at[p].me in network.at[p].known.members() for p in network.alive()), seed
+
+
+class Split(Network):
+    """All are cut into groups that go on without each other, for as long as it takes or less; then nothing is cut any more, and who
+    ended as another run went before its own is started again, and asks everybody."""
+
+    def split(self) -> None:
+        groups = [self.rng.randint(0, 1) for _ in range(self.size)]
+        self.cut = {(a, b) for a in range(self.size) for b in range(self.size) if groups[a] != groups[b]}
+        self.under_way = [one for one in self.under_way if one[:2] not in self.cut]
+        for _ in range(self.rng.choice([0, 3, 10, 1000])):
+            if self.rng.random() < 0.3 or not self.under_way:
+                self.notice()
+            if self.under_way:
+                self.deliver()
+        self.cut = set()
+
+    def mend(self) -> None:
+        """Until all are one run again: everybody tells all now and then, and who has gone comes back."""
+        for _ in range(60):
+            for process in self.alive():
+                known = self.at[process].known
+                for q in range(self.size):
+                    if q != process and q not in self.dead:
+                        self.under_way.append((process, q, self.at[process].me, known))
+            self.quieten()
+            out = [p for p in self.alive() if self.at[p].me not in self.at[p].known.members()]
+            self.dead |= set(out)
+            if self.dead:
+                self.come_back(self.rng.choice(sorted(self.dead)))
+            elif len({one.known.members() for one in self.at.values()}) == 1:
+                return
+        raise AssertionError("they do not come together")
+
+    def come_back(self, process: int) -> None:
+        self.dead.discard(process)
+        self.under_way = [one for one in self.under_way if process not in one[:2]]
+        heard = [(self.at[q].me, self.at[q].known) for q in self.alive() if q != process]
+        starts = [member.start for _, known in heard for member in known.joined if member.process == process]
+        self.starts[process] = 1 + max([self.starts[process], *starts])
+        me = Member(process, self.starts[process])
+        self.at[process] = Settling(me, of_one_run(heard).with_joined(me))
+        self.views.discard(process)
+        self.tell(process)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_runs_that_went_on_without_each_other_become_one_and_the_larger_goes_on(block):
+    for seed in range(500 * block, 500 * (block + 1)):
+        network = Split(seed)
+        network.quieten()
+        network.split()
+        alive = network.alive()
+        known = {network.at[p].me: network.at[p].known for p in alive}
+        parts = {tuple(m.process for m in one.members()) for me, one in known.items() if me in one.members()}
+        settled = all(p in network.settled for p in alive)
+        network.mend()
+        assert all(network.at[p].known.members() == network.at[0].known.members() for p in range(network.size)), seed
+        assert len(network.at[0].known.members()) == network.size, seed
+        if settled and len(parts) == 2:
+            stays = min(parts, key=lambda part: (-len(part), part))
+            assert all(network.starts[p] == 0 for p in stays), (seed, parts, network.starts)
