@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_soak.py": (
         "dfl/transport", "dfl/run/survive.py", "dfl/run/joining.py", "dfl/run/replay.py", "dfl/store/collect.py",
         "dfl/engine/living.py", "benchmarks/soak.py", "tests/members.py", "tests/hosts.py"),
+    "tests/launch/test_teams_launch.py": (*_RUN, "dfl/training", "dfl/run", "dfl/script", "dfl/hf"),
     "tests/launch/test_own_scripts.py": (
         *_RUN, "dfl/hf", "dfl/script", "dfl/run/loop.py", "dfl/engine", "dfl/training", "tests/own_trainer.py", "setup.cfg"),
     "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/transport/handshake.py", "dfl/run/checkpoint.py"),
