@@ -32,9 +32,9 @@ def model(head: bool = False, **options) -> nn.Module:
     return made
 
 
-def batch(peer: int, step: int) -> tuple[Tensor, Tensor]:
+def batch(peer: int, step: int, size: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * peer + step)
-    return torch.randn(5, 6, generator=generator), torch.randn(5, 1, generator=generator).expand(5, 4)
+    return torch.randn(size, 6, generator=generator), torch.randn(size, 1, generator=generator).expand(size, 4)
 
 
 def step(net: nn.Module, optimizer: torch.optim.Optimizer, peer: int, number: int) -> float:

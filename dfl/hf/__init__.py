@@ -1,9 +1,10 @@
 """Gossip with a Hugging Face or TRL trainer: `join` before its arguments are made, `patch` before it trains (README.md)."""
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dfl.config.sources import Source
+from dfl.config.sources import Source, tree_of
 from dfl.script import joining
 from dfl.script.joining import Peer
 
@@ -25,14 +26,17 @@ def join(config: Source = None, *, every: int | None = None, output: str | os.Pa
 
     config: the path of a recipe, or a mapping of its fields, which the words replace; the words are a recipe's (`method`, `rule`,
     `topology`, `schedule`, `trigger`, `codec`, `channel`, `guard`, `wrapper`, `seed`, ..., `__` for a dot). every: optimiser
-    steps between two mixes, 10 where nobody says. output: the run's folder; None: the trainer's output_dir, False: no run
-    folder. overwrite: replace the run that lies there.
+    steps between two mixes, 10 where nobody says. processes_per_peer=2: every two processes are one peer, which find the
+    variables of a world of two, so that a trainer runs data parallel (DDP) in there. output: the run's folder; None: the
+    trainer's output_dir, False: no run folder. overwrite: replace the run that lies there.
 
     ValueError where words do not go together, or need a loop of ours, and on all processes where theirs differ; ConnectionError
     where the others do not come.
     """
-    peer = joining.join(config, every, output, overwrite, before=joining.one_gpu, **words)
-    joining.forget_launcher()
+    each = words.get("processes_per_peer") or tree_of(config).get("processes_per_peer") or 1
+    peer = joining.join(config, every, output, overwrite, before=partial(joining.own_gpus, each=each), **words)
+    if peer.members == 1:
+        joining.forget_launcher()
     return peer
 
 

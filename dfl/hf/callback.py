@@ -60,7 +60,7 @@ class GossipCallback(TrainerCallback):
     def on_save(self, args, state, control, **others):
         """What the slots remember, beside the trainer's own checkpoint, which is whole by then."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.mixing and folder.is_dir():
+        if self.mixing and self.peer.speaks and folder.is_dir():
             resume.save(folder, self.mixing.state())
 
     def on_train_end(self, args, state, control, **others):

@@ -46,10 +46,16 @@ def check(trainer: Any, peer: Peer) -> None:
     if any(isinstance(callback, GossipCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer is patched already")
     if getattr(trainer, "is_deepspeed_enabled", False):
-        raise ValueError("the trainer uses DeepSpeed, which splits a peer over processes; a peer is one process here: leave it out")
+        raise ValueError("the trainer uses DeepSpeed, which splits the factors over processes; allowed: data parallel (DDP) with "
+                         "dfl.hf.join(processes_per_peer=...), or dfl train, which splits the base model alone")
     if getattr(trainer, "is_fsdp_enabled", False):
-        raise ValueError("the trainer uses FSDP, which splits a peer over processes; a peer is one process here: leave it out")
-    if args.parallel_mode != ParallelMode.NOT_PARALLEL:
+        raise ValueError("the trainer uses FSDP, which splits the factors over processes; allowed: data parallel (DDP) with "
+                         "dfl.hf.join(processes_per_peer=...), or dfl train, which splits the base model alone")
+    if peer.members > 1:
+        if args.parallel_mode != ParallelMode.DISTRIBUTED or args.world_size != peer.members:
+            raise ValueError(f"the trainer knows of {args.world_size} process(es), and {peer.members} are this peer "
+                             "(processes_per_peer); call dfl.hf.join() before TrainingArguments (SFTConfig, ...) is made")
+    elif args.parallel_mode != ParallelMode.NOT_PARALLEL:
         raise ValueError(f"the trainer is {args.parallel_mode.value}: it would split its data over {args.world_size} process(es) and "
                          f"{args.n_gpu} GPU(s), or add up gradients over them; call dfl.hf.join() before TrainingArguments "
                          "(SFTConfig, ...) is made and before anything touches a GPU")

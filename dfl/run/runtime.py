@@ -170,11 +170,12 @@ def of_team(place: Place, each: int) -> Place:
     return place._replace(rank=place.rank // each, size=place.size // each)
 
 
-def connect(config: Config, place: Place, device: torch.device, worker: Worker | None = None) -> tuple[Transport, Team | None]:
+def connect(config: Config, place: Place, device: torch.device, worker: Worker | None = None, divides: bool = True
+            ) -> tuple[Transport, Team | None]:
     """The transport of this process, in a group of its own with the others, once all have come, and its team, if it has one.
 
     Alone, all stays in memory. Of a team the first process is among the others, and none of the rest.
-    device: where peers live. ConnectionError where the others do not come.
+    device: where peers live. divides: a team is to hold a model of ours in parts. ConnectionError where the others do not come.
     """
     if place.size == 1:
         return InProcess(), None
@@ -189,7 +190,7 @@ def connect(config: Config, place: Place, device: torch.device, worker: Worker |
             with _naming(place):
                 store, (number, rank) = _store(place, worker, patience), divmod(place.rank, each)
                 team = Team(dist.PrefixStore(f"team/{number}", store), rank, each, first=number * each, device=device,
-                            wish=config.backend, timeout=config.timeout, patience=patience)
+                            wish=config.backend if divides else None, timeout=config.timeout, patience=patience)
             place = of_team(place, each)
             if place.size == 1 or not team.speaks:
                 return InProcess(), team

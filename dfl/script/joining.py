@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dfl.config import Config
 from dfl.config.sources import Source, tree_of
 from dfl.run.parent import end_with_launcher
-from dfl.run.runtime import Place, connect, place_from_environment
+from dfl.run.runtime import Place, connect, of_team, place_from_environment
 from dfl.script.settings import check, settings
 from dfl.transport import Transport
 from dfl.transport.agreement import together
+from dfl.transport.echo import Listening, Speaking
 from dfl.transport.handshake import check_secret, check_settings
 from dfl.transport.handshake import settings as shared_settings
+from dfl.transport.team import Team
 
 # what launchers tell a process of its place: accelerate, transformers and TRL would divide data and models by it
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
@@ -37,15 +40,32 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 class Peer:
     """This process among the peers of a script.
 
-    rank: its number, from 0; size: how many peers there are. output: the run's folder where one was given, "" for none at
-    all, None where the script decides.
+    rank: its number, from 0; size: how many peers there are. members, member: how many processes are this peer, each with the
+    script's loop, and which of them this is; the first speaks for it. output: the run's folder where one was given, "" for none
+    at all, None where the script decides.
+
+    transport: what all processes of a peer learn of the other peers; outside: the first's alone, None elsewhere.
     """
 
-    def __init__(self, config: Config, topology, place: Place, transport: Transport, output: str | None, overwrite: bool):
-        self.config, self.topology, self.place, self.transport = config, topology, place, transport
+    def __init__(self, config: Config, topology, place: Place, transport: Transport, output: str | None, overwrite: bool,
+                 team: Team | None = None):
+        self.config, self.topology, self.place, self.team = config, topology, place, team
         self.output, self.overwrite = output, overwrite
         self.rank, self.size = place.rank, place.size
+        self.member, self.members = (0, 1) if team is None else (team.rank, team.size)
+        self.speaks = self.member == 0
+        self.outside: Any = transport if self.speaks else None
+        self.transport: Any = transport if team is None else Speaking(transport, team) if self.speaks else Listening(self.size, team)
         self._open = True
+
+    def same(self, x: Tensor) -> None:
+        """Give all processes of this peer the numbers that the first has, in place."""
+        if self.team is None:
+            return
+        if self.speaks:
+            self.team.tell({}, {"x": x})
+        else:
+            x.copy_(self.team.hear()[1]["x"])
 
     def shard(self, examples: Any) -> Any:
         """This peer's part of examples that all peers hold alike: every size-th one, from its own number on."""
@@ -88,6 +108,7 @@ def join(source: Source = None, every: int | None = None, output: str | os.PathL
          env: MutableMapping[str, str] = os.environ, **words: Any) -> Peer:
     """Become one of the peers of this script, of which the launcher has started one a process; alone without a launcher.
 
+    With `processes_per_peer: k` every k processes are one peer, and find the launcher's variables of a small world of their own.
     before: called with the place before anything is waited for. ValueError where this process has joined already, for words
     that do not go together (settings), and on all processes where theirs differ; ConnectionError where others do not come.
     """
@@ -101,18 +122,22 @@ def join(source: Source = None, every: int | None = None, output: str | os.PathL
     if folder:
         words = words | {"output": folder}
     config = settings(source, every, words, place.size)
+    each = config.processes_per_peer
     topology = check(config)
     before(place)
     end_with_launcher(env)
-    transport, _ = connect(config, place, torch.device("cpu"))
-    peer = Peer(config, topology, place, transport, folder, overwrite)
+    transport, team = connect(config, place, torch.device("cpu"), divides=False)
+    peer = Peer(config, topology, of_team(place, each), transport, folder, overwrite, team)
     try:
-        check_secret(transport)
-        transport.watch(lambda: False)
-        check_settings(transport, shared_settings(config, overwrite=overwrite))
-        together(transport, lambda: None)
+        if peer.speaks:
+            check_secret(transport)
+            transport.watch(lambda: False)
+        check_settings(peer.transport, shared_settings(config, overwrite=overwrite))
+        together(peer.transport, lambda: None)
+        if team is not None:
+            small_world(team, env)
     except BaseException as error:
-        transport.leave(error)
+        peer.transport.leave(error)
         raise
     _current = peer
     atexit.register(peer._end)
@@ -144,17 +169,28 @@ def forget_launcher(env: MutableMapping[str, str] = os.environ) -> None:
         env.pop(name, None)
 
 
-def one_gpu(place: Place, env: MutableMapping[str, str] = os.environ, gpus: Path = GPUS) -> None:
-    """Let this process see one GPU, before CUDA starts: with several, a Trainer would spread one peer over all of them.
+def small_world(team: Team, env: MutableMapping[str, str] = os.environ) -> None:
+    """The launcher's variables as if the team were all that was started: transformers, accelerate and TRL divide data by them."""
+    forget_launcher(env)
+    rank, size = str(team.rank), str(team.size)
+    env.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
+               MASTER_PORT=str(team.port()), TORCHELASTIC_USE_AGENT_STORE="True")  # nobody has to open that port: the store is there
+    env.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
 
-    ValueError where CUDA has begun already with several.
+
+def own_gpus(place: Place, env: MutableMapping[str, str] = os.environ, gpus: Path = GPUS, each: int = 1) -> None:
+    """Let this process see one GPU, or those of the `each` processes of its peer, before CUDA starts: with several, a Trainer would
+    spread one process over all of them.
+
+    ValueError where CUDA has begun already with others.
     """
     if torch.cuda.is_initialized():
-        if torch.cuda.device_count() > 1:
+        if torch.cuda.device_count() > each:
             raise ValueError(f"CUDA has begun with {torch.cuda.device_count()} GPUs; call join() before anything touches a GPU")
         return
     given = env.get("CUDA_VISIBLE_DEVICES")
     visible = [part.strip() for part in given.split(",") if part.strip()] if given is not None else \
         [str(k) for k in range(len(list(gpus.iterdir())) if gpus.is_dir() else 0)]
     if visible:
-        env["CUDA_VISIBLE_DEVICES"] = visible[place.local_rank % len(visible)]
+        first = place.local_rank - place.local_rank % each
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[(first + k) % len(visible)] for k in range(each))

@@ -84,7 +84,9 @@ class Mixing:
             self._load(state)
         told = [json.loads(data) for data in transport.share(json.dumps(examples).encode())]
         facts = dict(facts) if None in told else {"shards": {"examples": told, "classes": None}} | dict(facts)
-        self.records = Records(self.run, peer, found, facts, output, resumed=resumed)
+        self._output = output
+        # of several processes of a peer the first alone writes
+        self.records = Records(self.run, peer, found, facts, output if peer.speaks else None, resumed=resumed)
         self._begin_round(new=not resumed)
 
     # meeting
@@ -232,7 +234,8 @@ class Mixing:
         if agreed >= _DIVERGED:
             raise DivergenceError(f"peer {agreed - _DIVERGED} diverged in round {self.completed + 1}: its factors are not finite; a "
                                   "smaller learning rate or a smaller gradient norm may help", agreed - _DIVERGED)
-        self.records.round(run, told[:, 2:], evaluation_record(self.evaluations, self.peer) if evaluated else None)
+        found = evaluation_record(self.evaluations, self.peer) if evaluated and self.peer.speaks else None
+        self.records.round(run, told[:, 2:], found)
         self.evaluations = {}
         return agreed
 
@@ -245,6 +248,7 @@ class Mixing:
         self.run.pending = finish_round(self.run, self.completed, losses, time.perf_counter() - self.started)
         if own is not None:
             self.row.x.copy_(own)
+        self.peer.same(self.row.x)
         self.row.write()
         self.run.completed, self.steps = self.completed + 1, 0
         self._ended, self.losses = self.losses, []
@@ -270,6 +274,8 @@ class Mixing:
         while self.mix(training=False, keep=keep):
             pass
         self.row.read()
+        if self._output:
+            self.run.consensus()  # which all make together
         with lent(self.parameters):
             self.records.save(self.run, self.state_tensors())
         self.release()

@@ -42,11 +42,11 @@ class Records:
         if self.folder is None:
             return
         self.config = run.config
-        new = not (resumed and together(peer.transport, lambda: marked(self.folder)))
+        new = not (resumed and together(peer.outside, lambda: marked(self.folder)))
         self.lease = self._claim(resumed and not new)
-        together(peer.transport, lambda: make_room(self.folder, new, peer.overwrite, self.lease) if peer.rank == 0 else None)
-        together(peer.transport, lambda: self._describe(run, found, facts, new) if peer.rank == 0 else None)
-        check_shared(self.folder, peer.transport, new, self.lease)
+        together(peer.outside, lambda: make_room(self.folder, new, peer.overwrite, self.lease) if peer.rank == 0 else None)
+        together(peer.outside, lambda: self._describe(run, found, facts, new) if peer.rank == 0 else None)
+        check_shared(self.folder, peer.outside, new, self.lease)
         self.run_id = marker_id(self.folder)
         self.lines = JsonLines(self.folder / records_of(peer.rank), guard=self.lease.check)
 
@@ -54,10 +54,10 @@ class Records:
         """The right to write there."""
         peer, first = self.peer, self.peer.rank == 0
         config = from_dict(self.config.to_dict() | {"output": str(self.folder)})
-        together(peer.transport, lambda: refuse(config, self.folder, resumed, peer.overwrite) if first else None)
-        lease = hold(self.folder, peer.transport)
+        together(peer.outside, lambda: refuse(config, self.folder, resumed, peer.overwrite) if first else None)
+        lease = hold(self.folder, peer.outside)
         try:
-            together(peer.transport, lambda: check_continuation(config, self.folder) if first and resumed else None)
+            together(peer.outside, lambda: check_continuation(config, self.folder) if first and resumed else None)
         except BaseException:
             if first:
                 lease.release()
@@ -103,7 +103,7 @@ class Records:
         """A checkpoint with every peer and the consensus, as a run's own; all peers together."""
         if self.folder is None:
             return
-        saver = Checkpointer(self.folder, self.peer.transport, self.peer.rank, run.config.model.name, run.config.checkpoint.keep,
+        saver = Checkpointer(self.folder, self.peer.outside, self.peer.rank, run.config.model.name, run.config.checkpoint.keep,
                              lease=self.lease)
         merged = run.consensus()
         where = saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), dict(tensors),
@@ -127,7 +127,7 @@ def evaluation_record(found: Mapping[str, float], peer: Peer) -> dict:
 
     A peer that has not evaluated has no value; means are over those that have.
     """
-    told = [json.loads(data) for data in peer.transport.share(json.dumps(finite(dict(found))).encode())]
+    told = [json.loads(data) for data in peer.outside.share(json.dumps(finite(dict(found))).encode())]
     record: dict[str, Any] = {"peers": {}}
     for name in dict.fromkeys(name for one in told for name in one):
         values = [one[name] for one in told if one.get(name) is not None]

@@ -18,11 +18,12 @@ from dfl.run.build import chosen_slots
 logger = logging.getLogger(__name__)
 # what of a recipe counts in a script; everything else the script itself decides
 USED = ("peers", "seed", "topology_seed", "method", "topology", *methods.SLOTS, "lora.head", "train.local_steps", "train.rounds",
-        "train.state", "train.at_switch", "train.at_refactor", "measure", "checkpoint.keep", "plugins", "output", "timeout")
+        "train.state", "train.at_switch", "train.at_refactor", "measure", "checkpoint.keep", "plugins", "output", "timeout",
+        "processes_per_peer")
 
 
-def settings(source: Source, every: int | None, words: Mapping[str, Any], num_peers: int) -> Config:
-    """The configuration of a script's run with one peer a process.
+def settings(source: Source, every: int | None, words: Mapping[str, Any], num_processes: int) -> Config:
+    """The configuration of a script's run with one peer a process, or in so many as `processes_per_peer` says.
 
     source: the path of a recipe, a mapping or a `Config`; words: fields that replace those of it, `__` for a dot; every:
     optimiser steps between two mixes, train.local_steps of a recipe. Moments stay with the optimiser from round to round
@@ -34,9 +35,15 @@ def settings(source: Source, every: int | None, words: Mapping[str, Any], num_pe
     tree = own_names(tree_of(source))
     pairs = overrides_of(words) + ([] if every is None else [("train.local_steps", every)])
     _tell_unused(tree, [key for key, _ in pairs])
+    each = dict(pairs).get("processes_per_peer", tree.get("processes_per_peer")) or 1
+    if not isinstance(each, int) or each < 1 or num_processes % each:
+        raise ValueError(f"processes_per_peer = {each!r}, and {num_processes} process(es) of the script were started; allowed: a "
+                         "whole number that divides them")
+    num_peers = num_processes // each
     given = dict(pairs).get("peers", tree.get("peers", num_peers))
     if given != num_peers:
-        raise ValueError(f"peers = {given!r}, but {num_peers} process(es) of the script were started: each is one peer; leave it out")
+        raise ValueError(f"peers = {given!r}, but {num_processes} process(es) of the script were started: "
+                         f"{'each is' if each == 1 else f'{each} are'} one peer; leave it out")
     train = {"state": "carried"} | dict(tree.get("train") or {})
     if train.get("local_epochs") is not None or dict(pairs).get("train.local_epochs") is not None:
         raise ValueError("train.local_epochs is not known to a script, which counts steps; allowed: every, or train.local_steps")

@@ -7,10 +7,11 @@ group, where a process has none, is the team's own world; else it is a new one b
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,21 +38,28 @@ class Team:
     """`size` processes of which this is `rank`; `store` is for them alone, the run's other processes have it under other names.
 
     first: the number of its first process among all that were started. device: where the base model lies; wish: `backend` of the
-    recipe, over what its parts move. timeout: seconds for a step; patience: until all have come. ConnectionError where they do not.
+    recipe, over what its parts move, None where it is not ours. timeout: seconds for a step; patience: until all have come.
+    ConnectionError where they do not.
     """
 
-    def __init__(self, store, rank: int, size: int, *, first: int, device: torch.device, wish: str, timeout: float, patience: float):
+    def __init__(self, store, rank: int, size: int, *, first: int, device: torch.device, wish: str | None, timeout: float,
+                 patience: float):
         self.rank, self.size, self.first, self.device = rank, size, first, device
         self.store = dist.PrefixStore(f"team/{meet(store, rank, size, patience)}", store)
         long = timedelta(seconds=PATIENCES * timeout)
         self._asks: Any = dist.ProcessGroupGloo(dist.PrefixStore("asks", self.store), rank, size, long)
-        backend, limit = "cpu:gloo,cuda:nccl" if self._wire(wish) == "nccl" else "gloo", timedelta(seconds=timeout)
+        self._own_world, self.group = False, cast(Any, None)
+        if wish is not None:
+            self._make_world("cpu:gloo,cuda:nccl" if self._wire(wish) == "nccl" else "gloo", timedelta(seconds=timeout))
+
+    def _make_world(self, backend: str, limit: timedelta) -> None:
         self._own_world = not dist.is_initialized()
         if self._own_world:
-            dist.init_process_group(backend, store=dist.PrefixStore("world", self.store), rank=rank, world_size=size, timeout=limit)
+            dist.init_process_group(backend, store=dist.PrefixStore("world", self.store), rank=self.rank, world_size=self.size,
+                                    timeout=limit)
             self.group = dist.group.WORLD
         else:
-            self.group = dist.new_group(list(range(first, first + size)), timeout=limit, backend=backend,
+            self.group = dist.new_group(list(range(self.first, self.first + self.size)), timeout=limit, backend=backend,
                                         use_local_synchronization=True)
 
     def _wire(self, wish: str) -> str:
@@ -67,7 +75,8 @@ class Team:
     def tell(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor] = {}) -> None:
         """To all others of the team, which `hear` it."""
         text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-        data = save({_ABOUT: text} | {name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        # clones: parts of one buffer are not to travel twice
+        data = save({_ABOUT: text} | {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
         self._spread(torch.tensor([len(data)]))
         self._spread(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
@@ -83,6 +92,20 @@ class Team:
     def _spread(self, tensor: Tensor) -> None:
         with self.steps():
             self._asks.broadcast([tensor]).wait()
+
+    def port(self) -> int:
+        """Of a store on this machine, held by the first process, in which the team may meet as a world of a script's own. ValueError
+        where it is on several machines."""
+        host = socket.gethostname()
+        if self.speaks:
+            self._held = dist.TCPStore("127.0.0.1", 0, self.size, is_master=True, wait_for_workers=False)
+            self.tell({"port": self._held.port, "host": host})
+            return self._held.port
+        told = self.hear()[0]
+        if told["host"] != host:
+            raise ValueError(f"processes_per_peer = {self.size}: process {self.first} is on {told['host']}, process "
+                             f"{self.first + self.rank} on {host}; those of a peer share a machine")
+        return int(told["port"])
 
     def copy(self, tensor: Tensor) -> None:
         """Give all processes what the first has in it, in place."""

@@ -1,6 +1,7 @@
 """Own scripts under the real torchrun: a patched trainer against `dfl train`, TRL on real text, stop and resume."""
 
 import configparser
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import tiny_models
 import tiny_runs
 import torch
 import yaml
@@ -48,6 +50,65 @@ def test_a_patched_trainer_ends_where_dfl_train_does(tmp_path, method, state):
     assert run.done == 3 and run.finished and all(len(record["train_loss_peers"]) == 3 for record in run.records)
     losses = [record["train_loss"]["mean"] for record in read_run(tmp_path / "run").records[1:]]
     assert [record["train_loss"]["mean"] for record in run.records] == pytest.approx(losses, abs=1e-4)
+
+
+def test_a_peer_of_two_processes_ends_where_one_of_one_does(tmp_path):
+    """Two peers, whose trainers are data parallel over two processes each, with losses of unequally many tokens; one that was killed
+    and goes on ends in the same bits."""
+    lines = [{"prompt": "good film", "response": " ".join(tiny_models.WORDS[:k % 5 + 1])} for k in range(48)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tiny_runs.make_config(tiny_models.save(tmp_path / "llama", "llama"), tmp_path / "chat.jsonl", tmp_path / "run", peers=2,
+                                   method="tad", method__T=1, train__rounds=3, train__local_steps=2, train__state="carried",
+                                   train__lr=0.01, eval__every=0, model__task="causal_lm", data__prompt="prompt",
+                                   data__response="response")
+    tiny_runs.train(config)
+    expected, recipe = rows_of(latest(tmp_path / "run"), 2), tmp_path / "recipe.yml"
+    recipe.write_text(yaml.safe_dump(config.to_dict() | {"processes_per_peer": 2}))
+    torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "script")
+    rows = {name: torch.load(tmp_path / "script" / f"row-{name}.pt") for name in ("0", "0-1", "1", "1-1")}
+    assert torch.equal(rows["0"], rows["0-1"]) and torch.equal(rows["1"], rows["1-1"])
+    torch.testing.assert_close(torch.stack([rows["0"], rows["1"]]), expected, rtol=0, atol=1e-5)
+    run = read_run(tmp_path / "script")
+    assert run.done == 3 and run.finished and sorted(path.name for path in (tmp_path / "script").glob("metrics*")) == \
+        ["metrics-1.jsonl", "metrics.jsonl"]
+    torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "halves", "3", status=1)
+    torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "halves", "resume")
+    assert all(torch.equal(torch.load(tmp_path / "halves" / f"row-{name}.pt"), row) for name, row in rows.items())
+
+
+LOOP = """
+import sys
+import own_loop
+import torch
+import torch.distributed as dist
+import dfl
+
+each, folder = int(sys.argv[1]), sys.argv[2]
+inner = own_loop.model()
+optimizer = own_loop.adamw(inner)
+gossip = dfl.Gossip(inner, optimizer, 2, method="tad", method__T=1, topology="ring", processes_per_peer=each)
+net, peer = inner, gossip.peer
+if each > 1:
+    dist.init_process_group("gloo")
+    net = torch.nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+with gossip:
+    for number in range(6):
+        x, y = (part[peer.member::each] for part in own_loop.batch(gossip.rank, number, 6))
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+torch.save(torch.cat([v.flatten() for v in own_loop.factors(inner).values()]), f"{folder}/{each}-{gossip.rank}-{peer.member}.pt")
+"""
+
+
+def test_a_plain_loop_is_data_parallel_inside_of_a_peer(tmp_path):
+    (tmp_path / "loop.py").write_text(f"import sys; sys.path.append({str(TESTS)!r})\n{LOOP}")
+    for each in (1, 2):
+        torchrun(2 * each, tmp_path / "loop.py", each, tmp_path)
+    for peer in (0, 1):
+        alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in (f"1-{peer}-0", f"2-{peer}-0", f"2-{peer}-1"))
+        torch.testing.assert_close(first, alone, rtol=0, atol=1e-5)
+        assert torch.equal(first, second)
 
 
 @pytest.mark.nightly

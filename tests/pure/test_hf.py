@@ -113,6 +113,7 @@ def test_resume_names_what_a_checkpoint_lacks(llama, tmp_path):
     ({"args": {"auto_find_batch_size": True}}, "auto_find_batch_size"), ({"is_deepspeed_enabled": True}, "DeepSpeed"),
     ({"is_fsdp_enabled": True}, "FSDP"), ({"args": {"parallel_mode": ParallelMode.DISTRIBUTED}}, "distributed"),
     ({"args": {"parallel_mode": ParallelMode.NOT_DISTRIBUTED}}, "before anything touches a GPU"),
+    ({"members": 2}, "2 are this peer"), ({"members": 3, "args": {"parallel_mode": ParallelMode.DISTRIBUTED}}, "3 are this peer"),
     ({"args": {"push_to_hub": True}, "size": 4}, "one repository")])
 def test_a_trainer_that_splits_a_peer_is_refused(change, said):
     from dfl.hf.trainer import check
@@ -123,7 +124,7 @@ def test_a_trainer_that_splits_a_peer_is_refused(change, said):
                                     is_fsdp_enabled=False)
     vars(trainer).update({key: value for key, value in change.items() if key.startswith("is_")})
     with pytest.raises(ValueError, match=said):
-        check(trainer, types.SimpleNamespace(size=change.get("size", 1), rank=0))
+        check(trainer, types.SimpleNamespace(size=change.get("size", 1), rank=0, members=change.get("members", 1)))
 
 
 def test_patch_wants_a_trainer_and_join_before_it(llama, tmp_path):
@@ -167,13 +168,21 @@ def test_mpirun_counts_as_a_launcher_where_it_says_where_to_meet():
     assert joining.from_mpi({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}).get("RANK") is None
 
 
+def test_the_processes_of_a_peer_see_its_gpus(tmp_path):
+    seen = []
+    for rank in range(4):
+        joining.own_gpus(Place(rank, 4, rank, 4), env := {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, tmp_path, each=2)
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["4,5", "4,5", "6,7", "6,7"]
+
+
 @pytest.mark.parametrize(("env", "local_rank", "seen"), [
     ({"CUDA_VISIBLE_DEVICES": "4,6,7"}, 1, "6"), ({"CUDA_VISIBLE_DEVICES": "4,6"}, 3, "6"), ({}, 1, "1"), ({}, 5, "2"),
     ({"CUDA_VISIBLE_DEVICES": ""}, 1, "")])
 def test_a_peer_sees_one_gpu(env, local_rank, seen, tmp_path):
     for name in ("0000:1a", "0000:2a", "0000:3a"):
         (tmp_path / name).mkdir()
-    joining.one_gpu(Place(local_rank, 8, local_rank, 8), env, tmp_path)
+    joining.own_gpus(Place(local_rank, 8, local_rank, 8), env, tmp_path)
     assert env["CUDA_VISIBLE_DEVICES"] == seen
 
 
