@@ -43,10 +43,11 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("ratios", "where"), default="ratios")
     parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
     parser.add_argument("--megabytes", type=float, nargs="+", default=MEGABYTES)
+    parser.add_argument("--turns", type=int, default=TURNS)
     args = parser.parse_args()
-    rows = [case(size, megabytes, args.what == "where") for size in args.processes for megabytes in args.megabytes]
+    rows = [case(size, megabytes, args.what == "where", args.turns) for size in args.processes for megabytes in args.megabytes]
     name = "exchange" if args.what == "ratios" else "exchange_where"
-    about = {"topology": "ring", "rounds_a_turn": BLOCK, "turns": TURNS, "memory_mb_per_s": bandwidth(), "load": os.getloadavg()}
+    about = {"topology": "ring", "rounds_a_turn": BLOCK, "turns": args.turns, "memory_mb_per_s": bandwidth(), "load": os.getloadavg()}
     write(name, about, {"cases": rows})
 
 
@@ -60,17 +61,17 @@ def bandwidth() -> int:
     return round(2 * source.nbytes / best / 1e6)
 
 
-def case(size: int, megabytes: float, where: bool) -> dict:
+def case(size: int, megabytes: float, where: bool, turns: int = TURNS) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "topologies", "dfl.methods", "dfl.engine.gossip", "dfl.transport"])
-        workers = [context.Process(target=work, args=(rank, size, folder, megabytes, where)) for rank in range(size)]
+        workers = [context.Process(target=work, args=(rank, size, folder, megabytes, where, turns)) for rank in range(size)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]
-    row = {"processes": size, "message_mb": megabytes, **table([turns for turns, _ in found])}
+    row = {"processes": size, "message_mb": megabytes, **table([done for done, _ in found])}
     if where:
         row["where_us"] = {name: round(statistics.mean(steps[name] for _, steps in found), 1) for name in found[0][1]}
     print(row, flush=True)
@@ -93,7 +94,7 @@ def table(found: list[list[dict]]) -> dict:
     return row
 
 
-def work(rank: int, size: int, folder: str, megabytes: float, where: bool) -> None:
+def work(rank: int, size: int, folder: str, megabytes: float, where: bool, num_turns: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/plain", size), rank=rank, world_size=size,
                             timeout=timedelta(seconds=300))
@@ -101,12 +102,12 @@ def work(rank: int, size: int, folder: str, megabytes: float, where: bool) -> No
     same, ours, close = our_round(rank, size, megabytes, folder)
     spent: dict[str, float] = {}
     turns = []
-    for k in range(WARM + TURNS):
+    for k in range(WARM + num_turns):
         if k == WARM and where:
             watch_steps(spent)
         turns.append({"plain": block(plain, k), "ours": block(ours, k)})
     assert torch.equal(x, same[0]), "the two have mixed differently"
-    rounds = TURNS * BLOCK
+    rounds = num_turns * BLOCK
     steps = {name: 1e6 * seconds / rounds for name, seconds in spent.items()}
     Path(folder, f"{rank}.json").write_text(json.dumps((turns[WARM:], steps)))
     dist.barrier()
