@@ -73,8 +73,8 @@ _ANSWERS: dict[str, str] = {
         "wandb_project wandb_entity wandb_watch wandb_mode wandb_log_model wandb_run_group mlflow_experiment_name "
         "mlflow_tracking_uri comet_project_name use_tensorboard use_wandb use_mlflow trackio_space_id trackio_bucket_id "
         "trackio_static_space_id swanlab_project use_swanlab",
-    "seed is the field for it; every random stream is a function of it": "random_seed full_determinism deterministic shuffle_seed "
-        "",
+    "seed is the field for it; every random stream is a function of it": "random_seed shuffle_seed",
+    "deterministic is the field for it": "full_determinism",
     "device is the field for it: cpu": "use_cpu no_cuda use_cuda use_mps_device",
     "backend is the field for it (auto, gloo or nccl), and timeout for how long to wait": "ddp_backend ddp_timeout ddp_timeout_delta",
     "eval.every is the field for it, in rounds": "eval_freq evals_per_epoch eval_delay eval_on_start do_eval evaluation_strategy "

@@ -2,6 +2,7 @@
 
 import json
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,7 +252,8 @@ def test_a_head_that_is_not_linear_cannot_be_trained_stacked(root):
             pass
 
 
-def test_auto_is_sequential_on_a_cpu_and_stacked_on_an_accelerator():
+def test_auto_is_sequential_on_a_cpu_and_stacked_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     assert isinstance(choose("auto", torch.device("cpu")), Sequential)
     assert isinstance(choose("auto", torch.device("cuda")), Stacked)
     assert isinstance(choose("stacked", torch.device("cpu")), Stacked)

@@ -77,7 +77,7 @@ def test_a_part_that_fails_hangs_or_crashes_takes_nothing_along(tmp_path, capfd)
 def test_what_does_not_fit_into_the_time_is_not_begun(tmp_path):
     began = time.monotonic()
     status, found = run(tmp_path, [Part("good", 10, good), Part("hangs", 60, hangs), Part("late", 10, good)], seconds=2.0)
-    assert time.monotonic() - began < 10 and status == 1
+    assert time.monotonic() - began < 30 and status == 1  # and not a minute
     assert [part["outcome"] for part in found["parts"].values()] == ["done", "time limit", "not begun"]
 
 
