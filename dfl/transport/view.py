@@ -85,8 +85,7 @@ class Known(NamedTuple):
     def goes_before(self, others: Iterable[Member]) -> bool:
         """Whether its members are those that go on, of two runs that go on without each other: those that are more, or else those
         with the lowest process."""
-        mine, theirs = self.members(), tuple(others)
-        return (len(mine), -min(mine, default=Member(2**31)).process) >= (len(theirs), -min(theirs, default=Member(2**31)).process)
+        return _place(self.members()) <= _place(tuple(others))
 
     def digest(self) -> bytes:
         """8 bytes that are the same where the same is known."""
@@ -106,13 +105,14 @@ class Known(NamedTuple):
         return cls(_members(joined, size), _accusations(accused, size), _accusations(denied, size), _members(out, size))
 
 
+def _place(members: tuple[Member, ...]) -> tuple[int, int]:
+    """Of a run among those that go on without each other; the least goes before all others."""
+    return -len(members), min((member.process for member in members), default=2**31)
+
+
 def of_one_run(heard: Iterable[tuple[Member, Known]]) -> Known:
     """What those know who belong to one run: the one that goes before all others, where some go on without each other."""
-    def place(one: tuple[Member, Known]) -> tuple[int, Member]:
-        members = one[1].members()
-        return -len(members), min(members, default=one[0])
-
-    first, *rest = sorted(heard, key=place) or [(Member(0), Known())]
+    first, *rest = sorted(heard, key=lambda one: _place(one[1].members())) or [(Member(0), Known())]
     found = first[1]
     for sender, known in rest:
         if sender not in found.out and first[0] not in known.out:
