@@ -193,9 +193,9 @@ class Members:
         return f"the others go on without this process: {why}; started again, it comes back"
 
     def accuse(self, process: int, text: str) -> None:
-        """Go on without a process."""
+        """Go on without a process; after the word that all have ended nobody is missed."""
         member = next((one for one in self._settling.known.members() if one.process == process), None)
-        if member is None or member == self.me:
+        if member is None or member == self.me or self._finished:
             return
         self.reasons.setdefault(member, text)
         print(f"dfl: going on without {self.describe(process)}: {text}", file=sys.stderr, flush=True)

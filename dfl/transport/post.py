@@ -7,11 +7,13 @@ others can listen on the way, let it go through a tunnel.
 """
 
 import contextlib
+import fcntl
 import json
 import queue
 import secrets
 import socket
 import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -98,7 +100,7 @@ class Post:
             line.close()
 
     def flush(self, seconds: float) -> None:
-        """Until all has left, or so long."""
+        """Until all has arrived, or so long."""
         until = time.monotonic() + seconds
         with self._lock:
             lines = list(self._lines.values())
@@ -258,13 +260,14 @@ class _Line:
     """A connection, written by a thread of its own: who sends never waits for who reads."""
 
     def __init__(self, connection: socket.socket, instance: str):
-        self.connection, self.instance, self._writing = connection, instance, False
-        self._out: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        self.connection, self.instance, self._broken = connection, instance, False
+        self._out: queue.Queue[tuple[int, bytes] | None] = queue.Queue()
         threading.Thread(target=self._write, name="dfl-write", daemon=True).start()
 
     @property
     def busy(self) -> bool:
-        return self._writing or not self._out.empty()
+        """Whether something has not been written yet, or not been received at the other end."""
+        return not self._broken and (self._out.unfinished_tasks > 0 or _on_the_way(self.connection) > 0)
 
     def put(self, kind: int, data: bytes) -> None:
         self._out.put((kind, data))
@@ -277,15 +280,22 @@ class _Line:
     def _write(self) -> None:
         try:
             while (one := self._out.get()) is not None:
-                self._writing = True
                 self.connection.sendall(_HEAD.pack(one[0], len(one[1])))
                 self.connection.sendall(one[1])
-                self._writing = not self._out.empty()
+                self._out.task_done()
         except OSError:  # who reads notices
             pass
-        self._writing = False
+        self._broken = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
+
+
+def _on_the_way(connection: socket.socket) -> int:
+    """Bytes that the other end has not acknowledged; what is closed before loses them where it has something unread itself."""
+    try:
+        return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]
+    except OSError:
+        return 0
 
 
 def _say(connection: socket.socket, tree: Mapping[str, Any]) -> None:

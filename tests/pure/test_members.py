@@ -13,7 +13,7 @@ from dfl import config as configuration
 from dfl.run.build import check
 from dfl.run.joining import differs
 from dfl.transport.mail import Event, Life, RefusedError
-from dfl.transport.members import Members
+from dfl.transport.members import FinishedError, Members
 from dfl.transport.post import Post
 from dfl.transport.view import Known, Member
 
@@ -44,6 +44,35 @@ def test_messages_arrive_in_order_and_a_closed_connection_is_noticed(posts):
     assert [zero.events.get(timeout=5).data for _ in range(50)] == [bytes([number]) * 1000 * number for number in range(50)]
     one.close()
     assert zero.events.get(timeout=5)[:2] == ("gone", 1)
+
+
+def test_who_leaves_with_something_unread_is_heard_to_the_end(posts):
+    """The system throws away what such a connection has not sent when it closes, and the other end may read slowly."""
+    zero, one = posts(0), posts(1)
+    zero.life.hear = lambda process: time.sleep(0.01)
+    one._read = lambda *args: None
+    assert one.connect(zero.book[0]) == 0
+    zero.send(1, b"unread")
+    time.sleep(0.1)
+    connection, last = one._lines[0].connection, b"the last" * 10**6
+    one.send(0, last)
+    one.flush(10)
+    one.close()
+    connection.close()
+    assert zero.events.get(timeout=10).data == last
+
+
+def test_after_the_word_that_all_have_ended_nobody_is_missed(capsys):
+    mail = Silence()
+    members = Members(mail, 0, 3, timeout=5.0)
+    members.ending = True
+    for process in (1, 2):
+        mail.events.put(Event("message", process, told(Known().with_joined(Member(process)))))
+    mail.events.put(Event("message", 1, struct.pack("<BI", 6, 0)))
+    mail.events.put(Event("gone", 1, text="its connection closed"))
+    with pytest.raises(FinishedError):
+        members.check()
+    assert capsys.readouterr().err == ""
 
 
 def test_an_announcement_of_200_gb_takes_no_memory_and_is_harm(posts):
