@@ -55,22 +55,22 @@ STOPPED = 75
 class OnHost(members.Group):
     """The processes of a group, each in the network of a host of its own; on the loopback interface where `hosts` is None."""
 
-    def __init__(self, folder: Path, words: list[str], size: int, hosts: hosts_.Hosts | None):
+    def __init__(self, folder: Path, words: list[str], size: int, hosts: hosts_.Hosts | None, pause: float):
         super().__init__(folder, words, size)
-        self.hosts = hosts
+        self.hosts, self.pause = hosts, pause
 
     def start(self, process: int, resume: bool = False, **more: str) -> None:
         inside = None if self.hosts is None else self.hosts.network(self.hosts.names[process])
         places = [f"127.0.0.1:{port}" if inside is None else f"10.77.0.{k + 1}:29700" for k, port in enumerate(self.ports)]
         env = {"DFL_PROCESS": f"{process}/{self.size}", "DFL_MEMBERS": ",".join(places), "DFL_LISTEN": places[process], **more}
-        self.workers[process] = members.begin(_slowly, inside, self.tree, env, str(self.log_of(process)), resume)
+        self.workers[process] = members.begin(_slowly, inside, self.pause, self.tree, env, str(self.log_of(process)), resume)
 
     def running(self, process: int) -> bool:
         return self.workers[process].exitcode is None
 
 
-def _slowly(network: str | None, *args) -> None:
-    """A process of a run, in another network, whose local phases take PAUSE longer."""
+def _slowly(network: str | None, pause: float, *args) -> None:
+    """A process of a run, in another network, whose local phases take `pause` seconds longer."""
     if network is not None:
         with open(network) as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):  # CLONE_NEWNET
@@ -78,7 +78,7 @@ def _slowly(network: str | None, *args) -> None:
     train = ModelTrainer.run
 
     def slowly(*args, **kwargs):
-        time.sleep(PAUSE)
+        time.sleep(pause)
         return train(*args, **kwargs)
 
     ModelTrainer.run = slowly
@@ -208,11 +208,11 @@ def place_of(folder: Path) -> Path:
     return folder
 
 
-def soak(folder: Path, minutes: float, every: float, seed: int, late: float, hosts: hosts_.Hosts | None) -> dict:
+def soak(folder: Path, minutes: float, every: float, seed: int, late: float, hosts: hosts_.Hosts | None, pause: float) -> dict:
     """A soak and its invariants: figures. AssertionError names what does not hold."""
     place, output = place_of(folder), folder / "run"
     survive = {"membership__mode": "survive", "membership__patience": PATIENCE, "membership__wait": 30, "checkpoint__every": 20}
-    with OnHost(folder, words(place, output, **survive), SIZE, hosts) as group:
+    with OnHost(folder, words(place, output, **survive), SIZE, hosts, pause) as group:
         for process in range(SIZE):
             group.start(process)
         group.until_round(0, 2, 120)
@@ -285,22 +285,23 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=30, help="seconds between two events, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--late", type=float, default=30, help="seconds beyond patience until the next rounds, on a busy machine")
+    parser.add_argument("--pause", type=float, default=PAUSE, help="seconds that a local phase takes beside its steps")
     parser.add_argument("--folder", type=Path, help="keeps the run and what the processes said")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        found = run(args.folder or Path(folder), args.minutes, args.every, args.seed, args.late)
-    about = {"minutes": args.minutes, "every": args.every, "seed": args.seed, "late": args.late}
+        found = run(args.folder or Path(folder), args.minutes, args.every, args.seed, args.late, args.pause)
+    about = {"minutes": args.minutes, "every": args.every, "seed": args.seed, "late": args.late, "pause": args.pause}
     write("soak", about | {"processes": SIZE, "patience": PATIENCE, "near": NEAR}, found)
 
 
-def run(folder: Path, minutes: float, every: float, seed: int, late: float) -> dict:
+def run(folder: Path, minutes: float, every: float, seed: int, late: float, pause: float = PAUSE) -> dict:
     """A soak in an empty folder, on hosts where that is allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     reason = hosts_.missing()
     if reason:
-        return soak(folder, minutes, every, seed, late, None) | {"without_cuts": reason}
+        return soak(folder, minutes, every, seed, late, None, pause) | {"without_cuts": reason}
     with hosts_.Hosts(SIZE) as hosts:
-        return soak(folder, minutes, every, seed, late, hosts)
+        return soak(folder, minutes, every, seed, late, hosts, pause)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def distributed(num_peers: int, **options):
     from dfl.transport.group import Group
     store = dist.PrefixStore(f"test/{next(_made)}", dist.distributed_c10d._get_default_store())
     group = Group(store, dist.get_rank(), dist.get_world_size(), timeout=30)
+    dist.barrier()  # what needs no others may end before they have met it
     return Distributed(num_peers, group, device=torch.device("cpu"), **options)
 
 
