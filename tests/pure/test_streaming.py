@@ -133,6 +133,7 @@ def test_a_run_from_disk_is_defined_and_goes_on(tmp_path, fields):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_memory_does_not_grow_with_the_file(tmp_path, model):
     """Of a file four times as large no more is in memory than of the small one: what a piece needs. Read whole it is all there."""

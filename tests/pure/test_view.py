@@ -180,7 +180,7 @@ class Network:
         raise AssertionError("no end")
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 10))])
 def test_histories_of_losses_cuts_and_returns_end_in_agreement(block):
     for seed in range(1000 * block, 1000 * (block + 1)):
         network = Network(seed)
@@ -254,7 +254,7 @@ class Split(Network):
         self.tell(process)
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 4))])
 def test_runs_that_went_on_without_each_other_become_one_and_the_larger_goes_on(block):
     for seed in range(500 * block, 500 * (block + 1)):
         network = Split(seed)
