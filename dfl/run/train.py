@@ -56,6 +56,8 @@ def _train_here(config: Config, worker: Worker | None, topology, resume: bool, o
     if config.membership.mode == "survive":
         return train_on(config, worker, topology, resume, overwrite, stop)
     runtime = start(config, worker)
+    if runtime.team is not None:
+        runtime.team.watch(runtime.transport.leave)
     if runtime.team is not None and not runtime.team.speaks:
         return _serve(config, runtime, topology, stop)
     try:

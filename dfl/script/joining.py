@@ -135,6 +135,7 @@ def join(source: Source = None, every: int | None = None, output: str | os.PathL
         check_settings(peer.transport, shared_settings(config, overwrite=overwrite))
         together(peer.transport, lambda: None)
         if team is not None:
+            team.watch(transport.leave, always=True)
             small_world(team, env)
     except BaseException as error:
         peer.transport.leave(error)

@@ -11,7 +11,7 @@ from dfl.transport import frames
 from dfl.transport.group import Begun, Group, Waiter, address_of
 from dfl.transport.notes import GRACE, Note, Notes
 from dfl.transport.stopping import Stopped
-from dfl.transport.watch import SILENT_SECONDS, Watch, held_up_by, waits_for
+from dfl.transport.watch import Watch, held_up_by, no_life, waits_for
 
 
 class Link:
@@ -122,7 +122,7 @@ class Link:
         gone = f"is gone: its connection closed after {seconds:.1f} s of waiting"
         how = gone if seconds < self.timeout else f"said nothing for {seconds:.1f} s"
         if silent:
-            how = f"has shown no life for {SILENT_SECONDS:.0f} s: it is stopped, or its machine or network hangs"
+            how = no_life()
         mine = Note(self.rank, f"{who} {how}, {self.when()} ({what})", missing)
         if 0 in missing:
             time.sleep(0.2)  # it may hold the store, and a process that dies closes one socket after the other

@@ -5,11 +5,11 @@ what the team finds is added up. The parts of the base model move over a group o
 group, where a process has none, is the team's own world; else it is a new one beside that.
 """
 
-import contextlib
 import json
+import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, cast
 
@@ -18,9 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dfl.transport.group import address_of
+from dfl.transport.lookout import Lookout
 from dfl.transport.meeting import meet
+from dfl.transport.notes import Note, Notes, note_key
 from dfl.transport.seats import Seat, agree_on_wire, seat_of
 from dfl.transport.stopping import Stopped
+from dfl.transport.watch import no_life
 
 # the name of what a message is about, beside its tensors
 _ABOUT = "about"
@@ -45,10 +49,15 @@ class Team:
     def __init__(self, store, rank: int, size: int, *, first: int, device: torch.device, wish: str | None, timeout: float,
                  patience: float):
         self.rank, self.size, self.first, self.device = rank, size, first, device
-        self.store = dist.PrefixStore(f"team/{meet(store, rank, size, patience)}", store)
+        self.store: Any = dist.PrefixStore(f"team/{meet(store, rank, size, patience)}", store)
         long = timedelta(seconds=PATIENCES * timeout)
         self._asks: Any = dist.ProcessGroupGloo(dist.PrefixStore("asks", self.store), rank, size, long)
         self._own_world, self.group = False, cast(Any, None)
+        self._part = "works for the same peer" if wish is None else "holds another part of the same base model"
+        address = address_of(store)
+        ours = address is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._store_holder = 0 if ours and first == 0 else None
+        self._notes, self._lookout = Notes(self.store, rank, address), cast(Any, None)
         if wish is not None:
             self._make_world("cpu:gloo,cuda:nccl" if self._wire(wish) == "nccl" else "gloo", timedelta(seconds=timeout))
 
@@ -71,6 +80,23 @@ class Team:
     def speaks(self) -> bool:
         """Whether this process speaks for the peers of its team."""
         return self.rank == 0
+
+    def watch(self, leave: Callable[[BaseException], None], always: bool = False) -> None:
+        """From now on this process ends where another of the team shows no life for SILENT_SECONDS (dfl/transport/watch.py) while it
+        waits for that; always: also where a script's own group may. leave: tells the other peers why, before."""
+
+        def lost(silent: list[int]) -> str:
+            error = TeamError(f"{self._named(silent)} {no_life()}")
+            self._tell_why(error)
+            leave(error)
+            return str(error)
+
+        # a clone: a connection to the store is for one thread
+        self._lookout = Lookout(self.store.clone(), self.rank, self._others, self._store_holder, always=always, lost=lost)
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
 
     def tell(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor] = {}) -> None:
         """To all others of the team, which `hear` it."""
@@ -123,29 +149,31 @@ class Team:
 
     def lost(self, error: BaseException) -> BaseException:
         """The error for a step that failed, in the words of who has left, where anybody has; Stopped where that was told to stop."""
-        until, others = time.monotonic() + GRACE, [rank for rank in range(self.size) if rank != self.rank]
-        while time.monotonic() < until:
-            try:
-                for rank in others:
-                    if self.store.check([f"left/{rank}"]):
-                        said = json.loads(self.store.get(f"left/{rank}"))
-                        return Stopped(said["text"]) if said["stopped"] else TeamError(f"process {self.first + rank}: {said['text']}")
-            except RuntimeError:  # whoever held the store has gone as well
-                break
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until and self._notes.store is not None:
+            for rank in self._others:
+                if found := self._notes.look_up(note_key(rank)):
+                    note = Note(**json.loads(found))
+                    return Stopped(note.text) if note.error == "Stopped" else TeamError(f"process {self.first + rank}: {note.text}")
             time.sleep(0.05)
-        names = [str(self.first + rank) for rank in others]
-        who = f"process {names[0]}" if len(names) == 1 else f"one of processes {', '.join(names)}"
         said = " ".join(str(error).split())[:120]
-        return TeamError(f"{who}, which holds another part of the same base model, is gone or does not answer ({said})")
+        return TeamError(f"{self._named(self._others)} is gone or does not answer ({said})")
+
+    def _named(self, ranks: list[int]) -> str:
+        names = [str(self.first + rank) for rank in ranks]
+        who = f"process {names[0]}" if len(names) == 1 else f"one of processes {', '.join(names)}"
+        return f"{who}, which {self._part},"
 
     def leave(self, error: BaseException) -> None:
         """This process fails: leave word for the others of the team, and close the connections, so that they notice."""
         if self._asks is None:
             return
-        with contextlib.suppress(RuntimeError):  # who held the store has gone
-            said = {"stopped": isinstance(error, Stopped), "text": " ".join(str(error).split())}
-            self.store.set(f"left/{self.rank}", json.dumps(said))
+        self._tell_why(error)
         self._end()
+
+    def _tell_why(self, error: BaseException) -> None:
+        kind = "Stopped" if isinstance(error, Stopped) else "OSError"
+        self._notes.write(Note(self.rank, " ".join(str(error).split()) or type(error).__name__, error=kind))
 
     def close(self) -> None:
         """Leave together."""
@@ -157,6 +185,8 @@ class Team:
 
     def _end(self) -> None:
         self._asks = None
+        if self._lookout is not None:
+            self._lookout.end()
         if self._own_world and dist.is_initialized():
             dist.destroy_process_group()
         self.group = None
@@ -169,9 +199,12 @@ class _Steps:
         self.team = team
 
     def __enter__(self) -> None:
-        pass
+        if self.team._lookout is not None:
+            self.team._lookout.begin()
 
     def __exit__(self, kind, error, trace) -> None:
+        if self.team._lookout is not None:
+            self.team._lookout.done()
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and _of_connections(str(error)):
             raise self.team.lost(error) from error
 

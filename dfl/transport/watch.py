@@ -17,6 +17,11 @@ SILENT_SECONDS = 60.0  # longer than anything holds up a live process: a thread 
 _LARGEST_GAP = 1.0
 
 
+def no_life() -> str:
+    """What is said of who is silent."""
+    return f"has shown no life for {SILENT_SECONDS:.0f} s: it is stopped, or its machine or network hangs"
+
+
 class Watch:
     """`store`: any with `set`, `get` and `check`, for this alone. `prefix`: of the run. `asked`: whether this process is told to stop.
 

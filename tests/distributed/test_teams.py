@@ -168,6 +168,48 @@ def test_the_others_name_the_peer_that_has_lost_a_process(folder, tmp_path, vict
         assert "process 3, which holds another part" in said[0], said
 
 
+def silent_worker(rank: int, tree: dict, victim: int, folder: str) -> str:
+    """Process `victim` is stopped before its third pass, and the others would wait for ten minutes; the last words of who ends lie
+    in a file."""
+    from dfl.training import together
+    from dfl.transport import watch
+    watch.SILENT_SECONDS, watch.BEAT_SECONDS = 3.0, 0.5
+    with open(f"{folder}/said-{rank}", "wb") as file:
+        os.dup2(file.fileno(), 2)
+    if rank == victim:
+        passes, name = [], "gradients" if rank % 2 == 0 else "_pass"
+        take = getattr(together.Together, name)
+
+        def last(*arguments):
+            passes.append(1)
+            if len(passes) == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return take(*arguments)
+
+        setattr(together.Together, name, last)
+    try:
+        running.train(configuration.from_dict(tree))
+    except ConnectionError as error:
+        return str(error)
+    return "finished"
+
+
+@pytest.mark.parametrize("victim", [2, 3])
+def test_a_stopped_process_of_a_peer_is_named_long_before_the_timeout(folder, tmp_path, victim):
+    """Its fellow, which waits for a layer of the base model or for what comes next, ends with a line; the other peer is told."""
+    config = recipe(folder, tmp_path / "run", "tokens", processes_per_peer=2, timeout=600)
+    started = time.monotonic()
+    said = run_processes(silent_worker, 4, config.to_dict(), victim, str(tmp_path), timeout=90, lost=[2, 3])
+    assert time.monotonic() - started < 60
+    assert "(peer 1, host " in said[0] and "has shown no life for" in said[0], said
+    words = f"process {victim}, which holds another part of the same base model, has shown no life for 3 s"
+    until = time.monotonic() + 20
+    while words not in (tmp_path / f"said-{5 - victim}").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert words in (tmp_path / f"said-{5 - victim}").read_text()
+    assert victim == 2 or words in said[0], said
+
+
 def failing_worker(rank: int, tree: dict) -> str:
     """Process 3 cannot read what the others read."""
     if rank == 3:

@@ -1,7 +1,13 @@
 """Who counts as silent, without a clock: processes that beat, that do not, a store that does not answer, a machine that slept."""
 
-import pytest
+import threading
+import time
 
+import pytest
+import torch.distributed as dist
+
+from dfl.transport import lookout, watch
+from dfl.transport.lookout import Lookout
 from dfl.transport.watch import BEAT_SECONDS, POLL_SECONDS, SILENT_SECONDS, Watch, waits_for
 
 
@@ -89,9 +95,9 @@ def test_whom_a_process_waits_for_is_told_as_soon_as_it_lasts():
 def test_a_stop_is_known_to_all(who):
     store, asked = Store(), [False]
     one, two = (Watch(store, rank, "run", lambda rank=rank: asked[0] and rank == 0, None) for rank in (0, 1))
-    for watch in (one, two):
-        watch.look()
-        assert not watch.told
+    for each in (one, two):
+        each.look()
+        assert not each.told
     asked[0] = True
     one.look()
     two.look()
@@ -99,3 +105,21 @@ def test_a_stop_is_known_to_all(who):
     other = Watch(store, 2, "another run", lambda: False, None)
     other.look()
     assert not other.told
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_process_is_not_ended_for_one_that_it_does_not_wait_for(always, monkeypatch):
+    """Process 1 never shows life. A script's own group may wait at any time; elsewhere only steps of ours do."""
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.05)
+    said, ended = [], threading.Event()
+    monkeypatch.setattr(lookout, "end_process", lambda text: (said.append(text), ended.set(), found.end()))
+    found = Lookout(dist.HashStore(), 0, [1], None, always=always, lost=lambda silent: f"lost {silent}")
+    try:
+        if not always:
+            time.sleep(0.6)
+            assert said == []
+            found.begin()
+        assert ended.wait(20) and said == ["lost [1]"]
+    finally:
+        found.end()
