@@ -215,7 +215,7 @@ class Mixing:
         self.row.read()
         self.peer.transport.round = self.completed
         status = _TRAINS if training else _LEFT if self.steps else _DONE
-        if not bool(torch.isfinite(self.row.x).all()):
+        if not (bool(self.row.x.sum().isfinite()) or bool(self.row.x.isfinite().all())):  # the first is ten times as fast
             status = _DIVERGED + self.peer.rank
         agreed = self._agree(status)
         if agreed == _DONE:

@@ -262,6 +262,9 @@ class ModelTrainer:
 
     def _check_finite(self, phase: _Phase) -> None:
         means, first, x = phase.part.means, phase.part.first, self.peers.x
+        # a sum is finite only where all that it adds up are, and takes a tenth of the time of a look at each
+        if bool((torch.isfinite(means) & torch.isfinite(x.sum(1))).all()):
+            return
         bad = (~(torch.isfinite(means) & torch.isfinite(x).all(1))).nonzero().flatten().tolist()
         if bad:
             peer, at_start = self.peers.ids[bad[0]], not bool(torch.isfinite(first).all())
