@@ -4,9 +4,11 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import dfl
 from dfl.script import joining
+from dfl.transport.shards import whole
 
 
 class Net(nn.Module):
@@ -49,12 +51,21 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, peer: int, number: in
 
 
 def factors(net: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()
+    return {name: whole(parameter.detach()).clone() for name, parameter in net.named_parameters()
             if "lora" in name or "modules_to_save" in name}
 
 
 def adamw(net: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
+
+
+def in_parts(net: nn.Module, mesh, apart: bool = False) -> nn.Module:
+    """Over the processes of a mesh, by FSDP2, as it is without one; apart: each layer by itself, else all of it together."""
+    if mesh is None:
+        return net
+    for module in (net.base_model.model.first, net.base_model.model.second) if apart else ():
+        fully_shard(module, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
 
 
 def train(steps: int, every: int = 3, *, net: nn.Module | None = None, optimizer=None, first: int = 0, state=None,

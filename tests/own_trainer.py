@@ -4,6 +4,8 @@
 
 With processes_per_peer: 2 in the recipe the trainers of two processes are one peer, and row-K-1.pt is what the second one has.
 OUTPUT STEPS: saves behind so many steps, and the last process is killed in the next; OUTPUT resume: goes on from there.
+With the word parts behind it the processes of a peer hold the model in parts, by FSDP2, for which accelerate is told that the CPUs
+are GPUs.
 """
 
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import dfl.hf
 
 
-def main(recipe: str, output: str, how: str = "") -> None:
+def main(recipe: str, output: str, how: str = "", parts: str = "") -> None:
     from dfl.config.recipes import read_yaml
     tree = read_yaml(Path(recipe))
     words = {key: tree[key] for key in ("method", "topology", "seed", "peers") if key in tree}
@@ -29,6 +31,7 @@ def main(recipe: str, output: str, how: str = "") -> None:
     from dfl.run.build import data_seed
     from dfl.run.build import load as load_all
     from dfl.training.stream import DataStream
+    from dfl.transport.shards import whole
 
     class Killed(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **others):
@@ -47,14 +50,20 @@ def main(recipe: str, output: str, how: str = "") -> None:
         weight_decay=0.0,
         lr_scheduler_type="constant", max_grad_norm=train.clip, optim="adamw_torch", report_to="none", use_cpu=True,
         save_strategy="steps" if how else "no", save_steps=int(how) if how.isdecimal() else steps, logging_steps=1,
-        disable_tqdm=True, train_sampling_strategy="sequential", remove_unused_columns=False)
+        disable_tqdm=True, train_sampling_strategy="sequential", remove_unused_columns=False,
+        **({"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}} if parts else {}))
+    if parts:
+        from accelerate.state import DistributedType, PartialState
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Trainer(adapted.model, args, data_collator=loaded.bundle.task.collate, train_dataset=examples)
     dfl.hf.patch(trainer)
     if how.isdecimal():
         trainer.add_callback(Killed())
     trainer.train(resume_from_checkpoint=how == "resume")
     assert trainer.accelerator.num_processes == peer.members
-    row = torch.cat([p.detach().flatten() for sites in ([s.a for s in adapted.sites], [s.b for s in adapted.sites]) for p in sites])
+    factors = [adapted.kind.layers.factors(site.module) for site in adapted.sites]
+    assert not parts or all(p.to_local().numel() < p.numel() for pair in factors for p in pair)
+    row = torch.cat([whole(p.detach()).flatten() for both in zip(*factors, strict=True) for p in both])
     torch.save(row, Path(output) / f"row-{peer.rank}{f'-{peer.member}' if peer.member else ''}.pt")
 
 

@@ -27,7 +27,7 @@ def join(config: Source = None, *, every: int | None = None, output: str | os.Pa
     config: the path of a recipe, or a mapping of its fields, which the words replace; the words are a recipe's (`method`, `rule`,
     `topology`, `schedule`, `trigger`, `codec`, `channel`, `guard`, `wrapper`, `seed`, ..., `__` for a dot). every: optimiser
     steps between two mixes, 10 where nobody says. processes_per_peer=2: every two processes are one peer, which find the
-    variables of a world of two, so that a trainer runs data parallel (DDP) in there. output: the run's folder; None: the
+    variables of a world of two, so that a trainer runs data parallel (DDP, FSDP2) in there. output: the run's folder; None: the
     trainer's output_dir, False: no run folder. overwrite: replace the run that lies there.
 
     ValueError where words do not go together, or need a loop of ours, and on all processes where theirs differ; ConnectionError
@@ -44,7 +44,7 @@ def patch(trainer: "AnyTrainer") -> "AnyTrainer":
     """Have a transformers.Trainer (SFTTrainer, DPOTrainer, ...) mix its LoRA factors with the other peers'; the same trainer.
 
     Its output_dir gets a folder for each peer, its run_name and data_seed become this peer's own. ValueError for a trainer that
-    splits its model or its data over processes or GPUs (DeepSpeed, FSDP, data parallel), and before `join`.
+    splits its model or its data over processes that are not this peer's, for one with DeepSpeed, and before `join`.
     """
     from dfl.hf.trainer import patched  # transformers takes seconds
     return patched(trainer)

@@ -60,8 +60,9 @@ class GossipCallback(TrainerCallback):
     def on_save(self, args, state, control, **others):
         """What the slots remember, beside the trainer's own checkpoint, which is whole by then."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.mixing and self.peer.speaks and folder.is_dir():
-            resume.save(folder, self.mixing.state())
+        found = self.mixing and self.mixing.state()  # of all processes of a peer, which may hold the factors in parts
+        if found and self.peer.speaks and folder.is_dir():
+            resume.save(folder, found)
 
     def on_train_end(self, args, state, control, **others):
         """Wait for those that train on; then all save together. A best model that the trainer has put back stays as it is."""

@@ -9,6 +9,7 @@ from transformers.training_args import ParallelMode
 from dfl.hf import resume
 from dfl.hf.callback import GossipCallback
 from dfl.script.joining import Peer, current
+from dfl.script.sharding import DEEPSPEED, FSDP1
 
 
 def patched(trainer: Any) -> Any:
@@ -45,12 +46,7 @@ def check(trainer: Any, peer: Peer) -> None:
     args = trainer.args
     if any(isinstance(callback, GossipCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer is patched already")
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        raise ValueError("the trainer uses DeepSpeed, which splits the factors over processes; allowed: data parallel (DDP) with "
-                         "dfl.hf.join(processes_per_peer=...), or dfl train, which splits the base model alone")
-    if getattr(trainer, "is_fsdp_enabled", False):
-        raise ValueError("the trainer uses FSDP, which splits the factors over processes; allowed: data parallel (DDP) with "
-                         "dfl.hf.join(processes_per_peer=...), or dfl train, which splits the base model alone")
+    _check_sharding(trainer, peer)
     if peer.members > 1:
         if args.parallel_mode != ParallelMode.DISTRIBUTED or args.world_size != peer.members:
             raise ValueError(f"the trainer knows of {args.world_size} process(es), and {peer.members} are this peer "
@@ -64,6 +60,23 @@ def check(trainer: Any, peer: Peer) -> None:
     if args.push_to_hub and peer.size > 1:
         raise ValueError(f"push_to_hub = True: all {peer.size} peers would push into one repository; push the consensus afterwards "
                          "(dfl export OUTPUT --push OWNER/NAME)")
+
+
+def _check_sharding(trainer: Any, peer: Peer) -> None:
+    """ValueError for a model in parts that gossip cannot read, or that are not this peer's alone."""
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise ValueError(f"the trainer uses DeepSpeed: {DEEPSPEED}")
+    if not getattr(trainer.args, "fsdp", None):
+        return
+    if not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp is given, and accelerate divides no model without GPUs or with one process: it would train data "
+                         "parallel, each process with all of the model; leave fsdp out, or run on GPUs (use_cpu = False) with "
+                         "dfl.hf.join(processes_per_peer=...)")
+    if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_config: {FSDP1}; give fsdp_config = {{'version': 2}}")
+    if peer.members == 1:
+        raise ValueError("the trainer uses FSDP, and one process is this peer; give dfl.hf.join(processes_per_peer=...) the processes "
+                         "that hold the model together")
 
 
 def own_names(trainer: Any, peer: Peer) -> None:

@@ -1,6 +1,7 @@
 """A model that a script has put LoRA on, as the row of a peer: which parameters it trains, and where each lies in the row.
 
-The parameters stay the script's own, of whatever type and device; rows are float32 copies, read before a mix and written after it.
+The parameters stay the script's own, of whatever type and device, whole or in parts on the processes of the peer; rows are float32
+copies, read before a mix and written after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from dfl.adapters.kinds import KINDS, Kind
 from dfl.adapters.layout import Pair, a_view, b_view, head_view, make_layout
 from dfl.adapters.peft_layers import ADAPTER
 from dfl.adapters.ranks import Ranks
+from dfl.transport.shards import in_parts, mine, part_like, put_away, whole
 
 
 class Found(NamedTuple):
@@ -40,6 +42,7 @@ class Found(NamedTuple):
 def find(model: nn.Module) -> Found:
     """ValueError for a model without LoRA, and for what no row has a place for: other adapters, several ranks, layers that are not
     linear."""
+    put_away(model)
     layers = [(_short(name), module) for name, module in model.named_modules()
               if isinstance(module, BaseTunerLayer) and ADAPTER in getattr(module, "lora_A", {})]
     if not layers:
@@ -126,27 +129,41 @@ def _own_b(x: Tensor, pair: Pair, rank: int) -> Tensor:
 
 
 def read(parameters: Sequence[Parameter], row: Tensor) -> None:
-    """Copy the parameters into a row (D,)."""
+    """Copy the parameters into a row (D,); by all processes that hold them in parts together."""
     for one in parameters:
-        one.of(row).copy_(one.parameter.detach())
+        one.of(row).copy_(whole(one.parameter.detach()))
 
 
 def write(parameters: Sequence[Parameter], row: Tensor) -> None:
     """Copy a row (D,) into the parameters, in place: views and optimisers keep them."""
     with torch.no_grad():
         for one in parameters:
-            one.parameter.copy_(one.of(row))
+            mine(one.parameter).copy_(part_like(one.of(row), one.parameter))
 
 
 @contextmanager
-def lent(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """The parameters may point elsewhere in here, as they do while a folder is written; afterwards they are as they were."""
+def lent(adapted: Adapted, parameters: Sequence[Parameter]) -> Iterator[Adapted]:
+    """The model with parameters that may point elsewhere in here, as they do while a folder is written; afterwards they are as they
+    were. For those in parts others that are whole stand in."""
     kept = [(one.parameter, one.parameter.data, one.parameter.grad, one.parameter.requires_grad) for one in parameters]
+    for_parts = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p, *_ in kept if in_parts(p)}
+    places = [(module, key, p) for module in adapted.model.modules() for key, p in module._parameters.items() if id(p) in for_parts]
     try:
-        yield
+        for module, key, parameter in places:
+            module._parameters[key] = for_parts[id(parameter)]
+        yield adapted._replace(sites=tuple(_with(site, for_parts) for site in adapted.sites))
     finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
         for parameter, data, grad, trained in kept:
-            parameter.grad = None
-            parameter.data = data
-            parameter.requires_grad_(trained)
-            parameter.grad = grad
+            if id(parameter) not in for_parts:
+                parameter.grad = None
+                parameter.data = data
+                parameter.requires_grad_(trained)
+                parameter.grad = grad
+
+
+def _with(site: Site, others: dict[int, nn.Parameter]) -> Site:
+    a, b = others.get(id(site.a), site.a), others.get(id(site.b), site.b)
+    m = site.magnitude and (others.get(id(site.magnitude[0]), site.magnitude[0]), site.magnitude[1])
+    return site._replace(a=a, b=b, magnitude=m)

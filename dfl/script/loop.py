@@ -11,6 +11,7 @@ from dfl.config.sources import Source
 from dfl.script.joining import Peer, current, join
 from dfl.script.mixing import Mixing
 from dfl.script.records import with_perplexity
+from dfl.script.sharding import check_engine
 
 
 class Gossip:
@@ -32,6 +33,9 @@ class Gossip:
     pages. output: a folder for records, and for the adapters of all peers and of the consensus at the end; None: none.
     overwrite: replace the run that lies there.
 
+    A model in parts (FSDP2's fully_shard) lies on the processes of this peer alone: `dfl.hf.join(processes_per_peer=...)` comes
+    before their group is made, and `state_dict` is called on all of them.
+
     A script that has called `dfl.hf.join` has joined already; its words stand. ValueError for words that do not go together, a
     model without LoRA, and on all peers where they differ. DivergenceError where a peer's factors are not finite; ConnectionError
     where one is gone.
@@ -44,6 +48,7 @@ class Gossip:
             raise ValueError("this process has joined already, with words of its own; give the words to the first call alone")
         if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
             raise ValueError(f"rounds = {rounds!r} is not allowed; allowed: a whole number from 1, or None")
+        check_engine(model, optimizer)
         self._own = joined is None
         self.peer: Peer = joined or join(config, every, output or False, overwrite, **words)
         self.model, self.optimizer, self._rounds = model, getattr(optimizer, "optimizer", optimizer), rounds

@@ -27,10 +27,12 @@ from dfl.script.moments import Kept, Moments
 from dfl.script.records import Records, evaluation_record
 from dfl.script.rows import ScriptPeer
 from dfl.script.settings import build_method, check_able
+from dfl.script.sharding import check_parts
 from dfl.slots import Plan
 from dfl.store.records import finite
 from dfl.training.base import AfterStep, DivergenceError
 from dfl.transport.handshake import check_settings, model_digest
+from dfl.transport.shards import mine, part_like, put_away
 
 # what the peers tell each other before a round, of which the largest counts: all are done; none trains on, and one has steps that
 # it has not mixed; somebody trains on; peer _DIVERGED + its id is not finite
@@ -53,6 +55,7 @@ class Mixing:
         found = adapters.find(model)
         adapted, config = self._meet(peer, found, rounds, state)
         self.parameters: list[Parameter] = parameters_of(adapted)
+        check_parts(self.parameters, getattr(optimizer, "optimizer", optimizer), peer.members)
         device = adapted.sites[0].a.device
         self.moments = Moments(getattr(optimizer, "optimizer", optimizer), self.parameters, adapted.layout)
         self.row = ScriptPeer(peer.rank, adapted, self.parameters, self.moments, config, device)
@@ -148,6 +151,7 @@ class Mixing:
     def prepare(self) -> None:
         """What does not train in this round asks for no gradient."""
         trains = self.plan.trains
+        put_away(self.row.adapted.model)
         for one in self.parameters:
             one.parameter.requires_grad_(one.group in trains)
             if one.group not in trains:
@@ -166,7 +170,7 @@ class Mixing:
             if one.group not in self.plan.trains:
                 parameter.grad = None
             elif self._out is not None:
-                parameter.grad.masked_fill_(one.of(self._out).to(parameter.device), 0)
+                mine(parameter.grad).masked_fill_(part_like(one.of(self._out), parameter), 0)
 
         handle = one.parameter.register_post_accumulate_grad_hook(behind)
         one.parameter.requires_grad_(trained)
@@ -181,7 +185,8 @@ class Mixing:
             grad = one.parameter.grad
             if grad is not None:
                 part = one.of(correction)
-                grad += (part if self._out is None else part.masked_fill(one.of(self._out), 0)).to(grad)
+                part = part if self._out is None else part.masked_fill(one.of(self._out), 0)
+                mine(grad).add_(part_like(part.to(grad.dtype), grad))
 
     def after_step(self, last: bool = False) -> bool:
         """Behind a step of the optimiser: what the rule makes of it, and a mix where that is due, or where it was the last step.
@@ -276,8 +281,8 @@ class Mixing:
         self.row.read()
         if self._output:
             self.run.consensus()  # which all make together
-        with lent(self.parameters):
-            self.records.save(self.run, self.state_tensors())
+        with lent(self.row.adapted, self.parameters) as adapted:
+            self.records.save(self.run, adapted, self.state_tensors())
         self.release()
 
     def release(self) -> None:

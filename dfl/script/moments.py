@@ -9,6 +9,7 @@ from torch import Tensor
 from dfl.adapters.layout import Layout
 from dfl.script.adapters import Parameter
 from dfl.training.moments import rotate
+from dfl.transport.shards import mine, part_like, whole
 
 Kept = dict[tuple[int, str], Tensor]  # by the place of a parameter, and the key of its state
 
@@ -43,12 +44,12 @@ class Moments:
                 rows = states.setdefault(one.group, {})
                 if key not in rows:
                     rows[key] = torch.zeros_like(after)
-                one.of(rows[key]).copy_(value)
+                one.of(rows[key]).copy_(whole(value))
         groups = {group: {key: row[self.layout.groups[group]] for key, row in rows.items()} for group, rows in states.items()}
         rotate(groups, self.layout, before, after)
         for one in self.parameters:
             for key, value in self._of(one).items():
-                value.copy_(one.of(states[one.group][key]))
+                mine(value).copy_(part_like(one.of(states[one.group][key]), value))
 
     def _of(self, one: Parameter) -> dict[str, Tensor]:
         """Its moments: floating-point tensors of its shape."""
@@ -57,12 +58,13 @@ class Moments:
                 if isinstance(value, Tensor) and value.shape == one.parameter.shape and value.is_floating_point()}
 
     def keep(self) -> Kept:
-        """Copies of all of them."""
-        return {(k, key): value.clone() for k, one in enumerate(self.parameters) for key, value in self._of(one).items()}
+        """Copies of all of them, whole."""
+        return {(k, key): whole(value).clone() for k, one in enumerate(self.parameters) for key, value in self._of(one).items()}
 
     def put_back(self, out: Tensor, kept: Kept) -> None:
         """Where out (D,) is true, those of `kept`; zero where there were none."""
         for k, one in enumerate(self.parameters):
-            mask = one.of(out).to(one.parameter.device)
+            mask = part_like(one.of(out), one.parameter)
             for key, value in self._of(one).items():
-                value.copy_(torch.where(mask, kept.get((k, key), torch.zeros_like(value)).to(value.device), value))
+                part, before = mine(value), kept.get((k, key))
+                part.copy_(torch.where(mask, torch.zeros_like(part) if before is None else part_like(before, value), part))

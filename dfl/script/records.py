@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from dfl.adapters.attach import Adapted
 from dfl.config import from_dict
 from dfl.run.checkpoint import Checkpointer
 from dfl.run.description import describe_run
@@ -99,14 +100,14 @@ class Records:
         if self.lines is not None:
             self.lines.write(record if self.peer.rank == 0 else of_peers(record))
 
-    def save(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
-        """A checkpoint with every peer and the consensus, as a run's own; all peers together."""
+    def save(self, run: Run, adapted: Adapted, tensors: Mapping[str, Tensor]) -> None:
+        """A checkpoint with every peer and the consensus, as a run's own; all peers together. adapted: with parameters to write by."""
         if self.folder is None:
             return
         saver = Checkpointer(self.folder, self.peer.outside, self.peer.rank, run.config.model.name, run.config.checkpoint.keep,
                              lease=self.lease)
         merged = run.consensus()
-        where = saver.save(run.completed, run.peers.adapted, run.peers.ids, run.peers.x, run.rows(), dict(tensors),
+        where = saver.save(run.completed, adapted, run.peers.ids, run.peers.x, run.rows(), dict(tensors),
                            (merged, run.consensus_is) if self.peer.rank == 0 else None)
         if self.peer.rank == 0:
             (self.folder / ENDED).write_text(json.dumps({"round": run.completed, "callback": "the script"}))

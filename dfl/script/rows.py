@@ -12,6 +12,7 @@ from dfl.script.adapters import Parameter, read, write
 from dfl.script.moments import Moments
 from dfl.training.hosted import common_scale
 from dfl.transport.base import FREE
+from dfl.transport.shards import put_away
 
 
 class ScriptPeer:
@@ -31,6 +32,7 @@ class ScriptPeer:
         read(self.parameters, self.x[0])
 
     def write(self) -> None:
+        put_away(self.adapted.model)
         write(self.parameters, self.x[0])
 
     @property

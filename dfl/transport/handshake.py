@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dfl.transport.base import Transport, links_of
+from dfl.transport.shards import whole
 from dfl.version import __version__
 
 # the environment variable with a secret that the processes of a run share; it never travels
@@ -74,7 +75,7 @@ def model_digest(model: torch.nn.Module, without: Collection[int] = ()) -> str:
                 yield f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode()
                 if hasattr(tensor, "dequantize") and type(tensor).__module__.startswith("torchao"):
                     tensor = tensor.dequantize()
-                yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                yield whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     return _hex(parts())
 

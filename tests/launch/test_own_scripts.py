@@ -52,9 +52,8 @@ def test_a_patched_trainer_ends_where_dfl_train_does(tmp_path, method, state):
     assert [record["train_loss"]["mean"] for record in run.records] == pytest.approx(losses, abs=1e-4)
 
 
-def test_a_peer_of_two_processes_ends_where_one_of_one_does(tmp_path):
-    """Two peers, whose trainers are data parallel over two processes each, with losses of unequally many tokens; one that was killed
-    and goes on ends in the same bits."""
+def chat_recipe(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """Of two peers of two processes, with losses of unequally many tokens; and the rows of two peers of one by `dfl train`."""
     lines = [{"prompt": "good film", "response": " ".join(tiny_models.WORDS[:k % 5 + 1])} for k in range(48)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = tiny_runs.make_config(tiny_models.save(tmp_path / "llama", "llama"), tmp_path / "chat.jsonl", tmp_path / "run", peers=2,
@@ -62,8 +61,14 @@ def test_a_peer_of_two_processes_ends_where_one_of_one_does(tmp_path):
                                    train__lr=0.01, eval__every=0, model__task="causal_lm", data__prompt="prompt",
                                    data__response="response")
     tiny_runs.train(config)
-    expected, recipe = rows_of(latest(tmp_path / "run"), 2), tmp_path / "recipe.yml"
+    recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump(config.to_dict() | {"processes_per_peer": 2}))
+    return recipe, rows_of(latest(tmp_path / "run"), 2)
+
+
+def test_a_peer_of_two_processes_ends_where_one_of_one_does(tmp_path):
+    """Two peers, whose trainers are data parallel over two processes each; one that was killed and goes on ends in the same bits."""
+    recipe, expected = chat_recipe(tmp_path)
     torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "script")
     rows = {name: torch.load(tmp_path / "script" / f"row-{name}.pt") for name in ("0", "0-1", "1", "1-1")}
     assert torch.equal(rows["0"], rows["0-1"]) and torch.equal(rows["1"], rows["1-1"])
@@ -101,14 +106,54 @@ torch.save(torch.cat([v.flatten() for v in own_loop.factors(inner).values()]), f
 """
 
 
-def test_a_plain_loop_is_data_parallel_inside_of_a_peer(tmp_path):
-    (tmp_path / "loop.py").write_text(f"import sys; sys.path.append({str(TESTS)!r})\n{LOOP}")
+PARTS = """
+import own_loop
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import dfl.hf
+
+each, folder = int(sys.argv[1]), sys.argv[2]
+peer = dfl.hf.join(method="tad", method__T=1, topology="ring", every=2, processes_per_peer=each, output=False)
+net = own_loop.model()
+if each > 1:
+    dist.init_process_group("gloo")
+    for layer in (net.base_model.model.first, net.base_model.model.second):
+        fully_shard(layer)
+    fully_shard(net)
+optimizer = own_loop.adamw(net)
+with dfl.Gossip(net, optimizer) as gossip:
+    for number in range(6):
+        x, y = (part[peer.member::each] for part in own_loop.batch(gossip.rank, number, 6))
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+torch.save(torch.cat([v.flatten() for v in own_loop.factors(net).values()]), f"{folder}/{each}-{gossip.rank}-{peer.member}.pt")
+"""
+
+
+@pytest.mark.parametrize("loop", [LOOP, PARTS], ids=["data parallel", "in parts"])
+def test_a_plain_loop_on_several_processes_of_a_peer_is_that_of_one(tmp_path, loop):
+    (tmp_path / "loop.py").write_text(f"import sys; sys.path.append({str(TESTS)!r})\n{loop}")
     for each in (1, 2):
         torchrun(2 * each, tmp_path / "loop.py", each, tmp_path)
     for peer in (0, 1):
         alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in (f"1-{peer}-0", f"2-{peer}-0", f"2-{peer}-1"))
         torch.testing.assert_close(first, alone, rtol=0, atol=1e-5)
         assert torch.equal(first, second)
+
+
+def test_a_trainer_that_holds_its_model_in_parts_ends_where_dfl_train_does(tmp_path):
+    """By FSDP2 of accelerate and transformers, on the two processes of each of two peers; killed, it goes on to the same bits."""
+    recipe, expected = chat_recipe(tmp_path)
+    torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "script", "", "parts")
+    rows = {name: torch.load(tmp_path / "script" / f"row-{name}.pt") for name in ("0", "0-1", "1", "1-1")}
+    assert torch.equal(rows["0"], rows["0-1"]) and torch.equal(rows["1"], rows["1-1"])
+    torch.testing.assert_close(torch.stack([rows["0"], rows["1"]]), expected, rtol=0, atol=1e-5)
+    assert read_run(tmp_path / "script").done == 3
+    torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "halves", "3", "parts", status=1)
+    torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "halves", "resume", "parts")
+    assert all(torch.equal(torch.load(tmp_path / "halves" / f"row-{name}.pt"), row) for name, row in rows.items())
 
 
 @pytest.mark.nightly

@@ -111,7 +111,10 @@ def test_resume_names_what_a_checkpoint_lacks(llama, tmp_path):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"args": {"auto_find_batch_size": True}}, "auto_find_batch_size"), ({"is_deepspeed_enabled": True}, "DeepSpeed"),
-    ({"is_fsdp_enabled": True}, "FSDP"), ({"args": {"parallel_mode": ParallelMode.DISTRIBUTED}}, "distributed"),
+    ({"args": {"fsdp": True}, "members": 2}, "accelerate divides no model without GPUs"),
+    ({"args": {"fsdp": True}, "is_fsdp_enabled": True, "version": 1, "members": 2}, "give fsdp_config = {'version': 2}"),
+    ({"args": {"fsdp": True}, "is_fsdp_enabled": True, "version": 2}, "one process is this peer; give .*processes_per_peer"),
+    ({"args": {"parallel_mode": ParallelMode.DISTRIBUTED}}, "distributed"),
     ({"args": {"parallel_mode": ParallelMode.NOT_DISTRIBUTED}}, "before anything touches a GPU"),
     ({"members": 2}, "2 are this peer"), ({"members": 3, "args": {"parallel_mode": ParallelMode.DISTRIBUTED}}, "3 are this peer"),
     ({"args": {"push_to_hub": True}, "size": 4}, "one repository")])
@@ -122,6 +125,8 @@ def test_a_trainer_that_splits_a_peer_is_refused(change, said):
     handler = types.SimpleNamespace(callbacks=[])
     trainer = types.SimpleNamespace(args=types.SimpleNamespace(**args), callback_handler=handler, is_deepspeed_enabled=False,
                                     is_fsdp_enabled=False)
+    plugin = types.SimpleNamespace(fsdp_version=change.get("version"))
+    trainer.accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
     vars(trainer).update({key: value for key, value in change.items() if key.startswith("is_")})
     with pytest.raises(ValueError, match=said):
         check(trainer, types.SimpleNamespace(size=change.get("size", 1), rank=0, members=change.get("members", 1)))

@@ -85,6 +85,20 @@ def test_a_model_that_no_row_has_a_place_for_is_refused():
         own_loop.train(2, rounds=0)
 
 
+def test_deepspeed_and_fsdp_of_version_1_are_refused_before_anybody_is_waited_for():
+    net = own_loop.model()
+    wrapped = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2",
+                                                  "optimizer": own_loop.adamw(net)})
+    in_parts, flat = own_loop.model(), own_loop.model()
+    next(in_parts.parameters()).ds_id = 0  # as ZeRO 3 numbers them
+    next(flat.parameters())._fsdp_flattened = True
+    for model, optimizer, said in ((net, wrapped(), "would undo every mix"), (in_parts, own_loop.adamw(net), "would undo every mix"),
+                                   (flat, own_loop.adamw(net), "flat buffers of the factors")):
+        with pytest.raises(ValueError, match=rf"{said}.*; allowed: data parallel \(DDP\), FSDP2"):
+            dfl.Gossip(model, optimizer)
+        assert joining.current() is None
+
+
 def test_the_model_is_the_script_s_alone_again():
     net, optimizer, _ = own_loop.train(4, method="ffa")
     assert all(p.requires_grad for name, p in net.named_parameters() if "lora" in name)
