@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 import tiny_models
@@ -135,6 +136,60 @@ def test_a_rounded_base_is_counted_as_such(tmp_path, monkeypatch, name, least):
         sizes[chosen] = next(part.size for part in found if part.name == "base model")
     assert least < sizes[None] / sizes[name] < 8, sizes
     assert isinstance(memory.told(sizes[name]), str)
+
+
+def bytes_in(value) -> int:
+    """Of all tensors of a weight: the numbers, and what bitsandbytes and torchao keep beside them."""
+    if type(value) is torch.Tensor:
+        return value.untyped_storage().nbytes()
+    if isinstance(value, torch.Tensor):
+        names = getattr(value, "tensor_data_names", None)
+        inside = [getattr(value, name) for name in names] if names else [value.data.as_subclass(torch.Tensor)]
+        return sum(map(bytes_in, [*inside, getattr(value, "quant_state", None), getattr(value, "SCB", None)]))
+    return sum(map(bytes_in, vars(value).values())) if type(value).__name__ == "QuantState" else 0
+
+
+def saved_llama(folder, weights: bool, **size) -> None:
+    """With weights, or the architecture alone."""
+    config = transformers.LlamaConfig(max_position_embeddings=64, **size)
+    made = transformers.LlamaForCausalLM(config) if weights else config
+    made.save_pretrained(folder)
+    tiny_models.tokenizer(encoder=False).save_pretrained(folder)
+
+
+def told_parts(config) -> dict[str, float]:
+    return {part.name: part.size for part in preflight.ready(config, check(config), torch.device("cpu"), place_from_environment())[1]}
+
+
+@QUIET
+@pytest.mark.parametrize("name", [pytest.param(None), *ON_CPU])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 256), ("float32", 384)])
+def test_the_bytes_told_of_a_base_are_those_that_it_takes(tmp_path, name, dtype, width):
+    saved_llama(tmp_path / "llama", True, vocab_size=400, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, intermediate_size=2 * width)
+    config = text_config(tmp_path, model__quantization=name, model__dtype=dtype, lora__targets="all-linear")
+    _, loaded = make_run(config)
+    taken = sum(bytes_in(p) for key, p in loaded.adapted.model.named_parameters() if "lora_" not in key)
+    assert told_parts(config)["base model"] == pytest.approx(taken, rel=0.1), name
+
+
+@pytest.mark.parametrize(("name", "bytes_each"), [("nf4", 0.52), (None, 2.0)])  # as the smaller ones above take
+def test_the_memory_of_eight_peers_on_an_8b_base(tmp_path, monkeypatch, name, bytes_each):
+    """From the shapes of the architecture alone, whose sums are these."""
+    save_wide(tmp_path)
+    width, inner, layers, vocabulary, rank, peers = 4096, 14336, 32, 128256, 16, 8
+    saved_llama(tmp_path / "llama", False, vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=32,
+                num_key_value_heads=8, intermediate_size=inner)
+    monkeypatch.setattr("dfl.tasks.quantized.find_spec", lambda package: object())
+    monkeypatch.setattr(memory, "limit", lambda: math.inf)
+    config = text_config(tmp_path, model__quantization=name, model__dtype="bfloat16", lora__targets="all-linear", lora__rank=rank,
+                         lora__alpha=32, peers=peers, method="lora")
+    linear = [(width, width), (width, width // 4), (width, width // 4), (width, width), *2 * [(width, inner)], (inner, width)]
+    weights, row = layers * sum(i * o for i, o in linear), layers * sum(rank * (i + o) for i, o in linear)
+    assert weights + 2 * vocabulary * width + (2 * layers + 1) * width == 8_030_261_248
+    found = told_parts(config)
+    assert found["base model"] == pytest.approx(bytes_each * weights + 2.0 * (8_030_261_248 - weights), rel=1e-3)
+    assert found["adapters of 8 peers"] == found["their gradients"] == 4 * peers * row == found["their moments (adamw)"] / 2
 
 
 def test_a_checkpoint_in_shards_is_a_checkpoint(tmp_path):
