@@ -35,6 +35,7 @@ def ready(config: Config, topology, device: torch.device, place: Place) -> tuple
     ValueError where they, or the model's adapters, cannot be had or kept. None for a model that cannot be made without its weights.
     """
     executors.choose(config.train.executor if config.processes_per_peer == 1 else "sequential", device, config.lora.adapter)
+    quantized.check_device(config.model, device)
     examples = read_examples(config)
     shapes = shapes_of(config, examples.prepared)
     return examples, None if shapes is None else _memory(config, topology, shapes, device, place)

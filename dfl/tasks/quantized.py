@@ -63,10 +63,18 @@ def check(model: ModelConfig, auto_class: str) -> None:
                          "'dfl[quantized]'")
 
 
+def check_device(model: ModelConfig, device: torch.device) -> None:
+    """ValueError for what has no kernels there."""
+    if model.quantization == "torchao_int4" and device.type == "cpu":
+        raise ValueError("model.quantization = 'torchao_int4' needs a GPU: torchao computes with 4 bits on no CPU; allowed here: "
+                         "torchao_int8, nf4, fp4, int8")
+
+
 def options(model: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained is given for it: the weights are rounded where they will lie."""
+    """What from_pretrained is given for it: the weights are rounded where they will lie. ValueError as of `check_device`."""
     if model.quantization is None:
         return {}
+    check_device(model, device)
     return {"quantization_config": QUANTIZATIONS[model.quantization].config(getattr(torch, model.dtype)), "device_map": {"": device}}
 
 

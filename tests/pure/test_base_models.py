@@ -115,6 +115,16 @@ def test_a_head_would_be_rounded_and_a_library_may_be_missing(tmp_path, monkeypa
         quantized.check(ModelConfig(quantization="torchao_int8"), "AutoModelForCausalLM")
 
 
+def test_four_bits_of_torchao_want_a_gpu(tmp_path, monkeypatch, capsys):
+    save_wide(tmp_path)
+    monkeypatch.setattr("dfl.tasks.quantized.find_spec", lambda package: object())
+    config = text_config(tmp_path, model__quantization="torchao_int4", device="cpu")
+    for begin in (running.train, lambda config: preflight.ready(config, check(config), torch.device("cpu"), place_from_environment())):
+        with pytest.raises(ValueError, match="model.quantization = 'torchao_int4' needs a GPU: .*; allowed here: torchao_int8, nf4"):
+            begin(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_memory_is_told_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     save_wide(tmp_path)
     config = text_config(tmp_path, train__rounds=1)
