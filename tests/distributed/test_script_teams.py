@@ -65,7 +65,7 @@ def _all_rows(rank: int, each: int, stop: int | None = None, apart: bool = False
 def test_factors_in_parts_are_those_of_a_peer_of_one_process_also_after_a_stop():
     one = torch.tensor(run_processes(_all_rows, 2, 1))
     found = run_processes(_all_rows, 4, 2, timeout=120)
-    assert found[0] == found[1] and found[2] == found[3] and found[0] != found[2]
+    assert found[0] == found[1] and found[2] == found[3]
     torch.testing.assert_close(torch.tensor(found[::2]), one, rtol=0, atol=1e-5)
     assert run_processes(_all_rows, 4, 2, 4, True, timeout=120) == found
 
@@ -74,10 +74,11 @@ def _saved(rank: int, each: int, folder: str) -> None:
     net = own_loop.model()
     if each == 2:
         net = own_loop.in_parts(net, _mesh(rank))
+    optimizer = own_loop.adamw(net)
     with torch.no_grad():
         net(own_loop.batch(0, 0)[0])  # FSDP keeps what it has put together for a pass without gradients
-    own_loop.train(7, 3, net=net, method="lora", processes_per_peer=each, output=folder)
-    own_loop.step(net, own_loop.adamw(net), 0, 0)  # and it is the script's again
+    own_loop.train(7, 3, net=net, optimizer=optimizer, method="lora", processes_per_peer=each, output=folder)
+    own_loop.step(net, optimizer, 0, 0)  # and it is the script's again
 
 
 def test_adapters_are_saved_whole_from_factors_in_parts(tmp_path):
