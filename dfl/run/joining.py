@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dfl.config import Config
-from dfl.run.runtime import PROCESS, START_SECONDS, Place, Worker, told_addresses
+from dfl.run.runtime import PROCESS, START_SECONDS, Place, Worker, node_of_step, told_addresses
 from dfl.transport.certificates import Identity, read_identity
 from dfl.transport.handshake import SECRET
 from dfl.transport.mail import Address, Mail
@@ -91,6 +91,8 @@ def _where(worker: Worker | None, seeds: list[Address], env: Mapping[str, str]) 
     if LISTEN in env:
         host, port = address_of(env[LISTEN], LISTEN)
         return (("127.0.0.1" if _loopback(host) else ""), port), host
+    if not seeds and worker is None and (node := node_of_step(env)) is not None:
+        return (("127.0.0.1", 0), "127.0.0.1") if _loopback(node) else (("", 0), node)
     others = seeds or ([] if worker else [(env.get("MASTER_ADDR", "127.0.0.1"), 1)])
     if all(_loopback(host) for host, _ in others):
         return ("127.0.0.1", 0), "127.0.0.1"

@@ -98,6 +98,12 @@ def first_host(nodelist: str) -> str:
     return prefix + (re.split(r"[-,]", numbers)[0] if numbers else "")
 
 
+def node_of_step(env) -> str | None:
+    """The node of a task of `srun`, by which the step's other nodes reach it; None on its only one, and elsewhere."""
+    several = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1
+    return env.get("SLURMD_NODENAME") if several and "RANK" not in env and "MASTER_ADDR" not in env else None
+
+
 def _rendezvous_from_slurm(env) -> None:
     env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))))
     # another port for every step, as several may run in one job at a time; below those that systems give to outgoing connections

@@ -17,6 +17,7 @@ class Admission:
     def __init__(self, process: int, size: int, secret: bytes, about: Mapping[str, Any],
                  check: Callable[[int, Mapping[str, Any]], str]):
         self.process, self.size, self.secret, self.about, self.check = process, size, secret, dict(about), check
+        self._told: set[int] = set()  # who has told its own address
 
     def hello(self, challenge: str, at: Address) -> dict[str, Any]:
         return {"process": self.process, "about": self.about, "proof": self._proof(challenge, self.process), "at": at}
@@ -33,11 +34,13 @@ class Admission:
             return f"{what}: its DFL_SECRET is not that of process {self.process}"
         return self.check(process, hello["about"])
 
-    def addresses(self, process: int, hello: Mapping[str, Any]) -> dict[int, Address]:
-        """Of itself and of others, as it tells them."""
-        found = {**hello.get("book", {}), str(process): hello["at"]}
-        return {int(other): (str(host), int(port)) for other, (host, port) in found.items()
-                if 0 <= int(other) < self.size and int(other) != self.process}
+    def learn(self, book: dict[int, Address], process: int, hello: Mapping[str, Any]) -> None:
+        """Where a process is, and where others are as far as it knows: what one tells of itself counts more."""
+        self._told.add(process)
+        for other, (host, port) in {**hello.get("book", {}), str(process): hello["at"]}.items():
+            k = int(other)
+            if k == process or 0 <= k < self.size and k not in self._told | {self.process}:
+                book[k] = str(host), int(port)
 
 
 def checked_hello(tree: dict[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class Post:
             self.events.put(Event("refused", process, text=refused))
             _say(connection, {"refused": refused})
             raise RefusedError(refused)
-        self.book |= self.admission.addresses(process, hello)
+        self.admission.learn(self.book, process, hello)
         return process
 
     def _take(self, process: int, connection: socket.socket, instance: str) -> None:

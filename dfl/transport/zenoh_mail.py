@@ -2,7 +2,8 @@
 several sites.
 
 zenoh finds the others from the address of any of them, keeps the links, encrypts them and lets nobody in without a
-certificate of the run (zenoh_session.py). A liveliness token says that a process is there, and that it has gone. Above
+certificate of the run (zenoh_session.py). Those that it has lost, or cannot find, it is led to by the addresses that
+members tell (forwarder.py). A liveliness token says that a process is there, and that it has gone. Above
 it lies what zenoh does not promise: both ends say hello before anything counts, pieces are numbered, so that a lost one
 is noticed, and an old connection's are ignored.
 """
@@ -18,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from dfl.transport.certificates import Identity
+from dfl.transport.forwarder import Forwarder
 from dfl.transport.hello import MAX_HELLO, Admission, checked_hello
 from dfl.transport.mail import MAX_AWAITED, Address, Event, Life
 from dfl.transport.zenoh_line import ASK, HEAD, HELLO, LIFE, NO_LINE, PIECE, REFUSED, Line
@@ -57,11 +59,15 @@ class ZenohMail:
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._seen: SimpleQueue[_Seen | None] = SimpleQueue()
         self._session: Any = None
+        self._forwarder: Forwarder | None = None
+        self._missed: dict[int, float] = {}  # since when each is known and not connected
 
     def meet(self, seeds: list[Address]) -> None:
         self._held.close()
         others = [seed for seed in dict.fromkeys(seeds) if seed != self.book[self.process]]
-        self._session = open_session(self._listen, others, self.size, self.life.patience, self.identity)
+        self._forwarder = Forwarder(set(range(self.size)) - {self.process}, self._wanted)
+        addresses = [*others, *self._forwarder.places.values()]
+        self._session = open_session(self._listen, addresses, self.size, self.life.patience, self.identity)
         zenoh = library()
 
         def direct(function: Callable[[Any], None]):  # zenoh's own way makes threads that keep the process from ending
@@ -83,6 +89,22 @@ class ZenohMail:
 
     def call(self) -> None:
         """zenoh connects; hellos go with the signs of life."""
+
+    def _wanted(self, process: int) -> Address | None:
+        """Where a process is that zenoh does not find. Of two that miss each other the higher one calls first."""
+        with self._lock:
+            missed, address = self._missed.get(process), self.book.get(process)
+        late = self.life.patience / (4 if process < self.process else 2)
+        return address if missed is not None and time.monotonic() - missed >= late else None
+
+    def _look_for_missed(self) -> None:
+        """Since when each is not connected that belongs here and has told, or was told, where it is."""
+        for process in self.book.keys() - {self.process}:
+            line = self._lines.get(process)
+            if line is not None and (line.ready or line.refused):
+                self._missed.pop(process, None)
+            else:
+                self._missed.setdefault(process, time.monotonic())
 
     def connected(self) -> list[int]:
         with self._lock:
@@ -119,6 +141,8 @@ class ZenohMail:
         for line in lines.values():
             line.close()
         self._held.close()
+        if self._forwarder is not None:
+            self._forwarder.close()
         if self._session is not None:
             with contextlib.suppress(library().ZError):  # a link takes nothing, and zenoh has waited long enough
                 self._session.close()
@@ -216,7 +240,7 @@ class ZenohMail:
             line.put(HEAD.pack(REFUSED, NO_LINE, 0, 0) + json.dumps({"refused": refused}).encode())
             return
         line.theirs = theirs
-        self.book |= self.admission.addresses(process, hello)
+        self.admission.learn(self.book, process, hello)
         begins = received == line.mine and not line.ready
         if begins or received != line.mine:
             line.put(self._hello(line))
@@ -243,6 +267,7 @@ class ZenohMail:
         while not self._ended.wait(self.life.tick):
             self.life.count()
             with self._lock:
+                self._look_for_missed()
                 for line in self._lines.values():
                     if line.ready:
                         self._tell_life(line)

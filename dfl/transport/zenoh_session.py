@@ -73,6 +73,7 @@ def settings(listen: Address, seeds: list[Address], size: int, patience: float,
         "connect/endpoints": [_endpoint(protocol, seed) for seed in seeds],
         "connect/exit_on_failure": False,
         "connect/timeout_ms": -1,  # again and again
+        "open/return_conditions/connect_scouted": False,  # nobody waits for others here
         "connect/retry": {"period_init_ms": 300, "period_max_ms": 1000, "period_increase_factor": 1.5},
         "transport/shared_memory/enabled": False,
         "transport/unicast/max_sessions": 4 * size + 16,
@@ -126,12 +127,15 @@ def _rule(name: str, flow: str, messages: tuple[str, ...], key: str) -> dict[str
 
 def reserve(listen: Address, host: str) -> tuple[socket.socket, Address]:
     """A port that nobody else takes until the session opens, and where that listens: at `host` where that is an address
-    of this machine, as zenoh tells others all addresses at which it listens."""
+    of this machine, as zenoh tells others all addresses at which it listens. A machine may know itself by the name
+    of its loopback interface, at which no other reaches it."""
     for at in (listen[0],) if listen[0] else (host, "0.0.0.0"):
         held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier start may linger
         with contextlib.suppress(OSError):
-            held.bind((socket.gethostbyname(at), listen[1]))
-            return held, held.getsockname()[:2]
+            address = socket.gethostbyname(at)
+            if listen[0] or not address.startswith("127."):
+                held.bind((address, listen[1]))
+                return held, held.getsockname()[:2]
         held.close()
     raise ConnectionError(f"cannot listen at {host}:{listen[1]}: the port is taken")

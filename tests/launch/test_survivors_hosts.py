@@ -189,3 +189,20 @@ def test_of_two_that_hear_each_other_one_way_alone_one_is_left_out_and_says_so(s
     steady.wait_for(lambda: steady.alive("host2") == [0, 1, 2, 3])
     steady.stop(*NAMES)
     steady.check(*others)
+
+
+def test_who_knew_the_first_address_alone_finds_the_others_when_that_one_has_gone(steady):
+    """host2 and host3 have met through host1, and know of each other what it has told them."""
+    for pid in steady.hosts.processes("host1"):
+        os.kill(pid, signal.SIGKILL)
+    steady.wait_for(lambda: steady.alive("host2") == steady.alive("host3") == [2, 3])
+    steady.hosts.plug("host3", False)
+    steady.wait_for(lambda: steady.alive("host2") == [2] and steady.alive("host3") == [3])
+    time.sleep(3 * PATIENCE)  # until no end has a link any more
+    steady.hosts.plug("host3", True)
+    steady.wait_for(lambda: steady.running["host3"].poll() is not None)
+    assert "the others go on without this process: 1 with process 1" in steady.log_of("host3").read_text()
+    steady.start("host3")
+    steady.wait_for(lambda: steady.alive("host2") == steady.alive("host3") == [2, 3])
+    steady.stop("host2", "host3")
+    steady.check("host2")

@@ -11,7 +11,8 @@ import pytest
 
 from dfl import config as configuration
 from dfl.run.build import check
-from dfl.run.joining import differs
+from dfl.run.joining import _where, differs
+from dfl.transport.hello import Admission
 from dfl.transport.mail import Event, Life, RefusedError
 from dfl.transport.members import FinishedError, Members
 from dfl.transport.post import Post
@@ -96,6 +97,15 @@ def test_a_stranger_is_told_nothing_and_ends_nothing(posts, said):
                 heard += piece
     assert heard.count(b"\n") == 1 and set(json.loads(heard)) == {"dfl", "nonce", "process", "instance"}
     assert one.connect(zero.book[0]) == 0 and zero.events.empty()
+
+
+def test_what_a_member_says_of_its_own_address_counts_more_than_what_others_say():
+    admission, book = Admission(0, 4, b"", {}, lambda *_: ""), {0: ("here", 1)}
+    admission.learn(book, 1, {"at": ("one", 1), "book": {"2": ("two", 2), "0": ("lie", 9), "7": ("nobody", 7)}})
+    assert book == {0: ("here", 1), 1: ("one", 1), 2: ("two", 2)}
+    admission.learn(book, 2, {"at": ("elsewhere", 3), "book": {"1": ("lie", 9), "3": ("three", 3)}})
+    admission.learn(book, 1, {"at": ("one again", 4), "book": {"2": ("two", 2)}})
+    assert book == {0: ("here", 1), 1: ("one again", 4), 2: ("elsewhere", 3), 3: ("three", 3)}
 
 
 def test_who_has_another_secret_or_another_recipe_is_refused_by_name(posts):
@@ -183,6 +193,17 @@ def test_a_gap_in_ones_own_time_is_nobodys_silence(monkeypatch):
     life.hear(1)
     life.count()
     assert not life.silent(1)
+
+
+STEP = {"SLURM_STEP_NODELIST": "gpu[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURMD_NODENAME": "gpu2"}
+
+
+@pytest.mark.parametrize("env, where", [
+    (STEP, (("", 0), "gpu2")), (STEP | {"SLURM_STEP_NUM_NODES": "1"}, (("127.0.0.1", 0), "127.0.0.1")),
+    (STEP | {"SLURMD_NODENAME": "127.0.0.2"}, (("127.0.0.1", 0), "127.0.0.1")), ({}, (("127.0.0.1", 0), "127.0.0.1")),
+    (STEP | {"DFL_LISTEN": "10.1.1.1:7000"}, (("", 7000), "10.1.1.1"))])
+def test_a_task_on_several_nodes_listens_where_the_other_nodes_reach_it(env, where):
+    assert _where(None, [], env) == where
 
 
 @pytest.mark.parametrize("fields", [{"method": "lora", "wrapper": "gradient_tracking"}, {"delay": 1}, {"baseline": "local"},

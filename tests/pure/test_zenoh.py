@@ -17,7 +17,7 @@ from dfl.transport.mail import Event
 zenoh = pytest.importorskip("zenoh", reason="needs zenoh: pip install 'dfl[zenoh]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install 'dfl[zenoh]'")
 
-from dfl.transport import zenoh_line  # noqa: E402
+from dfl.transport import zenoh_line, zenoh_session  # noqa: E402
 from dfl.transport.zenoh_line import HEAD  # noqa: E402
 from dfl.transport.zenoh_mail import ZenohMail  # noqa: E402
 from dfl.transport.zenoh_session import alive_key, key_of, open_session  # noqa: E402
@@ -81,6 +81,29 @@ def test_all_find_each_other_from_one_address_and_messages_arrive_in_order(mails
     one.close()  # nothing is lost of what was flushed
     assert [two.events.get(timeout=5).data for _ in sent] == sent
     assert two.events.get(timeout=5)[:2] == zero.events.get(timeout=5)[:2] == ("gone", 1)
+
+
+def test_who_knows_one_address_is_led_to_the_others_by_what_that_one_tells(mails, monkeypatch):
+    """zenoh's own way of finding them is off, as it does not lead back to those that were lost."""
+    settings = zenoh_session.settings
+    monkeypatch.setattr(zenoh_session, "settings", lambda *args: settings(*args) | {"scouting/gossip/enabled": False})
+    zero, one, two = (mails(process) for process in range(3))
+    meet(zero, one, two)
+    sent = [bytes([number]) * 1_000_000 for number in range(10)]
+    for data in sent:
+        one.send(2, data)
+        two.send(1, data)
+    assert [two.events.get(timeout=5).data for _ in sent] == [one.events.get(timeout=5).data for _ in sent] == sent
+    assert one.book == two.book
+    port = one.book[1][1]
+    one.close()
+    assert two.events.get(timeout=5)[:2] == ("gone", 1)
+    again = ZenohMail(1, 3, secret=b"", about={}, check=lambda *_: "", patience=4.0, listen=("127.0.0.1", port), identity=one.identity)
+    try:
+        again.meet([zero.book[0]])
+        meet(zero, two, again)
+    finally:
+        again.close()
 
 
 def test_who_is_cut_off_notices_and_what_it_had_under_way_is_not_read(mails):
@@ -223,6 +246,17 @@ def test_beyond_one_machine_there_have_to_be_certificates(tmp_path, keys):
     _, mail, _ = make(config, Place(1, 3), None, {}, [], {"DFL_LISTEN": "127.0.0.1:0"})
     assert mail.identity == certificates.identity_of(tmp_path / "certificates", 1)
     mail.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "no.such.name.invalid"])
+def test_who_does_not_listen_within_the_machine_alone_listens_beyond_it(host):
+    """A machine may have its own name from the table of its loopback interface."""
+    held, at = zenoh_session.reserve(("", 0), host)
+    held.close()
+    assert at[0] == "0.0.0.0"
+    held, at = zenoh_session.reserve(("127.0.0.1", 0), host)
+    held.close()
+    assert at[0] == "127.0.0.1"
 
 
 def test_a_port_or_a_certificate_that_is_none_is_one_line(tmp_path, keys):
