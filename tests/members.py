@@ -60,10 +60,12 @@ class Group:
         self.ports, self.workers = free_ports(size), {}
 
     def start(self, process: int, resume: bool = False, work=_work, **more: str) -> None:
+        self.workers[process] = begin(work, self.tree, self.env_of(process) | more, str(self.log_of(process)), resume)
+
+    def env_of(self, process: int) -> dict[str, str]:
         others = ",".join(f"127.0.0.1:{port}" for port in self.ports)
-        env = {"DFL_PROCESS": f"{process}/{self.size}", "DFL_MEMBERS": others,
-               "DFL_LISTEN": f"127.0.0.1:{self.ports[process]}", **self.env, **more}
-        self.workers[process] = begin(work, self.tree, env, str(self.log_of(process)), resume)
+        return {"DFL_PROCESS": f"{process}/{self.size}", "DFL_MEMBERS": others,
+                "DFL_LISTEN": f"127.0.0.1:{self.ports[process]}", **self.env}
 
     def log_of(self, process: int) -> Path:
         return self.folder / f"log-{process}.txt"

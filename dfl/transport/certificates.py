@@ -139,7 +139,7 @@ class _Signer:
         now = datetime.datetime.now(datetime.timezone.utc)
         return (x509.CertificateBuilder().subject_name(name).issuer_name(self.name).public_key(key.public_key())
                 .serial_number(x509.random_serial_number())
-                .not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
+                .not_valid_before(now - datetime.timedelta(days=1))  # clocks differ, and jump
                 .not_valid_after(now + datetime.timedelta(days=self.days))
                 .add_extension(x509.KeyUsage(**{use: allowed.get(use, False) for use in uses}), critical=True)
                 .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False))

@@ -1,6 +1,7 @@
 """Imports point one way: topologies <- dfl <- launch, benchmarks, tests; the pure rooms import no other room."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,10 @@ def test_no_pickle():
     for path in files("dfl") + files("topologies"):
         text = path.read_text()
         assert "pickle" not in imports(path) and "torch.load(" not in text and "torch.save(" not in text, path
+
+
+def test_nothing_is_timed_by_a_clock_that_jumps():
+    """The wall clock says when certificates are valid, and how old a file is that a reader shows; seconds pass by another one."""
+    wall = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|today)\(|\butcnow\(|from time import")
+    found = {path.relative_to(ROOT).as_posix() for path in files("dfl") if wall.search(path.read_text())}
+    assert found == {"dfl/report/live.py", "dfl/transport/certificates.py"}
