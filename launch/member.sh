@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One process of a run with `membership: survive`, started again whenever it is lost: launch/member.sh K/N RECIPE [--dotted.key value ...]
 # DFL_MEMBERS=host:port[,host:port] names some of the others. A service manager does the same: launch/dfl@.service.
+# In a task of Slurm, which says itself which process that is: launch/member.sh - RECIPE ...
 set -uo pipefail
-export DFL_PROCESS=$1
+if [ "$1" != - ]; then export DFL_PROCESS=$1; fi
 shift
 trap 'kill -TERM "$child" 2> /dev/null; stopped=yes' TERM INT
 stopped='' status=1

@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_survival.py": (
         *_RUN, "launch/torchrun.py", "benchmarks/kill_loop.py", "dfl/run/checkpoint.py", "dfl/run/folder.py", "dfl/store"),
     "tests/launch/test_own_workers.py": (*_RUN, "benchmarks/kill_loop.py", "dfl/cli/train.py"),
-    "tests/launch/test_survivors_launch.py": (*_RUN, "launch/torchrun.py", "dfl/engine", "dfl/store"),
+    "tests/launch/test_survivors_launch.py": (*_RUN, "launch/torchrun.py", "launch/dfl@.service", "dfl/engine", "dfl/store"),
     "tests/launch/test_survivors_hosts.py": (*_RUN, "tests/hosts.py", "dfl/run/survive.py", "dfl/run/joining.py", "dfl/store"),
     "tests/launch/test_soak.py": (
         "dfl/transport", "dfl/run/survive.py", "dfl/run/joining.py", "dfl/run/replay.py", "dfl/store/collect.py",
@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tests/launch/test_hosts.py": (*_RUN, *_WORKPLACE, "tests/hosts.py", "dfl/transport/handshake.py", "dfl/run/checkpoint.py"),
     "tests/launch/test_slurm.py": (
         *_WORKPLACE, "launch/slurm", "launch/torchrun.py", "tests/slurm_cluster.py", "dfl/run/runtime.py", "dfl/sweep",
-        "dfl/cli/sweep.py"),
+        "dfl/cli/sweep.py", "dfl/run/survive.py", "dfl/run/joining.py"),
     "tests/launch/test_sweep_commands.py": (
         "launch/recipes/sweep.yaml", "dfl/sweep", "dfl/cli/sweep.py", "dfl/run/runtime.py", "dfl/run/folder.py"),
     "tests/launch/test_export_commands.py": ("dfl/export", "dfl/cli/export.py", "dfl/cli/evaluate.py", "dfl/metrics"),

@@ -1,5 +1,6 @@
 """The Slurm scripts on a real Slurm: four nodes on this machine, made by tests/slurm_cluster.py."""
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from dfl.run.runtime import Place, place_from_environment
 from dfl.store.checkpoints import complete, latest
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
-TRAIN, SWEEP = "launch/slurm/train.sbatch", "launch/slurm/sweep.sbatch"
+TRAIN, SWEEP, SURVIVE = (f"launch/slurm/{name}.sbatch" for name in ("train", "sweep", "survive"))
 
 
 class Cluster:
@@ -221,3 +222,42 @@ def test_place_of_a_process_under_slurm():
     last = step | {"SLURM_NODEID": "2", "SLURM_PROCID": "6", "SLURM_LOCALID": "0"}
     assert place_from_environment(first) == Place(rank=2, size=7, local_rank=2, local_size=3)
     assert place_from_environment(last) == Place(rank=6, size=7, local_rank=0, local_size=1)
+
+
+def alive(place: Path, output: str, process: int) -> list[int]:
+    """In the last round that a process has recorded."""
+    path = place / output / f"process-{process}" / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return json.loads(lines[-1])["alive"] if lines else []
+
+
+def task(slurm, process: int) -> int:
+    """The process that `srun` has started as its task of this number."""
+    wanted = f"SLURM_PROCID={process}"
+    [found] = [pid for pid in slurm_cluster.job_processes(slurm.state) if "dfl" in slurm_cluster.words(pid)
+               and wanted in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    return found
+
+
+def test_a_run_with_survivors_outlives_a_task_and_a_node(place):
+    """A process is killed, and comes back; then a node is lost with its step, and the rest finishes."""
+    output = "runs/survivors"
+    with cluster(place, lost_after=5) as slurm:
+        job = slurm.submit("--nodes", "4", "--ntasks", "4", SURVIVE, "my.yaml", "--output", output, "--train.rounds", "1000",
+                           "--membership.patience", "3")
+
+        def until(true) -> None:
+            workplace.wait_for(true, 120, lambda: slurm.log(job))
+
+        until(lambda: workplace.rounds_recorded(place / output / "process-0") >= 12)
+        os.kill(task(slurm, 1), signal.SIGKILL)
+        until(lambda: "going on without process 1 (" in slurm.log(job) and "; 1 came" in slurm.log(job))
+        until(lambda: alive(place, output, 0) == alive(place, output, 1) == [0, 1, 2, 3])
+        slurm_cluster.lose(slurm.state, "127.0.0.4")
+        until(lambda: alive(place, output, 0) == alive(place, output, 2) == [0, 1, 2])
+        assert slurm.job(job)["JobState"] == "RUNNING" and workplace.rounds_recorded(place / output / "process-0") < 1000
+        log = slurm.finish(job)
+    assert "going on without process 3 (" in log and "requeued" not in log
+    assert not re.search("Traceback|terminate called|frame #", log), log
+    assert [workplace.rounds_recorded(place / output / f"process-{k}") for k in (0, 2)] == [1000, 1000]
+    assert "1000 rounds; losses the same in 1000; " in workplace.run(place, "dfl", "replay", output, timeout=400)
