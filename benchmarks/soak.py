@@ -1,6 +1,7 @@
 """A run that loses processes and gets them back, for hours: kills, stops, cut cables and returns by a seeded schedule.
 
     python benchmarks/soak.py --minutes 120              # eight processes, an event about every half a minute
+    python benchmarks/soak.py --transport zenoh          # with certificates, in place of TCP
 
 Eight processes with a peer each and `membership: survive`, each on a host of its own (network namespaces, so it needs root; without,
 on one host and with no cuts). One event follows another: SIGKILL of one to three at once; SIGSTOP, or a cable out of the switch,
@@ -45,6 +46,7 @@ from dfl.run.train import train
 from dfl.store.collect import History, collect, history
 from dfl.store.records import read_lines
 from dfl.training.phase import ModelTrainer
+from dfl.transport import certificates
 
 SIZE, PAUSE = 8, 0.1  # processes; seconds that a local phase takes beside its steps, as it would with a model that is not tiny
 PATIENCE, NEAR = 3.0, 0.75
@@ -55,14 +57,16 @@ STOPPED = 75
 class OnHost(members.Group):
     """The processes of a group, each in the network of a host of its own; on the loopback interface where `hosts` is None."""
 
-    def __init__(self, folder: Path, words: list[str], size: int, hosts: hosts_.Hosts | None, pause: float):
-        super().__init__(folder, words, size)
+    def __init__(self, folder: Path, words: list[str], size: int, hosts: hosts_.Hosts | None, pause: float,
+                 env: dict[str, str]):
+        super().__init__(folder, words, size, env)
         self.hosts, self.pause = hosts, pause
 
     def start(self, process: int, resume: bool = False, **more: str) -> None:
         inside = None if self.hosts is None else self.hosts.network(self.hosts.names[process])
         places = [f"127.0.0.1:{port}" if inside is None else f"10.77.0.{k + 1}:29700" for k, port in enumerate(self.ports)]
-        env = {"DFL_PROCESS": f"{process}/{self.size}", "DFL_MEMBERS": ",".join(places), "DFL_LISTEN": places[process], **more}
+        env = {"DFL_PROCESS": f"{process}/{self.size}", "DFL_MEMBERS": ",".join(places), "DFL_LISTEN": places[process], **self.env,
+               **more}
         self.workers[process] = members.begin(_slowly, inside, self.pause, self.tree, env, str(self.log_of(process)), resume)
 
     def running(self, process: int) -> bool:
@@ -208,11 +212,16 @@ def place_of(folder: Path) -> Path:
     return folder
 
 
-def soak(folder: Path, minutes: float, every: float, seed: int, late: float, hosts: hosts_.Hosts | None, pause: float) -> dict:
+def soak(folder: Path, minutes: float, every: float, seed: int, late: float, hosts: hosts_.Hosts | None, pause: float,
+         transport: str) -> dict:
     """A soak and its invariants: figures. AssertionError names what does not hold."""
-    place, output = place_of(folder), folder / "run"
-    survive = {"membership__mode": "survive", "membership__patience": PATIENCE, "membership__wait": 30, "checkpoint__every": 20}
-    with OnHost(folder, words(place, output, **survive), SIZE, hosts, pause) as group:
+    place, output, env = place_of(folder), folder / "run", {}
+    survive = {"membership__mode": "survive", "membership__patience": PATIENCE, "membership__wait": 30,
+               "membership__transport": transport, "checkpoint__every": 20}
+    if transport == "zenoh":
+        certificates.make(folder / "certificates", SIZE)
+        env = {"DFL_CERTIFICATES": str(folder / "certificates")}
+    with OnHost(folder, words(place, output, **survive), SIZE, hosts, pause, env) as group:
         for process in range(SIZE):
             group.start(process)
         group.until_round(0, 2, 120)
@@ -225,6 +234,7 @@ def soak(folder: Path, minutes: float, every: float, seed: int, late: float, hos
         for process in range(SIZE):
             said = group.said(process)
             assert "Traceback" not in said and "terminate called" not in said and "frame #" not in said, said[-4000:]
+            assert "panicked" not in said, said[-4000:]
     found = history(output)
     check_records(found)
     check_weights(group.tree, found)
@@ -286,22 +296,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--late", type=float, default=30, help="seconds beyond patience until the next rounds, on a busy machine")
     parser.add_argument("--pause", type=float, default=PAUSE, help="seconds that a local phase takes beside its steps")
+    parser.add_argument("--transport", default="tcp", choices=["tcp", "zenoh"])
     parser.add_argument("--folder", type=Path, help="keeps the run and what the processes said")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        found = run(args.folder or Path(folder), args.minutes, args.every, args.seed, args.late, args.pause)
+        found = run(args.folder or Path(folder), args.minutes, args.every, args.seed, args.late, args.pause, args.transport)
     about = {"minutes": args.minutes, "every": args.every, "seed": args.seed, "late": args.late, "pause": args.pause}
-    write("soak", about | {"processes": SIZE, "patience": PATIENCE, "near": NEAR}, found)
+    name = "soak" if args.transport == "tcp" else f"soak_{args.transport}"
+    write(name, about | {"processes": SIZE, "patience": PATIENCE, "near": NEAR}, found)
 
 
-def run(folder: Path, minutes: float, every: float, seed: int, late: float, pause: float = PAUSE) -> dict:
+def run(folder: Path, minutes: float, every: float, seed: int, late: float, pause: float = PAUSE, transport: str = "tcp") -> dict:
     """A soak in an empty folder, on hosts where that is allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     reason = hosts_.missing()
     if reason:
-        return soak(folder, minutes, every, seed, late, None, pause) | {"without_cuts": reason}
+        return soak(folder, minutes, every, seed, late, None, pause, transport) | {"without_cuts": reason}
     with hosts_.Hosts(SIZE) as hosts:
-        return soak(folder, minutes, every, seed, late, hosts, pause)
+        return soak(folder, minutes, every, seed, late, hosts, pause, transport)
 
 
 if __name__ == "__main__":

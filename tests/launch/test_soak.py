@@ -20,6 +20,9 @@ def test_a_minute_of_losses_and_returns(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-def test_ten_minutes(tmp_path):
-    found = soak.run(tmp_path, 10.0, 10.0, seed=2, late=90)
+@pytest.mark.parametrize("transport", ["tcp", "zenoh"])
+def test_ten_minutes(tmp_path, transport):
+    if transport == "zenoh":
+        pytest.importorskip("zenoh", reason="needs zenoh: pip install 'dfl[zenoh]'")
+    found = soak.run(tmp_path, 10.0, 10.0, seed=2, late=90, transport=transport)
     assert found["events"] >= 20, found
