@@ -4,10 +4,14 @@
     DFL_DATA=... python benchmarks/many_tasks.py run --out DIR                     # goes on with the cells that are missing
     python benchmarks/many_tasks.py collect --out DIR
 
-Peers and tasks: TREC-6 (6 labels), SST-2 (2), docstrings (5), on launch/recipes/many_tasks.yaml; one frozen head of 13 labels.
-For every method and seed the accuracy of each model on each task (rows: models, columns: tasks in the order of TASKS):
-own, each peer's adapter alone; together, what each peer has in the end (the sum of its bank, or the average);
-routed, the bank weighed by the input at several temperatures. `forgetting` is own less together, on a peer's own task.
+Peers and tasks: docstrings (5 labels), SST-2 (2), TREC-6 (6), on launch/recipes/many_tasks.yaml; each task is read by the
+head of the peer that learns it, among its own labels. For every method and seed, by task in the order of TASKS: `own`, its
+peer's adapter alone; `together`, what its peer has in the end (the sum of its bank, or an average); `sum`, the adapters of
+all peers in one model; `routed`, the same weighed by the input, at two temperatures. What a task forgets is the accuracy of
+its adapter learnt alone, less that once the others are there: added later (`sum`), or learnt beside it (`together`).
+
+Methods: `alone`, a frozen A of each peer's own, orthogonal to the others'; `common A`, the contrast, the same frozen A for all;
+`sparse, alone`, half of B; `bank`, the same, learnt beside the others' adapters; `lora`, A and B trained and averaged.
 """
 
 import argparse
@@ -16,12 +20,12 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
-from stamp import write
+from stamp import RESULTS, write
 
 from dfl.adapters.attach import Rows
 from dfl.adapters.router import forgetting, routed
@@ -33,19 +37,26 @@ from dfl.run.runtime import start
 from dfl.tasks import docstrings
 
 TASKS = ("docstrings", "sst2", "trec6")  # as their names are sorted
-PLAIN = {"lora.adapter": "lora", "train.lr_ratio.A": 0.125}  # a rate for B that is none for A
-METHODS = {"bank": {}, "lora": {"method": "lora", **PLAIN}, "local": {"method": "local", **PLAIN},
-           "bank, trained alone": {"method": {"name": "task_bank", "density": 0.5, "forward": False}},
-           "bank, dense": {"method": {"name": "task_bank", "density": 1.0}}}
-SEEDS, TEMPERATURES, MOST = (0, 1, 2), (0.1, 0.03), (2000, 200)
+BANK = {"name": "task_bank", "density": 0.5}
+# Kaiming's rows have the length 1 / sqrt(3), those of an orthogonal A 1: as much reaches B
+METHODS = {"alone": {"method": {**BANK, "density": 1.0, "forward": False}},
+           "common A": {"method": "local", "lora.adapter": "lora", "lora.alpha": 64 * 3 ** 0.5, "train.lr_ratio.A": 0.0},
+           "bank": {"method": BANK}, "sparse, alone": {"method": {**BANK, "forward": False}},
+           "lora": {"method": "lora", "lora.adapter": "lora"}}
+SUMMED = ("alone", "common A", "sparse, alone", "bank")
+SEEDS, TEMPERATURES, MOST, WORDS = (0, 1), (0.1, 0.01), (2000, 200), 8
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "many_tasks.yaml"
 
 
 def tables(folder: Path) -> dict[str, list[tuple[str, str, str]]]:
-    """(text, label, task) of the training and the validation examples, at most MOST of each task."""
+    """(text, label, task) of the training and the validation examples, at most MOST of each task.
+
+    SST-2 trains on parts of sentences of WORDS words or more: shorter ones say little of whole ones, which are the test.
+    """
     train = [(row["question"], row["coarse"], "trec6") for row in read(folder / "trec6" / "train.tsv")][:MOST[0]]
     valid = [(row["question"], row["coarse"], "trec6") for row in read(folder / "trec6" / "test.tsv")][:MOST[1]]
-    train += [(row["sentence"], f"sentiment {row['label']}", "sst2") for row in read(folder / "sst2" / "train.tsv.gz")][:MOST[0]]
+    train += [(row["sentence"], f"sentiment {row['label']}", "sst2") for row in read(folder / "sst2" / "train.tsv.gz")
+              if len(row["sentence"].split()) >= WORDS][:MOST[0]]
     valid += [(row["sentence"], f"sentiment {row['label']}", "sst2") for row in read(folder / "sst2" / "dev.tsv")][:MOST[1]]
     found = docstrings.load(DataConfig(max_train=MOST[0], max_valid=MOST[1]), masked=True)[:2]
     for rows, table in zip((train, valid), found, strict=True):
@@ -73,26 +84,33 @@ def run_cell(data: Path, method: str, seed: int) -> dict:
     topology = build.check(config)
     runtime = start(config)
     run = build.assemble(config, runtime, build.load(config, runtime.device), topology)
-    sent: list[int] = []
-    run_rounds(run, Hooks(lambda record: sent.append((record or {}).get("message_bytes", 0)), lambda: None, lambda: False))
-    return matrices(run, method.startswith("bank")) | {"message_bytes": sum(sent)}
+    sent: dict[str, int] = {}
+    run_rounds(run, Hooks(lambda record: count(sent, record or {}), lambda: None, lambda: False))
+    return accuracies(run, method in SUMMED) | {"bytes": sent}
 
 
-def matrices(run: Run, bank: bool) -> dict:
-    alone = Rows(run.peers.rows().x)
-    found = {"own": [accuracy(run, bound(run, alone, peer)) for peer in range(len(TASKS))],
-             "together": [accuracy(run, bound(run, run.rows(), peer)) for peer in range(len(TASKS))]}
-    if bank:
-        found["sum"] = [accuracy(run, served(run, None))]
-        found["routed"] = {str(one): accuracy(run, served(run, one)) for one in TEMPERATURES}
-    owners = owner_of_task(run)
-    ends = {name: torch.tensor([found[name][owners[k]][k] for k in range(len(TASKS))]) for name in ("own", "together")}
-    return found | {"owners": owners, "forgetting": forgetting(ends["own"], ends["together"]).tolist()}
+def count(sent: dict[str, int], record: dict) -> None:
+    for name in ("payload_bytes", "index_bytes", "header_bytes", "messages"):
+        sent[name] = sent.get(name, 0) + record.get("ledger", {}).get(name, 0)
+
+
+def accuracies(run: Run, summed: bool) -> dict:
+    owners, alone = owner_of_task(run), Rows(run.peers.rows().x)
+    found = {"owners": owners, "own": by_task(run, lambda peer: bound(run, alone, peer)),
+             "together": by_task(run, lambda peer: bound(run, run.rows(), peer))}
+    if summed:
+        found["sum"] = by_task(run, lambda peer: served(run, peer, None))
+        found["routed"] = {str(one): by_task(run, lambda peer, one=one: served(run, peer, one)) for one in TEMPERATURES}
+    return found
 
 
 def owner_of_task(run: Run) -> list[int]:
     """The peer that trains on each task."""
     return [max(range(len(TASKS)), key=lambda peer: float(run.evaluator.tally.own.weights[peer, k])) for k in range(len(TASKS))]
+
+
+def by_task(run: Run, serving_of: Callable[[int], AbstractContextManager]) -> list[float]:
+    return [accuracy(run, serving_of(owner), task) for task, owner in enumerate(owner_of_task(run))]
 
 
 @contextmanager
@@ -102,45 +120,103 @@ def bound(run: Run, rows: Rows, peer: int) -> Iterator:
 
 
 @contextmanager
-def served(run: Run, temperature: float | None) -> Iterator:
-    with routed(run.peers.adapted, run.peers.x, temperature) as model:
+def served(run: Run, peer: int, temperature: float | None) -> Iterator:
+    """All adapters, under the head of one peer."""
+    order = [peer, *(other for other in range(len(TASKS)) if other != peer)]
+    with routed(run.peers.adapted, run.peers.x[order], temperature) as model:
         yield lambda batch: model(**run.task.inputs(batch))
 
 
 @torch.no_grad()
-def accuracy(run: Run, serving) -> list[float]:
-    """On every task, of one model. Only the task's own labels are competed for by the data, all 13 by the model."""
-    right, seen = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
+def accuracy(run: Run, serving: AbstractContextManager, task: int) -> float:
+    """On the examples of one task, among the labels that it has."""
     run.peers.adapted.model.eval()
+    parts = [{key: value[groups == task] for key, value in batch.items()}
+             for batch, groups in zip(run.evaluator.batches, run.evaluator.groups, strict=True) if bool((groups == task).any())]
+    labels = torch.cat([part["labels"] for part in parts]).unique()
     with serving as forward:
-        for batch, groups in zip(run.evaluator.batches, run.evaluator.groups, strict=True):
-            hits = (forward(batch).logits.argmax(-1) == batch["labels"]).float()
-            right.index_add_(0, groups, hits)
-            seen.index_add_(0, groups, torch.ones_like(hits))
-    return (right / seen).tolist()
+        right = sum(int((labels[forward(part).logits[:, labels].argmax(-1)] == part["labels"]).sum()) for part in parts)
+    return right / sum(len(part["labels"]) for part in parts)
+
+
+BYTES = ("payload_bytes", "index_bytes", "header_bytes")
+
+
+def in_short(runs: list[dict]) -> dict:
+    """By method, means over its seeds; what is forgotten against the adapter of the same kind that was learnt alone."""
+    short: dict[str, dict] = {}
+    for method in (method for method in METHODS if any(run["method"] == method for run in runs)):
+        mine = {run["seed"]: run for run in runs if run["method"] == method}
+        every = list(mine.values())
+        short[method] = {
+            "seeds": sorted(mine),
+            **{name: average([run[name] for run in every if name in run]) for name in ("own", "together", "sum")},
+            "routed": {str(one): average([run["routed"][str(one)] for run in every if "routed" in run]) for one in TEMPERATURES},
+            "forgotten": forgotten(method, mine, runs),
+            "bytes": {name: sum(run["bytes"][name] for run in every) / len(every) for name in (*BYTES, "messages")}}
+    return short
+
+
+def forgotten(method: str, mine: dict[int, dict], runs: list[dict]) -> list[float] | None:
+    """Accuracy lost by task, mean over the seeds that both have."""
+    reference, end = {"bank": ("sparse, alone", "together"), "lora": ("alone", "together")}.get(method, (method, "sum"))
+    before = {run["seed"]: run["own"] for run in runs if run["method"] == reference}
+    pairs = [(before[seed], run[end]) for seed, run in mine.items() if seed in before]
+    return average([forgetting(torch.tensor(alone), torch.tensor(now)).tolist() for alone, now in pairs])
+
+
+def average(rows: list[list[float]]) -> list[float] | None:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
+
+
+def table() -> str:
+    """The table of benchmarks/README.md, of the committed result; percent, by task in the order of TASKS."""
+    result = json.loads((RESULTS / "many_tasks.json").read_text())["results"]["in_short"]
+    lines = ["| method | seeds | own | sum of all | routed (0.1) | routed (0.01) | in the end | forgotten | MB sent (bitmaps) |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for method, one in result.items():
+        cells = [percent(one["own"]), percent(one["sum"]), percent(one["routed"]["0.1"]), percent(one["routed"]["0.01"]),
+                 percent(one["together"]), percent(one["forgotten"])]
+        sent, bitmaps = sum(one["bytes"][name] for name in BYTES) / 1e6, one["bytes"]["index_bytes"] / 1e6
+        lines.append(f"| {method} | {len(one['seeds'])} | {' | '.join(cells)} | {sent:.1f} ({bitmaps:.2f}) |")
+    return "\n".join(lines)
+
+
+def percent(values: list[float] | None) -> str:
+    return "" if values is None else " / ".join(f"{100 * value:.1f}" for value in values)
+
+
+def run_cells(out: Path) -> None:
+    if not (out / "data" / "valid.tsv").exists():  # the last that is written
+        write_tables(out / "data")
+    for method, seed in [(method, seed) for seed in SEEDS for method in METHODS]:
+        stored = out / f"{method.replace(', ', '-').replace(' ', '-')}-s{seed}.json"
+        if not stored.exists():
+            found = run_cell(out / "data", method, seed)
+            torn = stored.with_name(stored.name + ".part")
+            torn.write_text(json.dumps({"method": method, "seed": seed, **found}, indent=1))
+            torn.replace(stored)
+            print(method, seed, found, flush=True)
+
+
+def collect(out: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    write("many_tasks", {"recipe": "launch/recipes/many_tasks.yaml", "tasks": TASKS, "methods": METHODS, "seeds": SEEDS,
+                         "examples": MOST, "words": WORDS}, {"in_short": in_short(runs), "runs": runs})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "run", "collect"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("what", choices=("data", "run", "collect", "table"))
+    parser.add_argument("--out", type=Path, default=Path("runs/many_tasks_figures"))
     args = parser.parse_args()
-    if not os.environ.get("DFL_DATA"):
+    if args.what in ("data", "run") and not os.environ.get("DFL_DATA"):
         sys.exit("set DFL_DATA to the folder with trec6/, sst2/ and minilm-l6-fp16/, as the heads of launch/recipes describe")
     torch.set_num_threads(1)
-    if args.what != "collect":
-        write_tables(args.out if args.what == "data" else args.out / "data")
-    cells = [(method, seed) for seed in SEEDS for method in METHODS]
-    for method, seed in cells if args.what == "run" else ():
-        stored = args.out / f"{method.replace(', ', '-').replace(' ', '-')}-s{seed}.json"
-        if not stored.exists():
-            found = run_cell(args.out / "data", method, seed)
-            stored.write_text(json.dumps({"method": method, "seed": seed, **found}, indent=1))
-            print(method, seed, found["forgetting"], flush=True)
-    if args.what == "collect":
-        runs = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
-        write("many_tasks", {"recipe": "launch/recipes/many_tasks.yaml", "tasks": TASKS, "methods": METHODS, "seeds": SEEDS,
-                             "examples": MOST}, runs)
+    if args.what == "table":
+        print(table())
+    else:
+        {"data": write_tables, "run": run_cells, "collect": collect}[args.what](args.out)
 
 
 if __name__ == "__main__":
