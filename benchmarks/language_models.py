@@ -10,6 +10,7 @@ a run by `dfl train` with the same run without mixing beside it, and a merged mo
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ STUDIES = {
     "conversations": ("perplexity", {"model.task": "causal_lm", "data.messages": "messages", "data.template": "plain",
                                      "eval.generate.examples": 40, "eval.generate.max_new_tokens": 32}),
     "preferences": ("accuracy", {"model.task": "preference", "model.task.beta": 0.1, "data.prompt": "prompt", "data.max_length": 64,
-                                   "train.rounds": 6, "train.local_steps": 5, "train.lr": 2e-3, "eval.every": 6}),
+                                 "train.rounds": 10, "eval.every": 5}),
 }
 
 
@@ -55,7 +56,8 @@ def main() -> None:
 
 
 def write_data(folder: Path, size: int = 1500) -> None:
-    """The same docstrings three times: as text, as somebody who goes on where the user ends, and with the end of another one."""
+    """The same docstrings three times: as text, as somebody who goes on where the user ends, and as that against the same words in
+    another order. (Against the end of another docstring, which only its subject gives away, a model of this size stays at chance.)"""
     data = DataConfig(max_train=size, max_valid=size // 10)
     for name, table in zip(("train", "valid"), docstrings.load(data, masked=False)[:2], strict=True):
         texts, packages = table.columns["text"], table.columns["label"]
@@ -64,10 +66,18 @@ def write_data(folder: Path, size: int = 1500) -> None:
                  for words, package in zip(map(str.split, texts), packages, strict=True) if len(words) > 12]
         talks = [{"messages": [{"role": "user", "content": f"Go on: {start}"}, {"role": "assistant", "content": rest}],
                   "package": package} for start, rest, package in pairs]
-        preferred = [{"prompt": start, "chosen": f" {rest}", "rejected": f" {pairs[(k + 7) % len(pairs)][1]}", "package": package}
-                     for k, (start, rest, package) in enumerate(pairs)]
+        preferred = [{"prompt": start, "chosen": f" {rest}", "rejected": f" {shuffled(rest)}", "package": package}
+                     for start, rest, package in pairs if len(set(rest.split())) > 3]
         for study, lines in (("docstrings", rows), ("conversations", talks), ("preferences", preferred)):
             (folder / f"{study}-{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def shuffled(text: str) -> str:
+    """Its words in another order, the same for the same text."""
+    words, draw = text.split(), random.Random(text)
+    while (found := draw.sample(words, len(words))) == words:
+        pass
+    return " ".join(found)
 
 
 def execute(name: str, scratch: Path) -> None:
@@ -88,7 +98,9 @@ def summarise(name: str, scratch: Path) -> dict:
     lines, alone = (read_lines(folder / "metrics.jsonl") for folder in (output, output / "baseline-local"))
     first, last = ([line["eval"] for line in lines if "eval" in line][k] for k in (0, -1))
     about = json.loads((output / "run.json").read_text())
-    return {"config": COMMON | fields, "metric": metric, "before": first[metric]["mean"], "peers": last["peers"][metric],
+    examples = sum(1 for _ in open(scratch / f"{name}-valid.jsonl"))
+    return {"config": COMMON | fields, "metric": metric, "examples": examples,
+            "before": first[metric]["mean"], "peers": last["peers"][metric],
             "consensus": last["consensus"][metric], "alone": alone[-1]["eval"]["peers"][metric], "evaluation": last,
             "message_bytes": sum(line.get("message_bytes", 0) for line in lines),
             "seconds": round(sum(sum(line.get("seconds", {}).values()) for line in lines), 1),
