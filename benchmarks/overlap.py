@@ -21,7 +21,8 @@ from dfl.store.records import read_lines
 HERE = Path(__file__).parent.parent
 RECIPE = HERE / "launch" / "recipes" / "quickstart.yaml"
 MEGABITS, RANK = 50, 64
-COMMON = {"baseline": "null", "topology": "ring", "method": "lora", "partition": "{name: dirichlet, alpha: 0.3}", "peers": 4,
+PARTITIONS = {"skewed": "{name: dirichlet, alpha: 0.3}", "alike": "iid"}
+COMMON = {"baseline": "null", "topology": "ring", "method": "lora", "partition": PARTITIONS["skewed"], "peers": 4,
           "threads": 1, "processes": 1}
 LINK = {"lora.rank": RANK, "train.rounds": 10, "train.local_steps": 5, "eval.every": 0, "data.max_valid": 20, "data.max_train": 400}
 LEARN = {"train.rounds": 24, "train.local_steps": 5, "eval.every": 24, "data.max_train": 2000}
@@ -34,8 +35,9 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=2, help="runs of each kind on the link, seeds of the recipe")
     args = parser.parse_args()
     if args.part == "accuracy":
-        found = {f"delay {delay}": [learn(delay, seed) for seed in range(args.times)] for delay in (0, 1)}
-        write("overlap_accuracy", {"recipe": "quickstart", **COMMON, **LEARN}, found)
+        found = {f"{name}, delay {delay}": [learn(delay, seed, partition) for seed in range(args.times)]
+                 for name, partition in PARTITIONS.items() for delay in (0, 1)}
+        write("overlap_accuracy", {"recipe": "quickstart", **COMMON, **LEARN, "partition": PARTITIONS}, found)
         return
     runs: dict[int, list[dict]] = {0: [], 1: []}
     for _ in range(args.times):
@@ -72,11 +74,12 @@ def on_link(delay: int) -> dict:
     return row | {"message_bytes": records[0]["message_bytes"] // records[0]["edges"]}
 
 
-def learn(delay: int, seed: int) -> dict:
+def learn(delay: int, seed: int, partition: str) -> dict:
     """Accuracy at the end, of the peers' models on average and of the consensus model."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        subprocess.run([sys.executable, *words(run, LEARN | {"delay": delay, "seed": seed})], check=True, capture_output=True,
+        fields = LEARN | {"delay": delay, "seed": seed, "partition": partition}
+        subprocess.run([sys.executable, *words(run, fields)], check=True, capture_output=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = read_lines(run / "metrics.jsonl")[-1]["eval"]
     return {"peers": round(found["accuracy"]["mean"], 4), "consensus": round(found["consensus"]["accuracy"], 4)}
