@@ -13,11 +13,12 @@ from dfl.run.parent import end_with_launcher
 # command -> module; they load nothing heavy until their command runs
 COMMANDS = {"train": "train", "eval": "evaluate", "export": "export", "sweep": "sweep", "list": "listing", "report": "report",
             "watch": "watch", "generate": "generate", "collect": "collect", "replay": "replay",
-            "certificates": "certificates"}
+            "certificates": "certificates", "plan": "plan"}
 EXAMPLES = """examples:
   dfl train launch/recipes/quickstart.yaml --method.T 5 --output runs/five
   torchrun --nproc-per-node 2 -m dfl train launch/recipes/quickstart.yaml
   dfl sweep launch/recipes/sweep.yaml --jobs 2
+  dfl plan launch/recipes/quickstart.yaml --bandwidth 50 --latency 50 --target 0.6
   dfl eval runs/five --data mine.csv --peer 3 --predictions said.jsonl
   dfl export runs/five --peer consensus --merge
   dfl generate runs/chat "What is a graph?" --peer 3
