@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,12 @@ def test_every_test_of_launchers_has_its_rooms_and_every_room_is_there():
     assert sorted(ROOMS) == SLOW
     for test, parts in ROOMS.items():
         assert parts and all((ROOT / part).exists() for part in parts), (test, [p for p in parts if not (ROOT / p).exists()])
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest could not run them together."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_the_core_has_one_of_each_kind():
