@@ -260,4 +260,3 @@ def test_a_run_with_survivors_outlives_a_task_and_a_node(place):
     assert "going on without process 3 (" in log and "requeued" not in log
     assert not re.search("Traceback|terminate called|frame #", log), log
     assert [workplace.rounds_recorded(place / output / f"process-{k}") for k in (0, 2)] == [1000, 1000]
-    assert "1000 rounds; losses the same in 1000; " in workplace.run(place, "dfl", "replay", output, timeout=400)
