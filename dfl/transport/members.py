@@ -274,8 +274,9 @@ class Members:
         return _state(self._settling.known, self._settling.info)
 
     def _tell_all(self) -> None:
+        told = self._state()
         for process in self.mail.connected():
-            self._send(process, _STATE, self._state())
+            self._send(process, _STATE, told)
 
     def _take(self, seconds: float) -> None:
         """All that has arrived; waits so long for the first."""
@@ -304,11 +305,11 @@ class Members:
         sender = Member(process, start)
         if kind == _HAIL:
             known = Known() if self._heard is not None else self._settling.known
-            self._send(process, _BOOK, json.dumps({"known": json.loads(known.text()), "begun": bool(self._view)}).encode())
+            self._send(process, _BOOK, json.dumps({"known": known.text(), "begun": bool(self._view)}).encode())
         elif kind == _BOOK:
             tree = json.loads(data[_HEAD.size:])
             if self._heard is not None:
-                self._heard[process] = sender, Known.read(tree["known"], self.size), bool(tree["begun"])
+                self._heard[process] = sender, Known.parse(tree["known"], self.size), bool(tree["begun"])
         elif self._heard is not None:  # this process has not joined yet
             pass
         elif kind == _STATE:
@@ -329,7 +330,7 @@ class Members:
             raise ValueError(f"a message of kind {kind}")
 
     def _learn(self, sender: Member, tree: dict[str, Any]) -> None:
-        known, info = Known.read(tree["known"], self.size), tree["info"]
+        known, info = Known.parse(tree["known"], self.size), tree["info"]
         if info is not None and not isinstance(info, dict):
             raise ValueError(f"what it tells of itself is no table: {str(info)[:80]}")
         if sender not in known.joined:
@@ -389,4 +390,4 @@ class Members:
 
 def _state(known: Known, info: Any, again: bool = False) -> bytes:
     """again: it repeats what was said when the members settled. Nobody is to answer: two that have settled would without end."""
-    return json.dumps({"known": json.loads(known.text()), "info": info, "again": again}).encode()
+    return json.dumps({"known": known.text(), "info": info, "again": again}).encode()

@@ -7,6 +7,7 @@ members are a function of it alone: processes that know the same agree, in whate
 Pure: no clock, no connection (members.py has both).
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -57,6 +58,7 @@ class Known(NamedTuple):
             found[member.process] = member
         return set(found.values())
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - asked for again and again, of the few that are known at a time
     def members(self) -> tuple[Member, ...]:
         """By process: all that joined, without those that are out, that are accused and have not answered, and without one end of
         every accusation that was answered: of two that cannot hear each other only one can stay, as W has to be the same at both."""
@@ -91,8 +93,15 @@ class Known(NamedTuple):
         """8 bytes that are the same where the same is known."""
         return hashlib.sha256(self.text().encode()).digest()[:8]
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - told to all others
     def text(self) -> str:
         return json.dumps([sorted(part) for part in self], separators=(",", ":"))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=32)
+    def parse(text: str, size: int) -> "Known":
+        """From what `text` gives, which many tell alike. ValueError for what is none, of processes 0 to size - 1."""
+        return Known.read(json.loads(text), size)
 
     @classmethod
     def read(cls, tree: object, size: int) -> "Known":

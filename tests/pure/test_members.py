@@ -139,7 +139,7 @@ class Silence:
 
 
 def told(known: Known, info=None) -> bytes:
-    return struct.pack("<BI", 3, 0) + json.dumps({"known": json.loads(known.text()), "info": info, "again": False}).encode()
+    return struct.pack("<BI", 3, 0) + json.dumps({"known": known.text(), "info": info, "again": False}).encode()
 
 
 LIES = {"no message": b"\x01", "bad JSON": struct.pack("<BI", 3, 0) + b"{", "no table": struct.pack("<BI", 3, 0) + b"5",
