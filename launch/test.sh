@@ -19,4 +19,4 @@ fi
 # pure tests side by side, a file to a worker and the longest first
 "$VENV/bin/python" -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15 "${due[@]}" tests/pure tests/graphs
 # tests that start processes: Slurm's, which mostly wait, those that wait on the clock one after the other, and all others
-exec "$VENV/bin/python" -m pytest -q -n 4 --dist loadgroup --no-loadscope-reorder --durations=15 "${due[@]}" tests/distributed tests/real tests/launch
+exec "$VENV/bin/python" -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder --durations=15 "${due[@]}" tests/distributed tests/real tests/launch
