@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHAPES = (0.5, 0.75, 1.0, 1.5, 2.0)  # p
+SHAPES = (0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)  # p
 RANGE = (0.1, 0.9)  # of the weight of all curves
 _SLOWEST = 10  # the largest time constant, in probes
 _FINEST = 1e-3  # errors below this share of what a curve rises by are none: no curve is so exact
