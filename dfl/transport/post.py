@@ -104,7 +104,7 @@ class Post:
         until = time.monotonic() + seconds
         with self._lock:
             lines = list(self._lines.values())
-        while any(line.busy for line in lines) and time.monotonic() < until:
+        while not all(line.arrived for line in lines) and time.monotonic() < until:
             time.sleep(0.005)
 
     def close(self) -> None:
@@ -266,8 +266,13 @@ class _Line:
 
     @property
     def busy(self) -> bool:
-        """Whether something has not been written yet, or not been received at the other end."""
-        return not self._broken and (self._out.unfinished_tasks > 0 or _on_the_way(self.connection) > 0)
+        """Whether something has not been written yet."""
+        return not self._broken and self._out.unfinished_tasks > 0
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nothing is left to write, and all has been received at the other end."""
+        return self._broken or not self.busy and _on_the_way(self.connection) == 0
 
     def put(self, kind: int, data: bytes) -> None:
         self._out.put((kind, data))
@@ -294,7 +299,7 @@ def _on_the_way(connection: socket.socket) -> int:
     """Bytes that the other end has not acknowledged; what is closed before loses them where it has something unread itself."""
     try:
         return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]
-    except OSError:
+    except (OSError, ValueError):  # it is closed
         return 0
 
 

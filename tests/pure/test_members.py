@@ -63,6 +63,14 @@ def test_who_leaves_with_something_unread_is_heard_to_the_end(posts):
     assert zero.events.get(timeout=10).data == last
 
 
+def test_nothing_is_on_the_way_through_a_closed_connection(posts):
+    zero, one = posts(0), posts(1)
+    one.connect(zero.book[0])
+    line = one._lines[0]
+    line.connection.close()
+    assert line.arrived
+
+
 def test_after_the_word_that_all_have_ended_nobody_is_missed(capsys):
     mail = Silence()
     members = Members(mail, 0, 3, timeout=5.0)
