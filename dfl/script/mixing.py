@@ -30,7 +30,7 @@ from dfl.script.settings import build_method, check_able
 from dfl.script.sharding import check_parts
 from dfl.slots import Plan
 from dfl.store.records import finite
-from dfl.training.base import AfterStep, DivergenceError
+from dfl.training.base import AfterStep, DivergenceError, all_finite
 from dfl.transport.handshake import check_settings, model_digest
 from dfl.transport.shards import mine, part_like, put_away
 
@@ -220,7 +220,7 @@ class Mixing:
         self.row.read()
         self.peer.transport.round = self.completed
         status = _TRAINS if training else _LEFT if self.steps else _DONE
-        if not (bool(self.row.x.sum().isfinite()) or bool(self.row.x.isfinite().all())):  # the first is ten times as fast
+        if not all_finite(self.row.x):
             status = _DIVERGED + self.peer.rank
         agreed = self._agree(status)
         if agreed == _DONE:

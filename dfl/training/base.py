@@ -7,12 +7,20 @@ one's own with any object that has `run`. Nothing here knows a model.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dfl.slots import Plan
 
 AfterStep = Callable[[int, Tensor, int], Tensor]  # (row, x_D, step) -> x_D behind that step
 Halt = Callable[[int], bool]  # asked between two steps, with the number of those left: whether to stop there
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether all numbers of tensors on one device are finite. A sum is only where all that it adds up are, and takes a tenth of the
+    time of a look at each, which is left for sums that are not."""
+    together = torch.stack([tensor.sum() for tensor in tensors]).sum()
+    return bool(together.isfinite()) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class LocalTrainer(Protocol):
