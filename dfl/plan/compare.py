@@ -2,14 +2,17 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dfl.config import resolve
+from dfl.metrics.numbers import spearman
 from dfl.plan import table
 from dfl.plan.candidates import FIELDS
-from dfl.plan.model import rank_correlation
 from dfl.report.runs import counted, evaluated, number, spent
 from dfl.store.runs import RunData, read_all
 from dfl.sweep.grid import lookup as value_of
@@ -92,10 +95,17 @@ def _in_all(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                                                              for one in found)}
     for name in MEASURED:
         pairs = [(one["planned"][name], one["took"][name]) for one in both if one["took"][name] is not None]
-        off = sorted(abs(planned / took - 1) for planned, took in pairs if took)
-        result[name] = {"median_error": off[len(off) // 2] if off else None, "largest_error": off[-1] if off else None,
+        off = [abs(planned / took - 1) for planned, took in pairs if took]
+        result[name] = {"median_error": statistics.median(off) if off else None, "largest_error": max(off, default=None),
                         "rank_correlation": rank_correlation(*zip(*pairs, strict=True)) if pairs else None}
     return result
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's; None for fewer than three pairs, or where all of one side are equal."""
+    both = torch.tensor([one, other], dtype=torch.float64).T
+    found = spearman(0).value(both, torch.ones(len(both), dtype=torch.float64)) if len(both) >= 3 else math.nan
+    return None if math.isnan(found) else found
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

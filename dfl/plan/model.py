@@ -196,15 +196,3 @@ def _quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:
     order = np.argsort(values, kind="stable")
     place = np.searchsorted(np.cumsum(weight[order]), share * weight.sum())
     return float(values[order[min(place, len(order) - 1)]])
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Spearman's, ties sharing their mean rank; None for fewer than three pairs, or where all of one side are equal."""
-    if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
-        return None
-    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    table = np.asarray(values, dtype=float)
-    return np.array([(table < value).sum() + ((table == value).sum() - 1) / 2 for value in table])

@@ -11,6 +11,7 @@ from dfl.report.markdown import row
 _COLUMNS = ("", "topology", "method", "codec", "trigger", "local steps", "rounds", "seconds", "MB", "said", "rho", "")
 _FIELDS = ("topology", "method", "codec", "trigger", "train.local_steps")
 SHOWN = 20
+_NONE = "none of them is expected to reach it: more rounds of --probe say more, or a target nearer to what was measured is one"
 
 
 def text(value: Any) -> str:
@@ -64,15 +65,19 @@ def lines(plan: Mapping[str, Any], shown: int = SHOWN) -> list[str]:
     found = plan["combinations"]
     rest = [f"... and {len(found) - shown} more in plan.json"] if len(found) > shown else []
     return [heading(plan), "", *aligned([_COLUMNS, *(cells(one) for one in found[:shown])]), *rest, "", *remarks(plan), "",
-            f"the first of them: {found[0]['command']}" if found[0]["rounds"] is not None else
-            "none of them is expected to reach it: more rounds of --probe say more, or a target nearer to what was measured is one"]
+            f"the first of them: {found[0]['command']}" if _reached(found[0]) else _NONE]
+
+
+def _reached(line: Mapping[str, Any]) -> bool:
+    """Whether a combination is expected to come to the target; in a plan that was read, None stands for infinity."""
+    return line["rounds"] is not None and math.isfinite(line["rounds"])
 
 
 def markdown(plan: Mapping[str, Any]) -> str:
     found = plan["combinations"]
     body = [row(_COLUMNS), row(["---"] * len(_COLUMNS)).replace("\\", ""), *(row(cells(one)) for one in found)]
     parts = ["# Plan", heading(plan), "\n".join(body), "\n".join(f"- {one}" for one in remarks(plan)),
-             f"```bash\n{found[0]['command']}\n```"]
+             f"```bash\n{found[0]['command']}\n```" if _reached(found[0]) else _NONE]
     return "\n\n".join(parts) + "\n"
 
 

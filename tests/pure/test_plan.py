@@ -194,3 +194,4 @@ def test_where_nothing_reaches_the_target_no_command_is_recommended(plan):
     assert table.lines(plan)[-1] == f"the first of them: {plan['combinations'][0]['command']}"
     nothing = plan | {"combinations": [one | {"rounds": None, "seconds": None, "bytes": None} for one in plan["combinations"]]}
     assert table.lines(nothing)[-1].startswith("none of them is expected to reach it")
+    assert "none of them is expected to reach it" in table.markdown(nothing) and "```" not in table.markdown(nothing)

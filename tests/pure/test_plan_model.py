@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import topologies
-from dfl.plan import model
+from dfl.plan import compare, model
 from dfl.plan.model import Moments, Response
 
 RING = topologies.build("ring", 8)
@@ -127,7 +127,7 @@ def test_disagreement_delays_the_target():
 
 
 def test_ranks_correlate_as_spearman_has_it():
-    assert model.rank_correlation([1, 2, 3], [10, 20, 400]) == pytest.approx(1)
-    assert model.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert model.rank_correlation([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(0.948683, abs=1e-6)  # scipy.stats.spearmanr
-    assert model.rank_correlation([1, 2], [1, 2]) is None and model.rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    assert compare.rank_correlation([1, 2, 3], [10, 20, 400]) == pytest.approx(1)
+    assert compare.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert compare.rank_correlation([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(0.948683, abs=1e-6)  # scipy.stats.spearmanr
+    assert compare.rank_correlation([1, 2], [1, 2]) is None and compare.rank_correlation([1, 1, 1], [1, 2, 3]) is None
