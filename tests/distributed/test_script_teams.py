@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import own_loop
 import pytest
@@ -111,18 +112,28 @@ def test_parts_on_other_processes_than_the_peer_s_and_an_optimiser_without_facto
         assert "the optimiser has none of the model's factors" in without
 
 
-def _killed_in_parts(rank: int, victim: int) -> str:
-    net = own_loop.in_parts(own_loop.model(), _mesh(rank))
+def _until_gone(net: torch.nn.Module, happens: Callable[[], object], gone=ConnectionError) -> str:
+    """A loop of a peer of two processes, in whose sixth step something happens: the error that it ends with."""
     optimizer = own_loop.adamw(net)
     try:
         with dfl.Gossip(net, optimizer, 2, method="lora", processes_per_peer=2) as gossip:
             for number in range(8):
-                if rank == victim and number == 5:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if number == 5:
+                    happens()
                 own_loop.step(net, optimizer, gossip.rank, number)
-    except (ConnectionError, RuntimeError) as error:
+    except gone as error:
         return str(error)
     return "done"
+
+
+def _kill(rank: int, victim: int) -> None:
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_in_parts(rank: int, victim: int) -> str:
+    net = own_loop.in_parts(own_loop.model(), _mesh(rank))
+    return _until_gone(net, lambda: _kill(rank, victim), (ConnectionError, RuntimeError))
 
 
 @pytest.mark.parametrize("victim", [2, 3])
@@ -133,17 +144,7 @@ def test_a_killed_process_that_held_a_part_of_the_factors_ends_all(victim):
 
 
 def _killed(rank: int, victim: int) -> str:
-    net = own_loop.model()
-    optimizer = own_loop.adamw(net)
-    try:
-        with dfl.Gossip(net, optimizer, 2, method="lora", processes_per_peer=2) as gossip:
-            for number in range(8):
-                if rank == victim and number == 5:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                own_loop.step(net, optimizer, gossip.rank, number)
-    except ConnectionError as error:
-        return str(error)
-    return "done"
+    return _until_gone(own_loop.model(), lambda: _kill(rank, victim))
 
 
 @pytest.mark.parametrize("victim", [2, 3])
@@ -158,19 +159,15 @@ def _stopped(rank: int, victim: int, folder: str) -> str:
     watch.SILENT_SECONDS, watch.BEAT_SECONDS = 3.0, 0.5
     with open(f"{folder}/said-{rank}", "wb") as file:
         os.dup2(file.fileno(), 2)
-    net, own = own_loop.model(), dist.new_group([2, 3])
-    optimizer = own_loop.adamw(net)
-    try:
-        with dfl.Gossip(net, optimizer, 2, method="lora", processes_per_peer=2) as gossip:
-            for number in range(8):
-                if rank == victim and number == 5:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                if rank == 5 - victim and number == 5:
-                    dist.barrier(own)
-                own_loop.step(net, optimizer, gossip.rank, number)
-    except ConnectionError as error:
-        return str(error)
-    return "done"
+    own = dist.new_group([2, 3])
+
+    def happens() -> None:
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if rank == 5 - victim:
+            dist.barrier(own)
+
+    return _until_gone(own_loop.model(), happens)
 
 
 @pytest.mark.parametrize("victim", [2, 3])
