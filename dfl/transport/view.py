@@ -39,7 +39,16 @@ class Known(NamedTuple):
     out: frozenset[Member] = frozenset()
 
     def join(self, other: "Known") -> "Known":
-        return Known(self.joined | other.joined, self.accused | other.accused, self.denied | other.denied, self.out | other.out)
+        return Known(self.joined | other.joined, self.accused | other.accused, self.denied | other.denied,
+                     self.out | other.out)._that_counts()
+
+    def _that_counts(self) -> "Known":
+        """Without accusations that change nothing any more, as who is out stays out: those with an end that is out, and, of those that
+        were answered, which count against a member for as long as it is one, those with both. The members are the same, and it does
+        not matter in which order what processes know is put together; but what is told does not grow with the hours."""
+        denied = frozenset(one for one in self.denied if one.by not in self.out or one.of not in self.out)
+        accused = frozenset(one for one in self.accused if one in denied or one.by not in self.out and one.of not in self.out)
+        return self._replace(accused=accused, denied=denied)
 
     def with_joined(self, *members: Member) -> "Known":
         return self._replace(joined=self.joined | set(members))
@@ -82,7 +91,7 @@ class Known(NamedTuple):
 
     def settled(self) -> "Known":
         """The same once its members have agreed on it: whoever is no member now must join again."""
-        return self._replace(out=self.out | (self.joined - set(self.members())))
+        return self._replace(out=self.out | (self.joined - set(self.members())))._that_counts()
 
     def goes_before(self, others: Iterable[Member]) -> bool:
         """Whether its members are those that go on, of two runs that go on without each other: those that are more, or else those

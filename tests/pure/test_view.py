@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dfl.transport.view import Known, Member, Settling, of_one_run
+from dfl.transport.view import Accusation, Known, Member, Settling, of_one_run
 
 
 def a_group(size: int) -> Known:
@@ -56,6 +56,27 @@ def test_who_was_left_out_comes_back_as_another_member_only():
     assert numbers(accusing(again, (1, 0))) == [0, 1, 2]  # of the one before
 
 
+def test_what_is_told_does_not_grow_with_the_hours_and_the_members_stay_the_same():
+    rng = random.Random(0)
+    known = whole = Known().with_joined(*(Member(process) for process in range(8)))
+    sizes = []
+    for _ in range(300):  # one is not heard for a while by all others, answers or does not, and comes back as another
+        there = whole.members()
+        gone = rng.choice(there)
+        said = [Accusation(one, gone) for one in there if one != gone]
+        said += [Accusation(gone, one) for one in there if one != gone and rng.random() < 0.5]
+        answers = [one for one in said if rng.random() < 0.7]
+        more = Known(accused=frozenset(said), denied=frozenset(answers))
+        known, whole = known.join(more), Known(*(one | other for one, other in zip(whole, more, strict=True)))
+        assert known.members() == whole.members()
+        known, out = known.settled(), whole.out | (whole.joined - set(whole.members()))
+        back = [Member(one.process, one.start + 1) for one in whole.latest() & out]
+        known, whole = known.with_joined(*back), whole._replace(out=out).with_joined(*back)
+        assert known.members() == whole.members()
+        sizes.append(len(known.accused) + len(known.denied))
+    assert len(whole.accused) > 2000 and max(sizes[100:]) <= 1.5 * max(sizes[:100])
+
+
 @pytest.mark.parametrize("tree", [None, {}, [], [[], [], []], [[[0, 0, 0]], [], [], []], [[[9, 0]], [], [], []],
                                   [[[0, -1]], [], [], []],
                                   [[["0", 0]], [], [], []], [[], [[0, 1]], [], []], [[], [], [], 5], [[[True, 0]], [], [], []]])
@@ -84,7 +105,7 @@ class Network:
         self.dead: set[int] = set()
         self.cut: set[tuple[int, int]] = set()
         self.ever_cut = False
-        self.under_way: list[tuple[int, int, Member, Known]] = []
+        self.under_way: list[tuple[int, int, Member, Known, bool]] = []  # the last: it is settling, and told of itself
         self.settled: dict[int, Known] = {}
         self.views: set[int] = set()  # those that have been members
         self.answered: dict[tuple[int, Member], Known] = {}
@@ -100,14 +121,14 @@ class Network:
         self.settled.pop(process, None)
         for q in range(self.size):
             if q != process and (process, q) not in self.cut:
-                self.under_way.append((process, q, one.me, one.known))
+                self.under_way.append((process, q, one.me, one.known, True))
 
     def deliver(self) -> None:
         """One message of a random link, in the order of that link."""
         links = sorted({(a, b) for a, b, *_ in self.under_way})
         a, b = self.rng.choice(links)
         k = next(k for k, one in enumerate(self.under_way) if one[:2] == (a, b))
-        _, _, sender, known = self.under_way.pop(k)
+        _, _, sender, known, settling = self.under_way.pop(k)
         if b in self.dead:
             return
         verdict = self.at[b].verdict(sender, known) if b in self.views else "learn"
@@ -119,12 +140,12 @@ class Network:
         elif verdict == "tell" or sender in self.at[b].known.out:
             if self.answered.get((b, sender)) != self.at[b].known:
                 self.answered[b, sender] = self.at[b].known
-                self.under_way.append((b, a, self.at[b].me, self.at[b].known))
+                self.under_way.append((b, a, self.at[b].me, self.at[b].known, b not in self.settled))
         elif self.at[b].receive(sender, known):
             self.tell(b)
-        elif b in self.settled and a not in self.settled and self.answered.get((b, sender)) != self.settled[b]:
+        elif b in self.settled and settling and self.answered.get((b, sender)) != self.settled[b]:
             self.answered[b, sender] = self.settled[b]  # it has missed the last word
-            self.under_way += [(b, a, self.at[b].me, known) for known in (self.settled[b], self.settled[b].settled())]
+            self.under_way += [(b, a, self.at[b].me, known, False) for known in (self.settled[b], self.settled[b].settled())]
         self.settle(b)
 
     def settle(self, process: int) -> None:
@@ -232,7 +253,7 @@ class Split(Network):
                 known = self.at[process].known
                 for q in range(self.size):
                     if q != process and q not in self.dead:
-                        self.under_way.append((process, q, self.at[process].me, known))
+                        self.under_way.append((process, q, self.at[process].me, known, process not in self.settled))
             self.quieten()
             out = [p for p in self.alive() if self.at[p].me not in self.at[p].known.members()]
             self.dead |= set(out)
