@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfl.transport import frames
 from dfl.transport.group import Begun, Group, Waiter, address_of
-from dfl.transport.notes import GRACE, Note, Notes
+from dfl.transport.notes import Note, Notes
 from dfl.transport.stopping import Stopped
 from dfl.transport.watch import Watch, held_up_by, no_life, waits_for
 
@@ -155,7 +155,7 @@ class Link:
         self._end_watch()
         self.group.abort()
         if self.rank == self._store_holder:
-            time.sleep(GRACE)  # the store is in this process, and the others have yet to read it
+            self.notes.linger(set(self.members) - {self.rank})
 
     def close(self) -> None:
         """Leave together."""

@@ -7,11 +7,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 # seconds in which the notes of those who noticed at the same time have to be there
 GRACE = 2.0
+# seconds for which who holds the store waits at most for those that have yet to read why
+LINGER = 10.0
 
 
 class Note(NamedTuple):
@@ -48,7 +50,22 @@ class Notes:
                 continue
             seen.add(found)
             note = self._read(found) or note
+        self._ask(lambda: self.store.set(_read_key(self.process), ""))
         return note
+
+    def linger(self, others: Iterable[int]) -> None:
+        """The store is in this process: until the others have read why it ends, or have an error of their own. Who is accused and
+        says nothing itself has gone."""
+        left, accused, begun = set(others), set[int](), time.monotonic()
+        while left and self.store is not None and time.monotonic() < begun + LINGER:
+            for q in sorted(left):
+                note = self._read(q) if self._has(q) else None
+                accused.update(note.accused if note else ())
+                if note and note.error or self._ask(lambda q=q: self.store.check([_read_key(q)])):
+                    left.discard(q)
+            if time.monotonic() > begun + GRACE:
+                left -= accused
+            time.sleep(0.05)
 
     def _has(self, process: int) -> bool:
         return bool(self._ask(lambda: self.store.check([note_key(process)])))
@@ -93,3 +110,8 @@ class Notes:
 
 def note_key(process: int) -> str:
     return f"dfl/note/{process}"
+
+
+def _read_key(process: int) -> str:
+    """There once a process has read why a run ends."""
+    return f"dfl/note/{process}/read"

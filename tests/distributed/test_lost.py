@@ -6,9 +6,12 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from members import free_ports
 from processes import distributed, ring_exchange, run_processes
 
 from dfl.transport import Distributed, notes
+from dfl.transport.group import Group
 
 pytestmark = [pytest.mark.distributed, pytest.mark.clock]
 PATIENCE = 1.0
@@ -86,3 +89,28 @@ def test_an_error_of_one_process_is_told_to_the_others(culprit, error, kind):
             assert said == f"{kind}: process {culprit} (peer {culprit}, host host{culprit}) stopped in round 3: {error}"
         else:
             assert said == f"{type(error).__name__}: {error}"
+
+
+def late_worker(rank: int, port: int) -> str:
+    """Process 1 has an error, process 0 holds the store and notices at once, process 2 is busy for longer than notes are awaited."""
+    store = dist.TCPStore("127.0.0.1", port, 3, rank == 0, wait_for_workers=False)
+    transport = Distributed(3, Group(store, rank, 3, timeout=30), device=torch.device("cpu"), timeout=30)
+    transport.introduce(f"host{rank}")
+    transport.round = 2
+    try:
+        if rank == 1:
+            raise OSError(28, "No space left on device", "run/metrics.jsonl")
+        time.sleep(0 if rank == 0 else 2 * notes.GRACE)
+        transport.agree(0)
+    except OSError as failure:
+        began = time.monotonic()
+        transport.leave(failure)
+        del transport, store
+        return f"{failure} / {time.monotonic() - began:.1f}"
+    return "nothing was noticed"
+
+
+def test_who_comes_late_still_reads_why_from_the_process_that_holds_the_store():
+    said = [text.split(" / ") for text in run_processes(late_worker, 3, free_ports(1)[0])]
+    assert said[2][0] == said[0][0] == f"process 1 (peer 1, host host1) stopped in round 3: {said[1][0]}"
+    assert notes.GRACE < float(said[0][1]) < notes.LINGER - 2 and float(said[2][1]) < 1  # and nobody waits for longer
