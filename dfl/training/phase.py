@@ -13,6 +13,7 @@ from dfl.adapters.layout import empty_rows
 from dfl.seeds import derive
 from dfl.slots import Plan
 from dfl.training.base import AfterStep, DivergenceError, Halt, all_finite
+from dfl.training.batches import Batches, Wanted
 from dfl.training.dropout import PeerDropout
 from dfl.training.executors import Executor, Stacked, autocasts, logit_bytes
 from dfl.training.hosted import HostedPeers, Part
@@ -54,6 +55,7 @@ class ModelTrainer:
                  together: Together | None = None):
         self.peers, self.task, self.split, self.executor, self.together = peers, task, split, executor, together
         self.row_bytes = logit_bytes(peers.adapted.model, peers.train.batch_size * max_length)
+        self.batches = Batches(peers, task, split)
         self.generators = [torch.Generator(peers.device) for _ in peers.ids]
 
     def run(self, x: Tensor, plans: Sequence[Plan], corrections: Sequence[Tensor | None], t: int, *,
@@ -93,8 +95,10 @@ class ModelTrainer:
                 active = [row for row in index if done[row] <= k < peers.steps(row)]
                 if phase.halt and phase.halt(phase.num_steps - sum(done)):
                     self._keep_generators(phase, index)
+                    self.batches.settle()
                     return False
-                self._count(phase, k, active, self._step(phase, k, active, forward))
+                after = tuple(row for row in index if done[row] <= k + 1 < peers.steps(row))
+                self._count(phase, k, active, self._step(phase, k, active, after, forward))
         return True
 
     def _count(self, phase: _Phase, k: int, active: list[int], losses: Tensor) -> None:
@@ -132,16 +136,15 @@ class ModelTrainer:
                 phase.part.generators[row] = {"own": self.generators[row].get_state(), "global": torch.get_rng_state(),
                                               **on_device}
 
-    def _step(self, phase: _Phase, k: int, active: list[int], forward) -> Tensor:
-        """Step k of the rows `active`: their losses."""
+    def _step(self, phase: _Phase, k: int, active: list[int], after: tuple[int, ...], forward) -> Tensor:
+        """Step k of the rows `active`: their losses. after: the rows of the next one."""
         peers, train = self.peers, self.peers.train
         if train.privacy.noise is not None:
             return self._private_step(phase, k, active)
         peers.factors.zero_gradients(active)
         peers.factors.refresh()
         total = torch.zeros(len(active), device=peers.device)
-        batches = [self._collate(active, [(phase.t * peers.steps(row) + k) * train.accumulation + micro for row in active])
-                   for micro in range(train.accumulation)]
+        batches = self.batches.of(Wanted(phase.t, k, tuple(active)), Wanted(phase.t, k + 1, after) if after else None)
         shares = self._shares(batches, len(active))
         if self.together is not None:
             total[0] = self._step_together(phase, active[0], batches, shares, forward)
@@ -210,14 +213,6 @@ class ModelTrainer:
             return None
         counted = torch.stack([self.task.weights(batch, num_groups) for batch in batches])
         return counted / counted.sum(0).clamp(min=1)
-
-    def _collate(self, active: list[int], numbers: list[int]) -> dict[str, Tensor]:
-        streams, features = self.peers.streams, self.split.features
-        chosen = [i for row, number in zip(active, numbers, strict=True) for i in streams[row].batch(number)]
-        # of a packed row all of its examples
-        rows = [self.task.pack([features[j] for j in i]) if isinstance(i, np.ndarray) else features[i] for i in chosen]
-        batch = self.task.collate(rows)
-        return {key: value.to(self.peers.device, non_blocking=True) for key, value in batch.items()}
 
     @property
     def _autocasts(self) -> bool:
