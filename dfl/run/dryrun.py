@@ -10,6 +10,7 @@ import yaml
 from dfl import tasks
 from dfl.config import Config
 from dfl.run import callbacks, workers
+from dfl.run.advice import advice
 from dfl.run.build import check, data_seed, divide
 from dfl.run.folder import look
 from dfl.run.preflight import memory_lines, ready
@@ -36,7 +37,8 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
         _check_tables(config)
     else:
         parts = ready(config, topology, device, place)[1]
-    return "".join([*_comments([*_code(config), *missing]), yaml.safe_dump(config.to_dict(), sort_keys=False),
+    told = [*_code(config), *filter(None, [advice(config)]), *missing]
+    return "".join([*_comments(told), yaml.safe_dump(config.to_dict(), sort_keys=False),
                     *_comments(memory_lines(parts, device, place) if parts else [])])
 
 

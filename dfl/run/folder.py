@@ -18,6 +18,7 @@ from dfl.config.compare import described, differences
 from dfl.config.recipes import read_yaml
 from dfl.methods import phases_field
 from dfl.report import evaluation_line, training_line
+from dfl.run.advice import advice
 from dfl.run.build import Loaded, chosen_slots
 from dfl.run.checkpoint import choose
 from dfl.run.console import Console
@@ -276,6 +277,8 @@ class Recording:
         if run.completed == 0:
             self.console.say(shards)
         self.console.say(_opening(config, run, runtime, loaded))
+        if told := advice(config):
+            self.console.say(told)
 
     def round(self, record: dict) -> None:
         self.lines.write(record)
