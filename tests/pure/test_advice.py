@@ -37,6 +37,6 @@ def test_a_run_and_a_dry_run_say_it(tmp_path, capsys):
     config = load(None, [word for word in words if not word.startswith("--method")])
     assert "# no method is named, so it is tad; " in dry_run(config)
     assert train(config) == 0
-    assert capsys.readouterr().out.count("no method is named") == 1
+    assert capsys.readouterr().err.count("no method is named") == 1
     named = tiny_runs.make_config(root / "bert", root / "data.csv", tmp_path / "named", train__rounds=1, method="tad")
     assert "no method is named" not in dry_run(named)
