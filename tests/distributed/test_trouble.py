@@ -191,18 +191,19 @@ def goes_on(run: trouble.Together, undisturbed: dict[str, str]) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("how", FAULTS)
-def test_without_survivors_all_end_and_say_so_and_nothing_that_was_saved_is_lost(place, tmp_path, server, undisturbed, how):
+@pytest.mark.parametrize("how, culprit", [*((how, 0) for how in FAULTS), ("full", 1)])
+def test_without_survivors_all_end_and_say_so_and_nothing_that_was_saved_is_lost(place, tmp_path, server, undisturbed, how, culprit):
+    """Also where the culprit is not the one that holds the store in which the others read why."""
     with begin(together(place, tmp_path, server), 25) as run:
         saved = [folder.name for folder in complete(run.output(0))]
-        fail(run, 0, how)
+        fail(run, culprit, how)
         begun = time.monotonic()
         assert [run.wait(process) for process in range(3)] == [1] * 3, run.everything()
         assert time.monotonic() - begun < 20
         for process in range(3):
             lines = [line for line in run.said(process).splitlines() if line.startswith("dfl: ")]
             assert len(lines) == 1 and FAULTS[how][1] in lines[0], run.said(process)
-        mend(run, 0, how)
+        mend(run, culprit, how)
         assert {folder.name for folder in complete(run.output(0))} >= set(saved[-1:])
         goes_on(run, undisturbed)
 
