@@ -1,4 +1,4 @@
-"""The README's list of rooms, from the first sentence of each: `python tests/tree.py` writes it anew."""
+"""The list of rooms in dfl/README.md, from the first sentence of each: `python tests/tree.py` writes it anew."""
 
 import ast
 import re
@@ -54,4 +54,4 @@ def with_tree(text: str) -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(with_tree((ROOT / "README.md").read_text()))
+    (ROOT / "dfl" / "README.md").write_text(with_tree((ROOT / "dfl" / "README.md").read_text()))
