@@ -18,7 +18,7 @@ from pathlib import Path
 
 import triggers_on_text
 from stamp import RESULTS, write
-from triggers_on_text import RECIPE, REGIME, mean
+from triggers_on_text import RECIPES, REGIME, mean
 
 import dfl
 
@@ -50,7 +50,7 @@ def run(out: Path) -> None:
         if stored.exists():
             continue
         fields = {key.replace(".", "__"): value for key, value in (CLOCK | SETTINGS[name]).items()}
-        done = dfl.train(RECIPE, resume=True, output=str(stored.with_suffix("")), seed=seed, **fields)
+        done = dfl.train(RECIPES / "trec6.yaml", resume=True, output=str(stored.with_suffix("")), seed=seed, **fields)
         if not done.finished:
             raise SystemExit(75)
         torn = stored.with_name(stored.name + ".part")

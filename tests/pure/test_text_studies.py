@@ -24,10 +24,10 @@ def study(name: str):
     return module
 
 
-stragglers, many_tasks = study("stragglers"), study("many_tasks")
+stragglers, many_tasks, to_accuracy = study("stragglers"), study("many_tasks"), study("to_accuracy")
 
 
-@pytest.mark.parametrize("made", [stragglers, many_tasks], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [stragglers, many_tasks, to_accuracy], ids=lambda made: made.__name__)
 def test_the_tables_are_of_the_committed_results(made):
     assert made.table() in documents.text("benchmarks/README.md")
 
@@ -80,3 +80,11 @@ def test_what_is_forgotten_is_against_the_adapter_that_was_learnt_alone():
     assert short["bank"]["forgotten"] == pytest.approx([0.1, 0.05, 0.0])  # of the one seed that both have
     assert short["bank"]["bytes"]["payload_bytes"] == 15 and short["bank"]["seeds"] == [0, 1]
     assert list(short) == ["bank", "sparse, alone"]
+
+
+def test_a_target_is_reached_between_two_evaluations_and_only_the_first_time_counts():
+    told = [(0, 0.0, 0, 0.2), (4, 2.0, 8_000_000, 0.5), (8, 4.0, 16_000_000, 0.7), (12, 6.0, 20_000_000, 0.4), (16, 8.0, 3e7, 0.9)]
+    curve = [dict(zip(("round", "seconds", "bytes", "accuracy"), one, strict=True)) for one in told]
+    assert to_accuracy.reached(curve, 0.6) == {"rounds": 6.0, "seconds": 3.0, "MB": 12.0}
+    assert to_accuracy.reached(curve, 0.2) is None and to_accuracy.reached(curve, 0.95) is None
+    assert to_accuracy.reached(curve, 0.5) == {"rounds": 4.0, "seconds": 2.0, "MB": 8.0}
