@@ -214,3 +214,8 @@ def address_of(store) -> tuple[str, int] | None:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return (store.host, store.port) if isinstance(store, dist.TCPStore) else None
+
+
+def held_by_first(store) -> bool:
+    """Whether process 0 holds the store, so that it goes when that goes: it is no file, and not torchrun's."""
+    return address_of(store) is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -1,6 +1,5 @@
 """Frames between the processes of a run: sent, received, checked, and when somebody is missing, who and why."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dfl.transport import frames
-from dfl.transport.group import Begun, Group, Waiter, address_of
+from dfl.transport.group import Begun, Group, Waiter, address_of, held_by_first
 from dfl.transport.notes import Note, Notes
 from dfl.transport.stopping import Stopped
 from dfl.transport.watch import Watch, held_up_by, no_life, waits_for
@@ -26,9 +25,7 @@ class Link:
         self.run, self.timeout, self.round = run % 2**64, timeout, None
         self.names = ["not told"] * self.size
         self.notes = Notes(group.store, self.rank, address_of(group.store))
-        # process 0 holds the store, unless it is a file or torchrun's
-        ours = self.notes.address is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._store_holder = 0 if ours else None
+        self._store_holder = 0 if held_by_first(group.store) else None
         self._watch, self._waiter = None, None
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
 

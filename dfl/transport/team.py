@@ -6,7 +6,6 @@ group, where a process has none, is the team's own world; else it is a new one b
 """
 
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dfl.transport.group import address_of
+from dfl.transport.group import address_of, held_by_first
 from dfl.transport.lookout import Lookout
 from dfl.transport.meeting import meet
 from dfl.transport.notes import Note, Notes, note_key
@@ -54,10 +53,8 @@ class Team:
         self._asks: Any = dist.ProcessGroupGloo(dist.PrefixStore("asks", self.store), rank, size, long)
         self._own_world, self.group = False, cast(Any, None)
         self._part = "works for the same peer" if wish is None else "holds another part of the same base model"
-        address = address_of(store)
-        ours = address is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._store_holder = 0 if ours and first == 0 else None
-        self._notes, self._lookout = Notes(self.store, rank, address), cast(Any, None)
+        self._store_holder = 0 if first == 0 and held_by_first(store) else None
+        self._notes, self._lookout = Notes(self.store, rank, address_of(store)), cast(Any, None)
         if wish is not None:
             self._make_world("cpu:gloo,cuda:nccl" if self._wire(wish) == "nccl" else "gloo", timedelta(seconds=timeout))
 
