@@ -119,14 +119,6 @@ class _Again:
 
 
 def _in_order(came: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Who took its row from another that came in the same round comes after that one."""
-    found: list[int] = []
-    while len(found) < len(came):
-        left = [peer for peer in came if peer not in found]
-        ready = [peer for peer in left if came[peer]["from"] != "neighbours" or not set(map(int, came[peer]["of"])) & set(left)]
-        if not ready:
-            raise ValueError(f"the record is damaged: peers {left} took their rows from each other")
-        found += ready
-    return found
-
-
+    """By their turns in the round: who took a row of another that came in the same round did so after that one came, or, of one that
+    was lost again, before. Those of one turn took none of each other."""
+    return sorted(came, key=lambda peer: (came[peer]["turn"], peer))

@@ -91,6 +91,17 @@ def plan_of(infos: Mapping[int, Mapping[str, Any]]) -> Plan:
     return Plan(first, [q for q, (_, checkpoints) in told.items() if first and first not in checkpoints], True)
 
 
+def came_before(plan: Plan, infos: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """How those members came that did so in this round already, before those that come now."""
+    told = {process: info.get("came") for process, info in infos.items() if process not in plan.coming}
+    return {process: came for process, came in told.items()
+            if isinstance(came, dict) and came.get("round") == plan.round and type(came.get("turn")) is int}
+
+
+def next_turn(before: Mapping[int, Mapping[str, Any]]) -> int:
+    return 1 + max((came["turn"] for came in before.values()), default=-1)
+
+
 def _read_info(process: int, info: Mapping[str, Any]) -> tuple[int | None, list[int]]:
     progress, checkpoints = info.get("progress"), info.get("checkpoints", [])
     right = isinstance(checkpoints, list) and all(type(rounds) is int and rounds >= 0 for rounds in checkpoints)
@@ -201,7 +212,7 @@ class Process:
         self.run.gossip.graph_changed()
         self.run.num_there = len(self.transport.alive)
         if progress is None:
-            self._come(plan, checkpoints)
+            self._come(plan, infos, checkpoints)
         else:
             self._go_back(plan.round)
         self._note_who_came(plan, infos)
@@ -227,10 +238,10 @@ class Process:
         coming = f"; {', '.join(self.coming)} came" if self.coming else ""
         return f"from round {plan.round + 1} on with peers {there}{coming}"
 
-    def _come(self, plan: Plan, checkpoints: list[int]) -> None:
+    def _come(self, plan: Plan, infos: Mapping[int, Mapping[str, Any]], checkpoints: list[int]) -> None:
         """The state of a process that begins, goes on, or comes back."""
         if self.place.rank in plan.coming:
-            self.came = self._way(plan, self.place.rank, checkpoints)
+            self.came = self._way(plan, self.place.rank, checkpoints, next_turn(came_before(plan, infos)))
             if self.came["from"] == "checkpoint":
                 self._restore(self.came["of"])
         elif plan.round:
@@ -262,29 +273,30 @@ class Process:
     def _note_who_came(self, plan: Plan, infos: Mapping[int, Mapping[str, Any]]) -> None:
         """Of all peers that come in this round, how: what the records say, and what a replay does."""
         self.coming = {}
+        before = came_before(plan, infos)
         for process, info in infos.items():
-            came = info.get("came")
-            here = isinstance(came, dict) and came.get("round") == plan.round
-            if process in plan.coming or here:
-                way = came if here and process not in plan.coming else self._way(plan, process, info["checkpoints"])
+            if process in plan.coming or process in before:
+                way = before[process] if process in before else self._way(plan, process, info["checkpoints"], next_turn(before))
                 for peer in self.transport.hosts[process]:
                     self.coming[str(peer)] = {**way, "of": way["of"][str(peer)]} if way["from"] == "neighbours" else way
 
-    def _way(self, plan: Plan, process: int, checkpoints: Sequence[int]) -> dict[str, Any]:
+    def _way(self, plan: Plan, process: int, checkpoints: Sequence[int], turn: int) -> dict[str, Any]:
         """How a process comes into round plan.round: with its own last checkpoint where that is of this round, or where others' rows
         do not fit; else with the mean of its neighbours' rows. The same at all processes.
 
         A checkpoint counts where the run had these peers in the round before it: else the others went another way from there.
+        turn: after all that came in this round before, and may have taken the row that this one had until then.
         """
         peers, t = list(self.transport.hosts[process]), plan.round
         held = [c for c in checkpoints if c <= t and (plan.start or c == 0 or set(peers) <= set(self.living.alive(c - 1)))]
         if t in held or not self._takes_rows() and held:
-            return {"round": t, "from": "checkpoint", "of": max(held)}
+            return {"round": t, "turn": turn, "from": "checkpoint", "of": max(held)}
         if not self._takes_rows():
             raise FaultError(process, "has no checkpoint, and others' rows do not fit: ranks or residuals are each peer's own")
         coming = [peer for other in plan.coming for peer in self.transport.hosts[other]]
         rows = {str(peer): neighbours_of(self.living, t, peer, coming) for peer in peers}
-        return {"round": t, "from": "neighbours", "of": {peer: {str(j): w for j, w in row.items()} for peer, row in rows.items()}}
+        of = {peer: {str(j): w for j, w in row.items()} for peer, row in rows.items()}
+        return {"round": t, "turn": turn, "from": "neighbours", "of": of}
 
     def _hand_over(self, plan: Plan) -> None:
         """The rows that peers which come begin with."""
