@@ -11,6 +11,7 @@ are GPUs.
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import dfl.hf
@@ -28,6 +29,7 @@ def main(recipe: str, output: str, how: str = "", parts: str = "") -> None:
 
     from dfl.adapters.attach import bind
     from dfl.config import load
+    from dfl.hf.resume import NAME
     from dfl.run.build import data_seed
     from dfl.run.build import load as load_all
     from dfl.training.stream import DataStream
@@ -36,6 +38,9 @@ def main(recipe: str, output: str, how: str = "", parts: str = "") -> None:
     class Killed(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **others):
             if state.global_step == int(how) and peer.rank == peer.size - 1 and peer.member == peer.members - 1:
+                saved = [Path(output, f"peer-{k}", f"checkpoint-{how}", NAME) for k in range(peer.size)]
+                while not all(path.is_file() for path in saved):  # the launcher ends the others as well
+                    time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     config = load(recipe)
