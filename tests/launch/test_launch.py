@@ -84,6 +84,7 @@ def test_more_processes_than_peers_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.timeout(1200)  # one document has dozens of commands
 @pytest.mark.parametrize("document", documents.with_commands())
 def test_every_command_of_the_documents(document, tmp_path):
     """In the document's order, as written, in a folder of somebody who has the recipes that documents give; the two scripts are
