@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -42,16 +41,9 @@ def halves(text: str) -> tuple[str, str]:
 
 def preferences(pairs):
     """How a docstring goes on after some words against the same words in another order; as many as LENGTH tokens hold."""
+    from language_models import shuffled
     rows = [halves(" ".join(text.split()[:20])) for text, _ in pairs]
     return [{"prompt": prompt, "chosen": end, "rejected": shuffled(end)} for prompt, end in rows if len(set(end.split())) > 3]
-
-
-def shuffled(text: str) -> str:
-    """Its words in another order, the same for the same text."""
-    words, draw = text.split(), random.Random(text)
-    while (found := draw.sample(words, len(words))) == words:
-        pass
-    return " ".join(found)
 
 
 def make(kind: str, peer, output: str, steps: int, resume: bool):

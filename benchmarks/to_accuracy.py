@@ -4,10 +4,10 @@
     DFL_DATA=... python benchmarks/to_accuracy.py collect --out DIR  # a stamped JSON
     python benchmarks/to_accuracy.py table                           # the README's table from it
 
-The regime of `triggers_on_text.py`, with an evaluation every four rounds: ten peers, TREC-6 in
-unequal parts, MiniLM cut to 2 layers, a simulated network of 50 Mbit/s and 50 ms. What counts is when the mean of the peers' accuracy
-on 200 questions of the test file first reaches TARGET, between two evaluations by the
-straight line. No rate was searched for: all have those of LoRA.
+The regime of `triggers_on_text.py`, with an evaluation every four rounds: ten peers, TREC-6 in unequal parts, MiniLM cut to 2
+layers, a simulated network of 50 Mbit/s and 50 ms. What counts is when the mean of the peers' accuracy on 200 questions of
+the test file first reaches TARGET, between two evaluations by the straight line. No rate was searched for: all have those
+of LoRA.
 """
 
 import argparse

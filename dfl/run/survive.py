@@ -205,6 +205,7 @@ class Process:
         changes = [] if progress is None else self.living.changes
         infos = self.transport.settle({"progress": progress, "checkpoints": checkpoints, "came": self.came, "changes": changes})
         plan = plan_of(infos)
+        before = came_before(plan, infos)
         if progress is None and not plan.start:  # what it has missed
             for t, alive in next(info["changes"] for info in infos.values() if info["progress"] is not None):
                 self.living.change(t, alive)
@@ -212,10 +213,10 @@ class Process:
         self.run.gossip.graph_changed()
         self.run.num_there = len(self.transport.alive)
         if progress is None:
-            self._come(plan, infos, checkpoints)
+            self._come(plan, before, checkpoints)
         else:
             self._go_back(plan.round)
-        self._note_who_came(plan, infos)
+        self._note_who_came(plan, infos, before)
         if plan.coming:
             self._hand_over(plan)
         came = {int(peer) for peer in self.coming}
@@ -238,10 +239,10 @@ class Process:
         coming = f"; {', '.join(self.coming)} came" if self.coming else ""
         return f"from round {plan.round + 1} on with peers {there}{coming}"
 
-    def _come(self, plan: Plan, infos: Mapping[int, Mapping[str, Any]], checkpoints: list[int]) -> None:
+    def _come(self, plan: Plan, before: Mapping[int, Mapping[str, Any]], checkpoints: list[int]) -> None:
         """The state of a process that begins, goes on, or comes back."""
         if self.place.rank in plan.coming:
-            self.came = self._way(plan, self.place.rank, checkpoints, next_turn(came_before(plan, infos)))
+            self.came = self._way(plan, self.place.rank, checkpoints, next_turn(before))
             if self.came["from"] == "checkpoint":
                 self._restore(self.came["of"])
         elif plan.round:
@@ -270,10 +271,9 @@ class Process:
         assert run.completed == t and run.pending is None, (run.completed, t)
         run.merged = None
 
-    def _note_who_came(self, plan: Plan, infos: Mapping[int, Mapping[str, Any]]) -> None:
+    def _note_who_came(self, plan: Plan, infos: Mapping[int, Mapping[str, Any]], before: Mapping[int, dict[str, Any]]) -> None:
         """Of all peers that come in this round, how: what the records say, and what a replay does."""
         self.coming = {}
-        before = came_before(plan, infos)
         for process, info in infos.items():
             if process in plan.coming or process in before:
                 way = before[process] if process in before else self._way(plan, process, info["checkpoints"], next_turn(before))
