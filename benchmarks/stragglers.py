@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from cells import finish
 from stamp import RESULTS, write
 
-import dfl
 import topologies
 from dfl.adapters.layout import make_layout
 from dfl.schedules.depths import Depths
@@ -63,17 +63,9 @@ def stored_at(out: Path, setting: str, speed: str, seed: int) -> Path:
 
 def run(out: Path) -> None:
     for cell in cells():
-        stored = stored_at(out, *cell)
-        if stored.exists():
-            continue
-        fields = {key.replace(".", "__"): value for key, value in REGIME.items()}
-        done = dfl.train(RECIPE, resume=True, output=str(stored.with_suffix("")), seed=cell[2], method=method(*cell), **fields)
-        if not done.finished:
-            raise SystemExit(75)
-        torn = stored.with_name(stored.name + ".part")
-        torn.write_text(json.dumps(curve(done.metrics), indent=1))
-        torn.replace(stored)
-        print(*cell, curve(done.metrics)[-1], flush=True)
+        found = finish(stored_at(out, *cell), RECIPE, REGIME, curve, seed=cell[2], method=method(*cell))
+        if found:
+            print(*cell, found[-1], flush=True)
 
 
 def curve(records: list[dict]) -> list[dict]:

@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 
 import triggers_on_text
+from cells import finish
 from stamp import RESULTS, write
 from triggers_on_text import RECIPES, REGIME, mean
-
-import dfl
 
 TARGET, SEEDS = 0.6, (0, 1)
 CLOCK = REGIME | {"eval.every": 4, "data.max_valid": 200}
@@ -46,17 +45,13 @@ def stored_at(out: Path, name: str, seed: int) -> Path:
 
 def run(out: Path) -> None:
     for name, seed in cells():
-        stored = stored_at(out, name, seed)
-        if stored.exists():
-            continue
-        fields = {key.replace(".", "__"): value for key, value in (CLOCK | SETTINGS[name]).items()}
-        done = dfl.train(RECIPES / "trec6.yaml", resume=True, output=str(stored.with_suffix("")), seed=seed, **fields)
-        if not done.finished:
-            raise SystemExit(75)
-        torn = stored.with_name(stored.name + ".part")
-        torn.write_text(json.dumps(triggers_on_text.summary(done.metrics)["curve"]))
-        torn.replace(stored)
-        print(name, seed, reached(json.loads(stored.read_text())), flush=True)
+        found = finish(stored_at(out, name, seed), RECIPES / "trec6.yaml", CLOCK | SETTINGS[name], curve, seed=seed)
+        if found:
+            print(name, seed, reached(found), flush=True)
+
+
+def curve(records: list[dict]) -> list[dict]:
+    return triggers_on_text.summary(records)["curve"]
 
 
 def reached(curve: list[dict], target: float = TARGET) -> dict[str, float] | None:

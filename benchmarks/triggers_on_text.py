@@ -17,9 +17,8 @@ import os
 import sys
 from pathlib import Path
 
+from cells import finish
 from stamp import RESULTS, write
-
-import dfl
 
 SEEDS = (0, 1, 2)
 TRIGGERS = {"always": "always",
@@ -47,18 +46,10 @@ def stored_at(out: Path, data: str, name: str, seed: int) -> Path:
 
 def run(out: Path) -> None:
     for data, name, seed in cells():
-        stored = stored_at(out, data, name, seed)
-        if stored.exists():
-            continue
-        fields = {key.replace(".", "__"): value for key, value in DATA[data][0].items()}
-        done = dfl.train(RECIPES / f"{data}.yaml", resume=True, output=str(stored)[:-len(".json")], seed=seed,
-                         trigger=TRIGGERS[name], **fields)
-        if not done.finished:
-            raise SystemExit(75)
-        torn = stored.with_name(stored.name + ".part")
-        torn.write_text(json.dumps(summary(done.metrics), indent=1))
-        torn.replace(stored)
-        print(data, name, seed, summary(done.metrics)["final"], flush=True)
+        found = finish(stored_at(out, data, name, seed), RECIPES / f"{data}.yaml", DATA[data][0], summary, seed=seed,
+                       trigger=TRIGGERS[name])
+        if found:
+            print(data, name, seed, found["final"], flush=True)
 
 
 def summary(records: list[dict]) -> dict:
