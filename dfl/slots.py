@@ -80,6 +80,7 @@ class Round(NamedTuple):
     exchange: int = 0  # which of `Rule.exchanges`
 
 
+    known: Mapping[str, Tensor] | None = None  # what others hold of the peer, by part; None: what it has said, for the trigger
 class Schedule(NamedTuple):
     """What trains and what is sent in round t.
 

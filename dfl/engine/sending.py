@@ -67,8 +67,10 @@ class Sending:
             return True
         begin = self.memory.start(round.peer) or message
         round = round._replace(key=derive(self.seed, "trigger", round.peer, *moment(round.t, k)),
-                               bandwidth=self.clock.bandwidth(round.peer))
+                               bandwidth=self.clock.bandwidth(round.peer), known=known)
         speaks, state = trigger.decide(message, self.memory.get("trigger", key, lambda: trigger.init(begin)), round)
+        copied = self.coding.differences and key in self.memory.tree["codec"]
+        known = self.coding.copy_of(message, round.peer).parts if copied else None
         self.memory.keep("trigger", key, state)
         return speaks
 

@@ -56,14 +56,18 @@ def event(*, threshold: float = 1.0, decay: str = "sqrt", norm: str = "factors",
 
 def held_until(moved: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float], limit: Callable[[Round], float],
                max_silence: int | None, **traits: Any) -> Trigger:
-    """A trigger that speaks where moved(parts, parts last sent) >= limit(round), and at the latest after `max_silence` rounds."""
+    """A trigger that speaks where moved(parts, parts that others know) >= limit(round), and at the latest after `max_silence` rounds.
+
+    What others know is what was last sent; with a codec of differences their copies, so that what it left out is news still.
+    """
     common = traits.get("common_start", False)
 
     def init(message: Message) -> State:
         return _after(message, torch.zeros((), dtype=torch.int64)) if common else {"silence": torch.zeros((), dtype=torch.int64)}
 
     def decide(message: Message, state: State, round: Round) -> tuple[bool, State]:
-        before = {name[5:]: value for name, value in state.items() if name.startswith("sent.")}
+        said = {name[5:]: value for name, value in state.items() if name.startswith("sent.")}
+        before = said if round.known is None else round.known
         speaks = before.keys() != message.parts.keys() or any(before[name].shape != part.shape for name, part in message.parts.items())
         speaks = speaks or moved(message.parts, before) >= limit(round)
         speaks = speaks or (max_silence is not None and int(state["silence"]) >= max_silence)

@@ -24,8 +24,9 @@ def efhc(*, r: float = 50.0, bandwidth: float | Sequence[float] | str = 5000.0, 
     x_i), for which the one that was silent answers in the same round;  every peer takes its local steps. Which links
     are used is the same at both ends, so that a symmetric W keeps the network mean. With Metropolis weights this is the
     paper's; it mixes at the weights from before the local steps, and asks for a broadcast at the end of a round, where
-    we train, ask, and mix. bandwidth: b_i, a number for all or one for each peer; measured: the moving mean of what the
-    simulated network gave the peer's messages, between `least` and `most`, which it has before the first.
+    we train, ask, and mix; m^_i begins as what i has to say in round 0. bandwidth: b_i, a number for all or one for each
+    peer; measured: the moving mean of what the simulated network gave the peer's messages in bytes a second, between
+    `least` and `most`, which it has before the first; r then has to be as much larger.
     Zehtabi, Hosseinalipour, Brinton 2022, arXiv 2204.03726.
     """
     check_number("trigger.r", r)

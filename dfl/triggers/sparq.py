@@ -16,7 +16,8 @@ def sparq(*, c: float = 1.0, growth: float = 0.0, every: int = 1, max_silence: i
     In rounds with (t + 1) % every = 0, i sends where ||m_i - m^_i||² >= c_t lr_t², c_t = c (t + 1)^growth with growth
     below one, lr_t the learning rate; else its neighbours go on with m^_i. Between those rounds nobody sends and nobody
     mixes. Its second half, compressed differences m^_i <- m^_i + C(m_i - m^_i) and a step gamma of the mix, is a
-    codec's. Singh, Data, George, Diggavi 2019, arXiv 1910.14280; the largest silence is ours.
+    codec's (top_k, sign, ...), whose copy m^_i is then: what it has left out counts as not said yet. Singh, Data,
+    George, Diggavi 2019, arXiv 1910.14280; the largest silence is ours.
     """
     check_number("trigger.c", c)
     if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 0 <= growth < 1:
