@@ -15,6 +15,7 @@ from dfl.plugins import check_parameters, did_you_mean, first_line, lookup, para
 from dfl.rules import RULES
 from dfl.schedules import SCHEDULES
 from dfl.schedules.groups import groups_of
+from dfl.schedules.presence import among_present
 from dfl.slots import Channel, Codec, Guard, Mixing, Network, Rule, Schedule, Trigger
 from dfl.triggers import TRIGGERS
 from dfl.wrappers import WRAPPERS
@@ -200,7 +201,7 @@ def build(name: str, context: Context, params: Mapping[str, object] = {}, slots:
         except ValueError as error:
             raise ValueError(str(error) if slot in slots else _as_the_method_s(str(error), slot, factory)) from None
 
-    schedule = make("schedule", groups_of(context.layout, context.head))
+    schedule = among_present(make("schedule", groups_of(context.layout, context.head)), context.layout, context.topology)
     rule = make("wrapper", make("rule", context.layout))
     method = Method(name, schedule, rule, make("trigger"), make("codec"), make("channel"), make("guard"),
                     make("network"), delay)

@@ -18,7 +18,7 @@ from dfl.methods import Choice, Context, Method
 from dfl.metrics.measures import measure, seen
 from dfl.slots import Mixing, Plan
 from dfl.training.base import AfterStep, Halt
-from dfl.training.masks import Held
+from dfl.training.masks import Held, stacked
 from dfl.transport import InProcess
 from dfl.transport.ledger import Ledger, together, total
 
@@ -159,9 +159,9 @@ class OwnStep:
         trained = torch.zeros(x.shape, dtype=torch.bool)
         for cut in self.layout.columns(trains):
             trained[:, cut] = True
-        masks = [plan.mask for plan in plans if plan.mask is not None]
-        if masks:
-            trained &= torch.stack(masks)
+        masks = stacked([plan.mask for plan in plans], x.shape[1])
+        if masks is not None:
+            trained &= masks
         held, steps = Held(trained, x.clone()), itertools.count()
 
         def behind_a_step(change: AfterStep) -> None:

@@ -56,13 +56,15 @@ class Plan(NamedTuple):
     """What a peer does in a round: the groups (A, B, head, ...) that receive gradients, the groups whose exchange is
     due (none: nobody speaks), and which numbers of the row are trained, (D,) bool; None: all of the groups in
     `trains`. stretch: by what the change of each number in the local phase is multiplied at its end, (D,); None: 1.
-    seconds: how long the local phase takes on the simulated clock; None: what the network says."""
+    seconds: how long the local phase takes on the simulated clock; None: what the network says. away: the peer is not there: it
+    neither sends nor receives, and what it remembers stays as it is."""
 
     trains: frozenset[str]
     sends: frozenset[str]
     mask: Tensor | None = None
     stretch: Tensor | None = None
     seconds: float | None = None
+    away: bool = False
 
 
 class Round(NamedTuple):
@@ -97,6 +99,7 @@ class Schedule(NamedTuple):
 
 # what a schedule has exchanged: both factors in every round, the one that trains, B or A alone, cores, or nothing
 SENDS = ("pairs", "active", "B", "A", "core", "nothing")
+LAST = ".last"
 OWN = "own"  # B beside an A of each peer's own: no rule takes it but one that says so, for a mean of these is nothing
 Inbox = Mapping[int, Message]  # the message of each contributing peer, its own among them, by peer id
 
@@ -104,7 +107,8 @@ Inbox = Mapping[int, Message]  # the message of each contributing peer, its own 
 class Rule(NamedTuple):
     """How what arrives is combined.
 
-    init(x_D) -> state;  send(x_D, state, round) -> (Message, state);
+    init(x_D) -> state;  send(x_D, state, round) -> (Message, state);  an entry of a state that is a round (int64) has a name that
+        ends in LAST: it goes on by one in each round in which the peer is away, which then does not count;
     mix(x_D, inbox, state, round) -> (x_D, state), a new row, the old one untouched; the inbox has one message for each
     weight; correct(state) -> a vector (D,) added to each local gradient, or None.
     after_step(x_D, state, round, k) -> x_D: what becomes of the row after the optimiser's step k = 0 .. local_steps - 1, in the

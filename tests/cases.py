@@ -57,7 +57,7 @@ def lora(rank: int, **others):
 class Case:
     """slots: choices for some slots; delay: 1 may stand among them."""
 
-    def __init__(self, name: str, rank: int = 2, seed: int = 0, slots=None):
+    def __init__(self, name: str, rank: int = 2, seed: int = 0, slots=None, topology=None):
         graph, params = WANTS.get(name, ("ring", {}))
         slots = dict(slots or {})
         delay = slots.pop("delay", 0)
@@ -76,7 +76,7 @@ class Case:
             self.layout = lora(rank, magnitudes=[("q", (5,)), ("o", (9,))] if kind.beside else ())
             generator = torch.Generator().manual_seed(5)
             params = {"weights": {key: 1 + 0.1 * torch.rand(d_out, d_in, generator=generator) for key, d_in, d_out, _ in SIZES}}
-        self.topology, self.seed = topologies.build(graph, NUM), seed
+        self.topology, self.seed = topologies.build(graph, NUM) if topology is None else topology, seed
         own = {"frames": self.frames, "peers": NUM} if self.frames else {}
         self.rule = build(name, self.layout, slots=slots, topology=self.topology, rounds=ROUNDS, delay=delay,
                           **params, **own)

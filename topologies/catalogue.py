@@ -120,8 +120,8 @@ def _sequence(name: str, num_peers: int, rule: Rule, seed: int, params: Mapping)
     def base(spec, count):
         return static_graph(spec, count, graph_seed, disconnected)
 
-    def inner(spec, count):
-        return build(spec, count, seed=seed)
+    def inner(spec, count, weights="metropolis"):
+        return build(spec, count, weights=weights, seed=seed)
 
     topology = call(name, factory, num_peers, params, rule=rule, seed=seed, static_graph=base, build=inner)
     if isinstance(topology, Links | Lattice | Circulant):  # a factory of another package that makes a graph

@@ -34,7 +34,7 @@ from dfl.engine.ways import Graph, Ways
 from dfl.methods import Method
 from dfl.networks.clock import Clock
 from dfl.rules.base import GroupMean
-from dfl.slots import Inbox, Message, Plan, Round, State
+from dfl.slots import LAST, Inbox, Message, Plan, Round, State
 from dfl.training.base import AfterStep
 from dfl.transport import ledger
 from dfl.transport.base import Arrived, Transport
@@ -297,7 +297,9 @@ class Gossip:
                 start = self._common_scale(self.memory.tree["start"][key]["x"], row)
                 self.memory.tree["start"][key] = state_of_message(rule.send(start, rule.init(start), round)[0])
             own = self._common_scale(x[row], row)
-            found[round.peer], self.memory.tree["rule"][key] = rule.send(own, self.memory.tree["rule"][key], round)
+            found[round.peer], state = rule.send(own, self.memory.tree["rule"][key], round)
+            if not round.plan.away:
+                self.memory.tree["rule"][key] = state
         return found
 
     def _look(self, received: Mapping[int, Received], own: Mapping[int, Message], k: int) -> dict[int, repeats.Seen]:
@@ -331,6 +333,8 @@ class Gossip:
 
     def _mixed_row(self, x: Tensor, norms: Norms, inbox: Inbox, round: Round, row: int, own: Message) -> tuple[Tensor, State]:
         state = self.memory.tree["rule"][str(round.peer)]
+        if round.plan.away:
+            return x, {name: value + 1 if name.endswith(LAST) else value for name, value in state.items()}
         # what is not finite in its own message a peer cannot mix; its next local phase says that it has diverged
         if not _finite(norms):
             return x, state

@@ -46,6 +46,9 @@ class Sending:
         spoken = Spoken({}, {}, {}, set(), {})
         for round in rounds:
             peer, message = round.peer, said[round.peer]
+            if round.plan.away:
+                spoken.due[peer], spoken.addressed[peer], spoken.public[peer] = [], [], message
+                continue
             spoken.due[peer] = self.ways.receivers(round.t, peer)
             speaks = self._decide(message, round, k)
             if speaks:
@@ -66,11 +69,11 @@ class Sending:
         if trigger.always:
             return True
         begin = self.memory.start(round.peer) or message
+        copied = self.coding.differences and key in self.memory.tree["codec"]
+        known = self.coding.copy_of(message, round.peer).parts if copied else None
         round = round._replace(key=derive(self.seed, "trigger", round.peer, *moment(round.t, k)),
                                bandwidth=self.clock.bandwidth(round.peer), known=known)
         speaks, state = trigger.decide(message, self.memory.get("trigger", key, lambda: trigger.init(begin)), round)
-        copied = self.coding.differences and key in self.memory.tree["codec"]
-        known = self.coding.copy_of(message, round.peer).parts if copied else None
         self.memory.keep("trigger", key, state)
         return speaks
 

@@ -37,13 +37,18 @@ class Ways:
         """The peer's row of W(t), the peer itself first; equal weights for all where the trigger merges."""
         row = dict(self.topology.neighbors(t, peer))
         if self.merges is not None and self.merges(t):
-            row = dict.fromkeys(range(self.topology.num_peers), 1 / self.topology.num_peers)
+            there = self._there(t)
+            row = dict.fromkeys(there, 1 / len(there)) if peer in there else {peer: 1.0}
         return {peer: row.get(peer, 0.0)} | row
 
     def receivers(self, t: int, peer: int) -> list[int]:
         if self.merges is not None and self.merges(t):
-            return [j for j in range(self.topology.num_peers) if j != peer]
+            return [j for j in self._there(t) if j != peer] if peer in self._there(t) else []
         return self.topology.receivers(t, peer)
+
+    def _there(self, t: int) -> list[int]:
+        away = getattr(self.topology, "away", None)
+        return [j for j in range(self.topology.num_peers) if away is None or not away(t, j)]
 
     def link(self, sender: int, receiver: int, t: int, k: int) -> Link:
         return Link(sender, receiver, t, derive(self.seed, "channel", sender, receiver, *moment(t, k)), self.held)

@@ -8,6 +8,13 @@ from torch import Tensor
 from dfl.adapters.layout import Layout
 
 
+def stacked(masks: Sequence[Tensor | None], size: int) -> Tensor | None:
+    """Masks (D,) of rows as (P, D), all of a row where it has none; None where no row has one."""
+    if all(mask is None for mask in masks):
+        return None
+    return torch.stack([torch.ones(size, dtype=torch.bool) if mask is None else mask for mask in masks])
+
+
 class Held:
     """The numbers of the rows x (P, D) that masks (P, D) leave out, and their moments.
 
@@ -26,9 +33,12 @@ class Held:
         torch.where(self.out, self.x, x, out=x)
 
     def put_back_moments(self, moments: Mapping[str, Tensor], ids: Sequence[int], layout: Layout) -> None:
-        """In place, for the hosted peers `ids`; zero where there were none before. The step counter is that of the whole group."""
+        """In place, for the hosted peers `ids`; zero where there were none before. The step counter is that of the whole
+        group, and waits where all of it is left out."""
         for name, value in moments.items():
             peer, group, key = name.split(".")
+            out, before = self.out[ids.index(int(peer)), layout.groups[group]], self.moments.get(name, torch.zeros_like(value))
             if key != "step":
-                out = self.out[ids.index(int(peer)), layout.groups[group]]
-                value.copy_(torch.where(out, self.moments.get(name, torch.zeros_like(value)), value))
+                value.copy_(torch.where(out, before, value))
+            elif bool(out.all()):
+                value.copy_(before)

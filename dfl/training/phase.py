@@ -17,7 +17,7 @@ from dfl.training.batches import Batches, Wanted
 from dfl.training.dropout import PeerDropout
 from dfl.training.executors import Executor, Stacked, autocasts, logit_bytes
 from dfl.training.hosted import HostedPeers, Part
-from dfl.training.masks import Held
+from dfl.training.masks import Held, stacked
 from dfl.training.privacy import noise_seed, noisy_mean, sampled
 from dfl.training.reference import with_reference
 from dfl.training.skipped import untrained
@@ -63,9 +63,10 @@ class ModelTrainer:
         """As the protocol has it; x are the peers' own rows. What a mask leaves out keeps its moments as well."""
         peers, trains, masks = self.peers, plans[0].trains, [plan.mask for plan in plans]
         assert x is peers.x
-        rows, part = peers.rows(residuals), peers.begin_phase(trains, masks[0] is not None)
+        trained = stacked(masks, peers.layout.size)
+        rows, part = peers.rows(residuals), peers.begin_phase(trains, trained is not None)
         # what is left out has the values of the start still
-        held = None if masks[0] is None else Held(torch.stack(masks), x.clone(), part.held)
+        held = None if trained is None else Held(trained, x.clone(), part.held)
         num_steps = sum(map(peers.steps, range(len(peers.ids))))
         phase = _Phase(t, rows, trains, corrections, part, held, after_step, halt, masks, [plan.stretch for plan in plans], num_steps)
         peers.adapted.model.train()

@@ -21,8 +21,11 @@ def growth(topology, recursion: Recursion, parts: int, rounds: int = ROUNDS) -> 
     """
     state = np.random.default_rng(0).standard_normal((parts, topology.num_peers, 2))
     logs = np.zeros(rounds)
+    there = getattr(topology, "there", None)  # of peers that come and go: who is away stays as it is
     for t in range(rounds):
-        state = recursion(mixing(topology, t), t, state)
+        before, state = state, recursion(mixing(topology, t), t, state)
+        if there is not None:
+            state = np.where(there(t)[:, None], state, before)
         state = state - state.mean(1, keepdims=True)
         size = float(np.linalg.norm(state))
         if size < 1e-290:  # nothing is left of it

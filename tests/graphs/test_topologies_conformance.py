@@ -27,6 +27,8 @@ VARIANTS = [(name, dict(TOPOLOGIES[name].example)) for name in NAMES] + [
     ("matcha", {"base": "complete", "budget": 0.3, "clip": True}),
     ("od_equidyn", {"eta": 1.0}),
     ("el_local", {"s": 1}),
+    ("presence", {"base": {"name": "edge_activation", "p": 0.5}, "away": [[0, 0, 3], [0, 7]]}),
+    ("presence", {"base": "hypercube_matching", "away": []}),
 ]
 # What `name` cannot be built with, and the whole of it: everything else must build.
 SIZES = {
@@ -59,6 +61,9 @@ def can_be_built(name, params, n):
     if name in ("el_local", "el_oracle"):
         s = params.get("s", 2)
         return n == 1 or s < n
+    if name == "presence":
+        named = all(peer < n for peer, *_ in params["away"])
+        return named and SIZES.get(params.get("base") if isinstance(params.get("base"), str) else "", lambda n: True)(n)
     return SIZES.get(name, lambda n: True)(n)
 
 

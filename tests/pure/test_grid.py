@@ -180,7 +180,7 @@ def train(x: torch.Tensor, case: Case, t: int, heart) -> None:
             for cut in case.layout.columns(plan.trains):
                 if k == 0:
                     x[row, cut] += moved[cut] if plan.mask is None else moved[cut] * plan.mask[cut]
-                if after_step:
+                if after_step and not plan.away:
                     x[row, cut] = after_step(row, x[row], k)[cut]
 
 

@@ -1,6 +1,6 @@
 """Sequences W(t) that change from round to round, one module a family."""
 
-from topologies.sequences import activation, base_graph, epidemic, exponential, groups, matcha, matchings, traces
+from topologies.sequences import activation, base_graph, epidemic, exponential, groups, matcha, matchings, presence, traces
 
 SEQUENCES = {
     **activation.SEQUENCES,
@@ -10,5 +10,6 @@ SEQUENCES = {
     **groups.SEQUENCES,
     **matcha.SEQUENCES,
     **epidemic.SEQUENCES,
+    **presence.SEQUENCES,
     **traces.SEQUENCES,
 }
