@@ -292,6 +292,9 @@ def check_channel(method: Method, filled: Mapping[str, Choice]) -> None:
         if cannot:
             raise ValueError(f"channel.name = {name!r} delivers sums of numbers, which {cannot} cannot have; allowed with it: trigger "
                              "always, codec none, a method that averages rows")
+    if channel.updates and not rule.updates:
+        raise ValueError("channel.payload = 'gradient' is what a local phase changed, but messages are where it led; allowed: "
+                         "wrapper: updates, or payload difference or model")
     if channel.cancels:
         cannot = ("a trigger" if not method.trigger.always else "a codec of differences" if method.codec.update is not None
                   else "a rule that does not average rows" if not (rule.linear and rule.averages)

@@ -80,9 +80,9 @@ class Round(NamedTuple):
     key: int = 0  # a seed of its own for every (peer, round), for the trigger
     bandwidth: float | None = None  # bytes a second that the peer has lately sent on the simulated network; None: no clock
     exchange: int = 0  # which of `Rule.exchanges`
-
-
     known: Mapping[str, Tensor] | None = None  # what others hold of the peer, by part; None: what it has said, for the trigger
+
+
 class Schedule(NamedTuple):
     """What trains and what is sent in round t.
 
@@ -133,6 +133,7 @@ class Rule(NamedTuple):
     remembers: it adds what mixing did in the last round, so that a codec may round its messages, but leave nothing for later.
     columns: it divides by a mass that travels too, so that the columns of W have to sum to one and not the rows.
     check(topology): ValueError for one that the rule cannot use.
+    updates: messages are what the local phase changed, and not rows: a peer takes its own as the others know it.
     of_rows: messages are groups of the rows as they are, and `mix` knows nothing beside them and the weights: it may be asked what
         it would do to other rows.
     readable(message, own, round) -> whether `mix` can read a neighbour's message beside the peer's own, for messages of many
@@ -161,6 +162,7 @@ class Rule(NamedTuple):
     remembers: bool = False
     columns: bool = False
     check: Callable[[object], None] = lambda topology: None
+    updates: bool = False
     of_rows: bool = False
     readable: Callable[[Message, Message, Round], bool] | None = None
     index: frozenset[str] = frozenset()  # type: ignore[assignment]  # the method of tuples of that name is not used
@@ -256,6 +258,7 @@ class Channel(NamedTuple):
     aggregations: how often peers exchange and mix in one round; None: chosen in every round (`injects`).
     most: the largest number that may be. injects(receiver, weights, mean square of a number) -> the variance that one
     aggregation adds to a number of the receiver's; None: none.
+    updates: it is for messages that are what a local phase changed (`Rule.updates`).
     cancels: what it adds cancels in the sums that all receivers of a message take with W(t), and in no others.
     """
 
@@ -271,6 +274,7 @@ class Channel(NamedTuple):
     aggregations: int | None = 1
     most: int = 1
     injects: Callable[[int, Mapping[int, float], float], float] | None = None
+    updates: bool = False
     cancels: bool = False
     facts: Mapping[str, object] = {}
 

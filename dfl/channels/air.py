@@ -11,14 +11,14 @@ from torch import Tensor
 from dfl.plugins import check_choice, check_count, check_number
 from dfl.slots import Channel, Link, Message, State
 
-PAYLOADS = ("difference", "model")
+PAYLOADS = ("difference", "model", "gradient")
 FADINGS = ("rayleigh", "none")
 
 
 def over_the_air(*, payload: str = "difference", snr: float = 20.0, fading: str = "rayleigh", least_gain: float = 0.0,
                  misalignment: float = 0.0, gamma: float = 1.0, decay: float = 0.0,
                  refresh: int = 10, topology: Any = None) -> Channel:
-    """Add up what neighbours send at once, as analogue radio does, with noise (over-the-air gossip).
+    """Add up what neighbours send at once, as analogue radio does: differences, models or gradients (over-the-air gossip).
 
     Peer i wants sum_j w_ij v_j of its neighbours. Each sends s_j = (v_j - mean v_j) / sd v_j with the precoder b_ij =
     w_ij sqrt(eta_i) sd_j conj(h_ij) / |h_ij|², eta_i = min_j P |h_ij|² / (w_ij sd_j)², so that |b_ij|² <= P with
@@ -29,12 +29,14 @@ def over_the_air(*, payload: str = "difference", snr: float = 20.0, fading: str 
     delta ~ CN(0, m²), a bias that knows the data.
     payload model, v_j = x_j: noise as large as models are, for ever. difference, v_j = x_j - r_j, what j has moved by
     since its reference r_j, which it tells all neighbours digitally in every `refresh`-th round, 0 among them: as peers
-    stop moving, differences and with them the noise vanish. A silent j counts as r_j; W has to be static.
+    stop moving, differences and with them the noise vanish. A silent j counts as r_j; W has to be static. gradient, v_j =
+    what j's local phase changed, which `wrapper: updates` sends: noise as large as steps are. A silent j's weight stays
+    with i, as for models.
     x_i <- x_i + gamma_t sum_j w_ij (x^_j - x_i), gamma_t = gamma / (t + 1)^decay: without decay the noise lets the
     network mean walk. One use of the channel a number and receiver, however many send, and one a number and sender in
     digital rounds; in a slot listen peers that are more than two links apart (`num_slots`). Zhu, Shi, Zhou, Jiang,
-    Chen, Letaief 2023, arXiv 2310.10089, on the payloads of a server, whose third, the gradient, needs the common model
-    that gossip has not; the chain for gossip is ours.
+    Chen, Letaief 2023, arXiv 2310.10089, on the payloads of a server; the chain for gossip is ours, and so is that each
+    receiver of gradients has noise of its own, which stays between the rows.
     """
     check_choice("channel.payload", payload, PAYLOADS)
     check_number("channel.snr", snr, least=-100.0, most=300.0)
@@ -43,10 +45,13 @@ def over_the_air(*, payload: str = "difference", snr: float = 20.0, fading: str 
         check_number(f"channel.{field}", value)
     check_number("channel.gamma", gamma, most=1.0)
     check_count("channel.refresh", refresh)
+    if payload == "gradient" and (gamma != 1 or decay):
+        raise ValueError(f"channel.gamma = {gamma} and channel.decay = {decay} pull models together more slowly, of which payload "
+                         "gradient sends none; allowed: gamma 1 and decay 0, or payload difference or model")
     noise = 10 ** (-snr / 10)
 
     def shared(t: int) -> bool:
-        return payload == "model" or t % refresh > 0
+        return payload != "difference" or t % refresh > 0
 
     def air(inbox: Mapping[int, Message], own: Message, weights: Mapping[int, float], state: State,
             link: Link) -> tuple[dict[int, Message], State]:
@@ -59,8 +64,8 @@ def over_the_air(*, payload: str = "difference", snr: float = 20.0, fading: str 
         if not shared(link.t):
             state = {str(j): row.clone() for j, row in rows.items()}
         # what is known of a neighbour before it sends: nothing for models, in whose place the receiver's own numbers are
-        known = {j: state.get(str(j), mine if payload == "model" else rows[j]) for j in rows}
-        sent = {j: rows[j] if payload == "model" else rows[j] - known[j] for j in active}
+        known = {j: state.get(str(j), rows[j] if payload == "difference" else mine) for j in rows}
+        sent = {j: rows[j] - known[j] if payload == "difference" else rows[j] for j in active}
         before = sum(weights[j] * known[j] for j in sorted(rows) if payload == "difference" or j not in active)
         total = received(sent, weights, gains, noise, misalignment, draws, like=mine) + before
         mean, step = total / sum(weights[j] for j in inbox), gamma / (link.t + 1) ** decay
@@ -71,7 +76,8 @@ def over_the_air(*, payload: str = "difference", snr: float = 20.0, fading: str 
         return message, state
 
     facts = {"payload": payload} | ({} if topology is None else {"air_slots": num_slots(topology.matrix(0))})
-    return Channel(lambda: {}, deliver, air=air, shared=shared, static=payload == "difference", facts=facts)
+    return Channel(lambda: {}, deliver, air=air, shared=shared, static=payload == "difference", updates=payload == "gradient",
+                   facts=facts)
 
 
 class Precoded(NamedTuple):

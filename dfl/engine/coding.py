@@ -29,7 +29,7 @@ class Coding:
             key = edge(round.peer, round.exchange)
         if self.codec.draws == "round":
             draw = derive(self.seed, "codec", *when)
-        elif self.codec.draws or not self.method.rule.averages:
+        elif self.codec.draws or self.method.rule.updates or not self.method.rule.averages:
             draw = derive(self.seed, "codec", round.peer, *when)
         payload, state = self.codec.encode(message.parts, self.memory.get("codec", key, lambda: self.codec.init(message.parts)), draw)
         self.memory.keep("codec", key, state)

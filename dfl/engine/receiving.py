@@ -177,7 +177,7 @@ class Receiving:
         inbox[peer] = own if exact or alone or not as_known else public
         if method.guard.screen is not None and not alone:
             inbox, weights = method.guard.screen(inbox, round._replace(weights=weights), x)
-        if method.rule.averages and not alone:
+        if method.rule.averages and not method.rule.updates and not alone:
             weights = self._keep_mean(inbox, weights, own, public, exact, peer)
         return dict(sorted(inbox.items())), round._replace(weights=weights)
 

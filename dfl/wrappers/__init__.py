@@ -16,6 +16,7 @@ from dfl.wrappers.none import none
 from dfl.wrappers.outer import outer
 from dfl.wrappers.push import push_diging, push_sum
 from dfl.wrappers.relay import relay
+from dfl.wrappers.updates import updates
 
 WRAPPERS: dict[str, Callable[..., Rule]] = {
     "none": none,
@@ -32,5 +33,6 @@ WRAPPERS: dict[str, Callable[..., Rule]] = {
     "relay": relay,
     "outer": outer,
     "adaptive_consensus": adaptive_consensus,
+    "updates": updates,
     "muffliato": muffliato,
 }

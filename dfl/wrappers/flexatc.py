@@ -88,7 +88,7 @@ def proxskip(rule: Rule, *, layout: Layout, p: float | str = 0.2, kappa: float |
 
 def flexatc(rule: Rule, *, layout: Layout, member: str = "ed", p: float = 1.0, chi: float = 1.0, penalty: str = "none",
             strength: float = 0.0, seed: int = 0) -> Rule:
-    """Correct as a member of the adapt-then-combine family: ED, Aug-DGM, NEXT, EXTRA, DIGing (FlexATC).
+    """Correct as ED, NIDS, Aug-DGM, NEXT, EXTRA or DIGing, and skip rounds; with an l1 or group penalty (FlexATC).
 
     z = (I - C) x - lr g(x) - B y; y <- y + B z; x <- prox(A z), of stacked rows (N, D), with A, B, C polynomials in
     W: see `members`. Kept are B y and B y + C x, one vector each, both of which sum to zero over the peers for doubly

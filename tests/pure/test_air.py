@@ -137,7 +137,8 @@ def test_slots_are_colours_of_peers_more_than_two_links_apart():
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"payload": "gradient"}, "difference, model"), ({"snr": "high"}, "a number from -100 to 300"), ({"gamma": 2}, "from 0 to 1"),
+    ({"payload": "picture"}, "difference, model, gradient"), ({"snr": "high"}, "a number from -100 to 300"),
+    ({"gamma": 2}, "from 0 to 1"),
     ({"fading": "rice"}, "rayleigh, none"), ({"least_gain": -1}, "from 0")])
 def test_what_cannot_be_is_refused(given, words):
     with pytest.raises(ValueError, match=rf"channel\..*{words}"):

@@ -59,7 +59,7 @@ def test_it_cancels_where_peers_take_unequal_steps_or_are_scaled_differently(roo
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "none"])
 def test_stopped_and_resumed_is_never_stopped(root, tmp_path, wrapper, monkeypatch):
     from dfl.run import train as running
-    graph = "path" if wrapper == "relay" else "ring"
+    graph = {"relay": "path", "updates": "complete"}.get(wrapper, "ring")
     named = "{name: muffliato, sigma: 0.1}" if wrapper == "muffliato" else wrapper
     given = GIVEN | {"wrapper": named, "train__local_steps": 3, "eval__every": 0, "topology": graph}
     assert train(config_of(root, tmp_path / "whole", **given)) == 0
