@@ -4,7 +4,7 @@ These channels say what a method that protects messages costs in accuracy: what 
 have. The transport itself carries the message as it is, so that they protect nothing yet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,17 +53,21 @@ def _drawn(part: Tensor, seed: int) -> Tensor:
     return torch.randn(part.shape, generator=torch.Generator().manual_seed(seed), dtype=part.dtype).to(part.device)
 
 
-def masked(*, bits: int = 24, seed: int = 0) -> Channel:
+def masked(*, bits: int = 24, loss: float = 0.0, seed: int = 0) -> Channel:
     """Let a receiver have the weighted sum of its neighbours' messages and none of them (pairwise masks, secure aggregation).
 
     j sends round(2^bits w_ij x_j) + sum_{k > j} r_jk - sum_{k < j} r_kj modulo 2^64, over the other neighbours k of receiver
     i, r_jk uniform from a seed that j and k share: the masks cancel in the sum over j to the bit, as these are integers,
-    and the sum is off by at most 2^-bits / 2 a message. Who drops out takes its masks along: the others have named the
-    seeds that they share with it. Two neighbours at the least. The mean moves by rounding alone. For experiments, as the
-    transport carries x_j. Bonawitz et al. 2017 (CCS); by neighbourhoods: CESAR, Biswas et al. 2024, arXiv 2405.07708.
+    and the sum is off by at most 2^-bits / 2 a message. loss: how likely a neighbour drops out, its masked message lost:
+    those left then name the seeds that they share with it, i takes these masks off, and the weight stays with i; with
+    fewer than two left i keeps to itself, since the sum would be a message. Two neighbours at the least. The mean moves by
+    rounding alone, and where somebody drops out. For experiments, as the transport carries x_j, and the ledger counts
+    neither seeds nor the larger numbers. Bonawitz et al. 2017 (CCS); by neighbourhoods: CESAR, Biswas et al. 2024, arXiv
+    2405.07708.
     """
     check_count("channel.bits", bits)
     check_number("channel.bits", bits, most=40)
+    check_number("channel.loss", loss, most=1.0)
 
     def deliver(message: Message | None, state: State, link: Link) -> tuple[Message | None, State]:
         return message, state
@@ -75,14 +79,22 @@ def masked(*, bits: int = 24, seed: int = 0) -> Channel:
         if len(inbox) == 1:
             raise ValueError(f"channel.name = 'masked' needs two neighbours of every peer, peer {link.receiver} receives from one in "
                              f"round {link.t}: the sum would be its message; allowed: a topology of degree 2 or more")
-        share = sum(weights[j] for j in inbox)
-        parts = {name: summed(name, part, inbox, weights, link) / share for name, part in own.parts.items()}
-        return {j: message._replace(parts=parts) for j, message in inbox.items()}, state
+        left = [j for j in sorted(inbox) if not drops_out(j, link)]
+        if len(left) < 2:
+            return {j: message._replace(parts=own.parts) for j, message in inbox.items()}, state
+        share = sum(weights[j] for j in left)
+        parts = {name: summed(name, part, inbox, left, weights, link) / share for name, part in own.parts.items()}
+        return {j: message._replace(parts=parts if j in left else own.parts) for j, message in inbox.items()}, state
 
-    def summed(name: str, own: Tensor, inbox: Mapping[int, Message], weights: Mapping[int, float], link: Link) -> Tensor:
-        total = torch.zeros(own.shape, dtype=torch.int64)
-        for j in sorted(inbox):
-            total += sent(j, name, inbox, weights[j], link)
+    def drops_out(j: int, link: Link) -> bool:
+        return loss > 0 and derive(seed, "drop", link.receiver, j, link.t) / 2 ** 63 < loss
+
+    def summed(name: str, own: Tensor, inbox: Mapping[int, Message], left: Sequence[int], weights: Mapping[int, float],
+               link: Link) -> Tensor:
+        """What arrives, without the masks that those left share with those who dropped out."""
+        total, gone = torch.zeros(own.shape, dtype=torch.int64), [j for j in inbox if j not in left]
+        for j in left:
+            total += sent(j, name, inbox, weights[j], link) - masks(j, gone, own.shape, name, link)
         return (total.double() / 2.0 ** bits).to(own)
 
     def sent(j: int, name: str, inbox: Mapping[int, Message], weight: float, link: Link) -> Tensor:
@@ -90,12 +102,15 @@ def masked(*, bits: int = 24, seed: int = 0) -> Channel:
         numbers = weight * inbox[j].parts[name].double().cpu() * 2.0 ** bits
         if not bool((numbers.abs() < 2.0 ** 61 / len(inbox)).all()):
             raise ValueError(f"channel.bits = {bits} leaves no room for the numbers of peer {j}; allowed: fewer bits")
-        found = numbers.round().long()
-        for k in inbox:
-            if k != j:
-                mask = _mask(found.shape, derive(seed, "mask", link.receiver, *sorted((j, k)), link.t, name))
-                found = found + mask if j < k else found - mask
-        return found
+        return numbers.round().long() + masks(j, [k for k in inbox if k != j], numbers.shape, name, link)
+
+    def masks(j: int, others: Sequence[int], shape: torch.Size, name: str, link: Link) -> Tensor:
+        """What j adds for all that it shares with `others` at this receiver, int64 modulo 2^64."""
+        total = torch.zeros(shape, dtype=torch.int64)
+        for k in others:
+            mask = _mask(shape, derive(seed, "mask", link.receiver, *sorted((j, k)), link.t, name))
+            total = total + mask if j < k else total - mask
+        return total
 
     return Channel(lambda: {}, deliver, air=air, facts={"bits": bits})
 

@@ -9,6 +9,7 @@ from test_grid import TOLD, train
 import topologies
 from dfl.channels.privacy import masked, zip_noise
 from dfl.methods import Choice
+from dfl.seeds import derive
 from dfl.slots import Link, Message
 from dfl.wrappers.muffliato import acceleration, losses, num_steps, polynomials, second_eigenvalue
 from topologies import acceleration as reference
@@ -55,6 +56,23 @@ def test_masks_leave_the_weighted_sum_and_none_of_its_terms(bits):
     found, _ = masked(bits=bits).air(two, own, {0: 0.6, 1: 0.3, 5: 0.1}, {}, Link(0, 0, 3, 1))
     expected = sum(weights[j] * message.parts["A"] for j, message in two.items())
     assert float((sum(weights[j] * found[j].parts["A"] for j in two) - expected).abs().max()) <= 2 * 2.0 ** -bits / 2 * 1.001
+
+
+@pytest.mark.parametrize("loss", [0.5, 1.0])
+def test_masks_of_who_drops_out_behind_them_are_taken_off(loss):
+    """They cancel with nothing that arrives: those left name the seeds, or the sum would be noise of the size of 2^63."""
+    ids, seen = (1, 2, 5, 7), set()
+    inbox = {j: Message({"A": torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(j))}) for j in ids}
+    own = Message({"A": torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))})
+    weights = {0: 0.2, 1: 0.3, 2: 0.2, 5: 0.1, 7: 0.2}
+    for t in range(30):
+        found, _ = masked(loss=loss, bits=30).air(inbox, own, weights, {}, Link(0, 0, t, 1))
+        left = [j for j in ids if not derive(0, "drop", 0, j, t) / 2 ** 63 < loss]
+        left = left if len(left) > 1 else []  # one alone would be read
+        expected = sum(weights[j] * (inbox[j] if j in left else own).parts["A"] for j in ids)
+        torch.testing.assert_close(sum(weights[j] * found[j].parts["A"] for j in ids), expected, rtol=0, atol=1e-8)
+        seen.add(len(left))
+    assert seen == ({0, 2, 3, 4} if loss < 1 else {0})
 
 
 def test_numbers_without_room_for_them_are_named():
@@ -131,3 +149,5 @@ def test_wrong_settings_are_named():
         zip_noise(sigma=-1)
     with pytest.raises(ValueError, match="channel.bits = 60"):
         masked(bits=60)
+    with pytest.raises(ValueError, match="channel.loss = 2"):
+        masked(loss=2)
