@@ -15,7 +15,7 @@ STRENGTHS = {"sign_flip": 1.0, "nan": 1.0, "huge": 1e30, "alie": 1.5, "ipm": 0.1
 
 
 def attack(*, kind: str = "sign_flip", by: Sequence[int] = (0,), strength: float | None = None, peers: int | None = None) -> Channel:
-    """For experiments: poison every message of some peers on its way; those peers themselves train and mix as the others do.
+    """Poison what some peers say, who train and mix as others do: sign flip, ALIE, IPM, dissensus, NaN, huge (for experiments).
 
     sign_flip: -s m_b.  nan: no numbers.  huge: s in every number.  These know of all that the receiver i gets, H the honest ones:
     alie: mean_H - s std_H, number by number (a little is enough; Baruch, Baruch, Goldberg 2019, arXiv 1902.06156).  ipm: -s mean_H

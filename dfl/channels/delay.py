@@ -8,7 +8,7 @@ from dfl.slots import Channel, Link, Message, State
 
 
 def delay(*, by: int = 1, jitter: int = 0) -> Channel:
-    """Deliver every message some rounds later.
+    """Deliver every message some rounds later (asynchronous gossip of bounded delay).
 
     What j sends in round t is mixed by i in round t + d, d = by, or drawn from by .. by + jitter for each message:
     x_i <- w_ii x_i(t) + sum_j w_ij x_j(t - d). Of several that are there the newest counts, and none older than

@@ -16,7 +16,7 @@ Chance = Callable[[Link, State], tuple[float, State]]  # that a segment is lost 
 
 def segments(*, rate: float | Sequence | str = 0.1, count: int = 10, mode: str = "substitute_own", attempts: int = 3,
              sigma: float = 0.1, aggregations: int | str = 1, most: int = 20, peers: int | None = None) -> Channel:
-    """Lose segments of messages, each by itself, at a rate of its link (imperfect channels).
+    """Lose segments of messages at a rate of their link, with six ways to fill what is missing (imperfect channels).
 
     A message is `count` segments of equal length, and e_ij in {0, 1} says whether one of them comes from j to i: it is
     lost with probability rate, a number or a matrix [receiver][sender] (or a file of one, comma-separated). What i then

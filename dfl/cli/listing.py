@@ -8,7 +8,9 @@ import hashlib
 import os
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
+BESIDE = ("delay", "data.flipped", "train.privacy")  # of a round or a peer, and no slot
 HELP = "every method, topology, slot of a round, adapter, task, metric and partition"
 
 
@@ -25,6 +27,7 @@ def lines() -> list[str]:
     import topologies
     from dfl import extensions, methods, partition, tasks
     from dfl.adapters import kinds
+    from dfl.config import schema
     from dfl.metrics.choice import describe as metrics
     extensions.load()
     named = {name: f"{line}\n{'':4}{methods.filled_by(name)}" for name, line in methods.describe().items()}
@@ -34,10 +37,19 @@ def lines() -> list[str]:
                         ("topologies", topologies.describe()), *slots, ("adapters (lora.adapter)", kinds.describe()),
                         ("tasks", tasks.describe()),
                         ("data sources", tasks.describe(tasks.SOURCES)),
-                        ("metrics (eval.metrics in a recipe)", metrics()), ("partitions", partition.describe())):
+                        ("metrics (eval.metrics in a recipe)", metrics()), ("partitions", partition.describe()),
+                        ("beside the slots", {field: meaning(schema.Config, field) for field in BESIDE})):
         width = max(map(len, table))
         found += [f"{kind}:", *(f"  {name.ljust(width)}  {line}" for name, line in table.items())]
     return found
+
+
+def meaning(section: Any, field: str) -> str:
+    """What a field of a recipe is for, as its reference has it."""
+    from dfl.config.schema import section_of
+    name, _, rest = field.partition(".")
+    found = section.model_fields[name]
+    return meaning(section_of(found.annotation), rest) if rest else found.description
 
 
 def kept_lines() -> list[str]:

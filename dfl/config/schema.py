@@ -109,7 +109,7 @@ class DataConfig(Section):
     max_valid: Count | None = said(None, "examples")
     valid_fraction: Fraction = said(0.1, "taken off train when no valid is given")
     flipped: Several[CountOrZero] | None = said(
-        None, "for experiments with guards: peers that train on class C - 1 - c in place of class c")
+        None, "label flip, for experiments with guards: peers that train on class C - 1 - c in place of class c")
 
 
 class RankConfig(Section):

@@ -12,6 +12,7 @@ import topologies
 from dfl import methods
 from dfl.channels.segments import MODES
 from dfl.engine import state as trees
+from dfl.guards.numbers import SCREENS
 from dfl.methods import Choice
 from dfl.wrappers import WRAPPERS
 
@@ -50,11 +51,11 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "zip_noise": {"channel": Choice("zip_noise", {"sigma": 0.3})},
         "zip_noise, int8": {"channel": Choice("zip_noise", {"sigma": 0.3}), "codec": CODEC_SETTINGS["int8"]},
         "masked": {"channel": Choice("masked", {"bits": 12})},
+        "masked, drop-outs": {"channel": Choice("masked", {"bits": 12, "loss": 0.3})},
         "twice": {"channel": Choice("perfect", {"aggregations": 2})},
         "as often as noise allows": {"channel": Choice("noise", {"sigma": 0.3, "aggregations": "auto"})},
         "measured": {"network": Choice("links"), "trigger": Choice("efhc", {"r": 3e3, "bandwidth": "measured"})},
-        **{name: {"codec": CODEC_SETTINGS[name]} for name in ("bfloat16", "int8", "int4", "qsgd", "sign", "top_k", "top_k feedback",
-                                                             "random_k", "random_k differences", "low_rank")},
+        **{name: {"codec": choice} for name, choice in CODEC_SETTINGS.items()},
         "silent, sign": {"trigger": Choice("event", {"threshold": 0.4}), "codec": CODEC_SETTINGS["sign"]},
         "sparq, top_k": {"trigger": Choice("sparq", {"c": 3e4, "growth": 0.5}), "codec": CODEC_SETTINGS["top_k"]},
         "periodic, sign": {"trigger": Choice("periodic", {"every": 2}), "codec": CODEC_SETTINGS["sign"]},
@@ -69,13 +70,18 @@ REAL = {"silent": {"trigger": Choice("event", {"threshold": 0.4, "max_silence": 
         "ahead, sign": {"delay": 1, "codec": CODEC_SETTINGS["sign"]},
         "clipped": {"guard": Choice("clipped")}, "median": {"guard": Choice("median")},
         "krum": {"guard": Choice("krum", {"tolerate": 0, "average": 2})},
+        "trimmed_mean": {"guard": Choice("trimmed_mean")}, "geometric_median": {"guard": Choice("geometric_median")},
+        **{f"bridge, {screen}": {"guard": Choice("bridge", {"screen": screen, "tolerate": 0})} for screen in SCREENS},
         "clipped, sign": {"guard": Choice("clipped", {"radius": 0.5}), "codec": CODEC_SETTINGS["sign"]},
-        "attack": {"channel": Choice("attack", {"kind": "ipm", "by": [2]})},
+        **{f"attack, {kind}": {"channel": Choice("attack", {"kind": kind, "by": [2], "strength": strength})}
+           for kind, strength in (("sign_flip", 2.0), ("huge", 9.0), ("ipm", 0.1), ("alie", 1.5), ("dissensus", 1.5))},
+        "attack, nan": {"channel": Choice("attack", {"kind": "nan", "by": [2]})},
         "tracking, int8": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["int8"]},
         "tracking, top_k": {"wrapper": Choice("gradient_tracking"), "codec": CODEC_SETTINGS["top_k"]}}
 PARAMETERS = {"adaptive_consensus": {"gamma": 0.5}, "proxskip": {"p": 0.5}, "muffliato": {"sigma": 0.1, "steps": 2}}
 WRAPPED = {name: Choice(name, PARAMETERS.get(name, {})) for name in WRAPPERS if name != "none"}
-WRAPPED["aug_dgm"] = Choice("flexatc", {"member": "aug_dgm"})  # exchanges twice in a round
+# "aug_dgm", "next" and "diging" exchange twice in a round
+WRAPPED |= {member: Choice("flexatc", {"member": member}) for member in ("aug_dgm", "next", "extra", "diging", "dgd")}
 for _name, _choice in WRAPPED.items():
     REAL |= {_name: {"wrapper": _choice}, f"silent, {_name}": {"wrapper": _choice, "trigger": Choice("event", {"threshold": 0.4})},
              f"lossy, {_name}": {"wrapper": _choice, "channel": Choice("lossy", {"rate": 0.4})}}
@@ -89,7 +95,8 @@ AVERAGED = {"lora", "ffa", "share_a", "rolora", "adf", "tad", "fed_sb", "local",
 BALANCED = {"gradient_tracking", "momentum_tracking", "exact_diffusion", "d2", "led", "proxskip", "flexatc", "push_sum", "push_diging"}
 # under the others the mean takes outer steps
 MEAN_KEPT = sorted(BALANCED | {"quasi_global", "adaptive_consensus"})
-ONE_WAY = {"push_sum", "push_diging"}
+ONE_WAY, TWICE = {"push_sum", "push_diging"}, {"aug_dgm", "next", "diging"}
+NUMBERS = {"median", "trimmed_mean", "bridge"}  # guards that go number by number
 
 
 HELD = {"event", "sparq", "eventgrad"}  # triggers that hold messages back
@@ -113,9 +120,9 @@ def refusal(name: str, slots: dict) -> str | None:
         return "exchanges 'active', which rule"
     if wrapper == "relay" and (trigger or "channel" in slots):
         return COPIES
-    if trigger and wrapper in ONE_WAY | {"muffliato"}:
+    if trigger and wrapper in ONE_WAY | {"muffliato", "updates"}:
         return DATED
-    if trigger and "member" in slots.get("wrapper", Choice("none")).params and name not in NO_SILENCE:
+    if trigger and slots.get("wrapper", Choice("none")).params.get("member") in TWICE and name not in NO_SILENCE:
         return "exchanges twice in a round"
     if trigger and name in NO_SILENCE and (trigger.name in HELD or name == "fedex_choco"):
         return NO_SILENCE[name]
@@ -145,7 +152,7 @@ def refusal(name: str, slots: dict) -> str | None:
         return codec_refusal(name, setting)
     if "guard" in slots and name in WEIGHED | MANY_LENGTHS:
         return "not averaged with weights" if name in WEIGHED else "many lengths"
-    if slots.get("guard", Choice("norm")).name == "median" and name not in AVERAGED:
+    if slots.get("guard", Choice("norm")).name in NUMBERS and name not in AVERAGED:
         return "does not average numbers as they are"
     return None
 

@@ -48,3 +48,17 @@ def test_a_changed_file_or_a_cache_that_cannot_be_used_costs_time_alone(tmp_path
         assert main(["list"]) == 0 and capsys.readouterr().out == "made anew:\n"
         monkeypatch.setattr(listing, "digest_of_files", lambda: "another")
         assert main(["list"]) == 0 and capsys.readouterr().out == "of a changed file:\n"
+
+
+def test_names_of_the_literature_are_in_it():
+    """Whoever has read of a method finds where it is."""
+    text = "\n".join(listing.lines()).lower()
+    names = """event-triggered ef-hc zt gt rg sparq eventgrad periodic merge flexatc proxskip nids
+        exact_diffusion aug-dgm next extra diging l1 group task_bank orthogonal lossy segments
+        gilbert-elliott delay over_the_air differences gradients salf stragglers presence bfloat16 float16
+        int8 int4 top_k random_k sign qsgd powergossip choco error_feedback led k-gt d2 qg-dsgdm
+        momentum_tracking sgp push-diging noloco diloco relaysgd moshpit dsgd-ac clippedgossip trimmed_mean
+        median krum rfa bridge-t sign_flip alie ipm dissensus label_flip nan huge dp-sgd zip-dl masks
+        muffliato"""
+    missing = [name for name in names.split() if name not in text and name.replace("_", " ") not in text]
+    assert not missing
