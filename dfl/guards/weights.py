@@ -21,8 +21,9 @@ def clipped(*, radius: float | None = None, tolerate: int = 1, metric: str = "pr
     x_i <- x_i + sum_j w_ij clip(x_j - x_i, tau),  clip(z, tau) = z min(1, tau / ||z||): the weight w_ij min(1, tau / ||x_j - x_i||),
     what is taken off goes to i. radius: tau; null: the (1 - 2 f / d)-quantile of the distances to the d neighbours, f = tolerate
     of them poisoned (at f >= d / 2 the smallest one). A large radius is plain gossip, 0 isolation. metric: product, ||B_j A_j - B_i
-    A_i|| and all else as numbers, A and B clipped jointly, whatever the frame; or factors. He, Karimireddy, Jaggi 2022, arXiv
-    2202.01545; the product distance is ours.
+    A_i|| and all else as numbers, A and B clipped jointly, whatever the frame: -B_i and -A_i are the same model and pass, which a
+    rule that averages products does not mind, and one that averages factors does (its attackers are seen by metric factors). He,
+    Karimireddy, Jaggi 2022, arXiv 2202.01545; the product distance is ours.
     """
     if radius is not None:
         check_number("guard.radius", radius)

@@ -10,7 +10,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory) -> dict[str, dict]:
-    return make_trees(tmp_path_factory.mktemp("rules"))
+    made = make_trees(tmp_path_factory.mktemp("rules"))
+    plain = made["lora"]
+    made["lora, private"] = plain | {"train": plain["train"] | {"privacy": {"noise": 0.5}}}
+    made["lora, flipped"] = plain | {"data": plain["data"] | {"flipped": [1, 3]}}
+    made["lora, some away"] = plain | {"topology": {"name": "presence", "base": "complete", "away": [[1, 0, 2], [4, 1]]}}
+    return made
 
 
 def worker(rank: int, trees: dict[str, dict]) -> dict[str, str]:

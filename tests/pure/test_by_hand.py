@@ -11,7 +11,9 @@ from dfl import methods
 from dfl.adapters.layout import empty_rows, make_layout
 from dfl.engine.gossip import Gossip
 from dfl.methods import Choice, Context
+from dfl.seeds import derive
 from dfl.transport import InProcess
+from dfl.wrappers.muffliato import losses, polynomials
 
 PEERS, SIZE, ROUNDS = 6, 20, 40
 CURVATURE = 1 + np.arange(PEERS)[:, None] / 8
@@ -143,3 +145,103 @@ def test_eventgrad_sends_each_tensor_by_what_its_norm_did():
         np.testing.assert_allclose(found[t], x, rtol=0, atol=1e-12)
         assert sum(one.payload_bytes for one in reports[t].ledger.values()) == 8 * numbers
     assert kept_back > PEERS * 3 * ROUNDS / 10
+
+
+def cn(draws: np.random.Generator) -> complex:
+    return complex(*draws.standard_normal(2)) / math.sqrt(2)
+
+
+def test_differences_over_the_air_with_fading_noise_and_misalignment():
+    """y = sum_j h_j b_j (1 + delta_j) s_j + z of v_j = x_j - r_j, which a receiver scales back and adds to the references it knows."""
+    lr, snr, gain, gamma, decay, off, refresh = 0.05, 12.0, 0.3, 0.8, 0.2, 0.1, 4
+    ring = topologies.build("ring", PEERS)
+    found, _ = rows_by_round(ring, 12, lr, channel=Choice("over_the_air", {
+        "snr": snr, "least_gain": gain, "gamma": gamma, "decay": decay, "misalignment": off, "refresh": refresh}))
+    x, w, power, silent = np.zeros((PEERS, SIZE)), ring.matrix(0), 1.0, 0
+    for t in range(12):
+        x = step(x, lr)
+        if t % refresh == 0:
+            reference = x.copy()
+        new = x.copy()
+        for i in range(PEERS):
+            near, draws = [j for j in range(PEERS) if j != i and w[i, j]], np.random.Generator(np.random.Philox(
+                derive(0, "channel", i, i, t)))
+            h = {j: cn(draws) for j in near}
+            heard = sum(w[i, j] * reference[j] for j in near)
+            if t % refresh:
+                sends = [j for j in near if abs(h[j]) ** 2 >= gain]
+                silent += len(near) - len(sends)
+                v = {j: x[j] - reference[j] for j in sends}
+                eta = min((power * abs(h[j]) ** 2 / (w[i, j] * v[j].std()) ** 2 for j in sends), default=np.inf)
+                y = np.zeros(SIZE, dtype=complex)
+                for j in sends:
+                    b = w[i, j] * math.sqrt(eta) * v[j].std() * h[j].conjugate() / abs(h[j]) ** 2
+                    assert abs(b) ** 2 <= power * (1 + 1e-9)
+                    y += h[j] * b * (1 + off * cn(draws)) * (v[j] - v[j].mean()) / v[j].std()
+                if sends:
+                    y += draws.standard_normal(SIZE) * math.sqrt(10 ** (-snr / 10) / 2)  # the real part of z, all that is used
+                    heard = heard + y.real / math.sqrt(eta) + sum(w[i, j] * v[j].mean() for j in sends)
+            share = 1 - w[i, i]
+            mean = x[i] + gamma / (t + 1) ** decay * (heard / share - x[i])
+            new[i] = w[i, i] * x[i] + share * mean
+        x = new
+        np.testing.assert_allclose(found[t], x, rtol=0, atol=1e-10)
+    assert silent > 3
+
+
+def test_tracking_through_differences_is_tracking_of_what_others_know():
+    """K = 1: x <- x + gamma (W - I) x^, c <- c + gamma (W - I) s^ / lr for s = lr (g + c), each behind s^ <- s^ + C(s - s^)."""
+    lr, gamma, k, ring = 0.05, 0.2, 4, topologies.build("ring", PEERS)
+    layout = make_layout([], head=[("w", (SIZE,))])
+    method = methods.build("lora", Context(layout, "mixed", peers=PEERS, topology=ring), {}, {
+        "codec": Choice("top_k", {"share": k / SIZE, "gamma": gamma}), "wrapper": Choice("gradient_tracking")})
+    rows = empty_rows(PEERS, SIZE, dtype=torch.float64)
+    heart = Gossip(method, layout, ring, InProcess(), range(PEERS), rows)
+    x, c, w = np.zeros((PEERS, SIZE)), np.zeros((PEERS, SIZE)), ring.matrix(0)
+    told: list[dict[str, np.ndarray]] = [{} for _ in range(PEERS)]
+    for t in range(30):
+        behind = heart.after_step(t, lr=lr, local_steps=1)
+        rows.copy_(torch.from_numpy(step(rows.numpy(), lr)))
+        for i in range(PEERS):
+            rows[i] = behind(i, rows[i], 0)
+        heart.round(t, rows, lr=lr, local_steps=1)
+        y = step(x, lr) - lr * c
+        for i, known in enumerate(told):
+            for name, part in (("x", y[i]), ("s", x[i] - y[i])):
+                known[name] = known[name] + largest(part - known[name], k) if name in known else part
+        known_x, known_s = (np.stack([known[name] for known in told]) for name in "xs")
+        x, c = y + gamma * (w @ known_x - known_x), c + gamma * (w @ known_s - known_s) / lr
+        np.testing.assert_allclose(rows.numpy(), x, rtol=0, atol=1e-5)  # values travel as float32
+    assert np.abs(c).max() > 1
+
+
+def test_mixing_that_grows_weaker_with_the_rate():
+    """x <- x + gamma (lr_t / largest lr so far)^power sum_j w_ij (x_j - x_i), with a warm-up and a fall."""
+    layout, ring, gamma, power = make_layout([], head=[("w", (SIZE,))]), topologies.build("ring", PEERS), 0.9, 2
+    method = methods.build("lora", Context(layout, "mixed", peers=PEERS, topology=ring), {}, {
+        "wrapper": Choice("adaptive_consensus", {"gamma": gamma, "power": power})})
+    rows = empty_rows(PEERS, SIZE, dtype=torch.float64)
+    heart, x, w = Gossip(method, layout, ring, InProcess(), range(PEERS), rows), np.zeros((PEERS, SIZE)), ring.matrix(0)
+    rates = [0.02, 0.05, 0.1, 0.08, 0.04, 0.01, 0.05]
+    for t, lr in enumerate(rates):
+        rows.copy_(torch.from_numpy(step(rows.numpy(), lr)))
+        heart.round(t, rows, lr=lr, local_steps=1)
+        x = step(x, lr)
+        x = x + gamma * (lr / max(rates[:t + 1])) ** power * (w @ x - x)
+        np.testing.assert_allclose(rows.numpy(), x, rtol=0, atol=1e-12)
+
+
+def test_what_a_peer_leaks_is_the_divergence_of_two_gaussians():
+    """Muffliato: message P x_0 of j moves by P_ju where u's value moves by 1, under noise of variance sigma^2 ||P_j||^2; added up
+    over messages and over those who send to v, and no more than the noise of u's own."""
+    w, sigma, alpha, exchanges = topologies.build("star", 5).matrix(0), 0.8, 3.0, 3
+    sent = polynomials(w, exchanges)
+    found = losses(w, sent, sigma, alpha)
+    for u in range(5):
+        for v in range(5):
+            total = 0.0
+            for p in sent:
+                for j in range(5):
+                    if j != v and w[v, j]:
+                        total += alpha * p[j, u] ** 2 / (2 * sigma ** 2 * sum(p[j, k] ** 2 for k in range(5)))
+            assert found[u, v] == pytest.approx(min(total, alpha / (2 * sigma ** 2)), rel=1e-12)

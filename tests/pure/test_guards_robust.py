@@ -61,6 +61,20 @@ def test_a_large_radius_is_plain_gossip_and_none_is_isolation():
     torch.testing.assert_close(mixed(Choice("clipped", {"radius": 0.0})), rows(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("metric", ["product", "factors"])
+def test_the_same_model_in_another_frame_passes_by_its_product_alone(metric):
+    """Everybody has one model; peer 0 says -A and -B. By factors no step is longer than the radius, by products all of it is taken."""
+    x = rows()
+    x[:] = x[1]
+    flip = Choice("attack", {"kind": "sign_flip", "by": [0]})
+    pairs = slice(0, LAYOUT.groups["head"].start)
+    x[:, LAYOUT.groups["head"]] = 0  # which has no frame
+    found = mixed(Choice("clipped", {"radius": 0.5, "metric": metric}), x=x, channel=flip)
+    step = float((found[2] - x[2])[pairs].norm())
+    taken = {"product": 0.1 * 2 * float(x[0][pairs].norm()), "factors": 0.1 * 0.5}[metric]
+    assert step == pytest.approx(taken, rel=1e-6)
+
+
 def scores(x: torch.Tensor, tolerate: int) -> list[float]:
     squares = torch.cdist(x, x).square()
     others = [row[[k for k in range(len(x)) if k != j]] for j, row in enumerate(squares)]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_runs import local_phase, make_config, make_folder, make_run
+from tiny_runs import assert_goes_on, local_phase, make_config, make_folder, make_run
 
 from dfl.adapters.layout import make_layout
 from dfl.config import PrivacyConfig
@@ -95,6 +95,14 @@ def test_a_bound_and_noise_change_a_step_and_repeat_it(folder, tmp_path, method)
     plain, noisy = end(), end(train__privacy__noise=0.5)
     assert not torch.equal(plain, noisy) and torch.equal(noisy, end(train__privacy__noise=0.5))
     assert not torch.equal(noisy, end(train__privacy__noise=0.5, train__privacy__secret=True))
+
+
+def test_stopped_and_resumed_is_never_stopped(folder, tmp_path, monkeypatch):
+    def make(path, name, **fields):
+        return config_of(folder, path / name, **fields)
+
+    assert_goes_on(make, tmp_path, monkeypatch, 5, train__privacy__noise=0.5, train__rounds=4, train__local_steps=3, eval__every=0,
+                   processes=1)
 
 
 def test_what_a_run_spends_stands_in_it():

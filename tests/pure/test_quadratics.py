@@ -6,6 +6,7 @@ where it is not.
 
 import pytest
 from quadratics import NUM, Given, descend, optimum
+from test_wrappers_push import GRAPH as CHORD
 
 import topologies
 from dfl.methods import Choice
@@ -50,6 +51,22 @@ def test_where_it_ends(name):
         assert found.largest == pytest.approx(late, rel=3e-4)
     else:
         assert found.largest < 1e-5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", TABLE)
+def test_every_row_after_500_rounds(name):
+    wrapper, topology, steps, _, late = TABLE[name]
+    found = descend(wrapper, topology, rounds=500, lr=0.1, local_steps=steps)
+    assert found.largest == pytest.approx(late, rel=2e-4 if late == 1.853 else 1e-6, abs=1e-12)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("wrapper, graph, given", [
+    (Choice("led", {"share": 0.8}), "ring", {"lr": 0.02, "local_steps": 4}), ("relay", "path", {"lr": 0.05}),
+    ("push_diging", CHORD, {"lr": 0.05})], ids=["LED", "RelaySGD", "Push-DIGing"])
+def test_exact_is_exact_to_rounding_on_twenty_numbers(wrapper, graph, given):
+    assert descend(wrapper, graph, rounds=1500, d=20, **given).rms < 1e-12
 
 
 @pytest.mark.long

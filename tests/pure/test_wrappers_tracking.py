@@ -89,6 +89,14 @@ def test_through_a_codec_of_differences_tracking_is_beer_and_motef_and_stays_exa
     assert descend(wrapper, "ring", rounds=300, lr=lr, d=20, codec=top).rms < 0.05
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("wrapper, lr", [("gradient_tracking", 0.05), ("momentum_tracking", 0.005)])
+def test_what_is_left_of_the_error_under_a_coarse_codec_is_rounding_to_float32(wrapper, lr):
+    """3e-8 and 9e-8 after 1,500 rounds."""
+    top = Choice("top_k", {"share": 0.2, "gamma": 0.2})
+    assert descend(wrapper, "ring", rounds=1500, lr=lr, d=20, codec=top).rms < 1e-6
+
+
 class TestRefusals:
     def test_weights_whose_columns_do_not_sum_to_one(self):
         star = topologies.build("star", NUM, weights="uniform")
