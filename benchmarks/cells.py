@@ -1,6 +1,10 @@
-"""A cell of a study: a run, and what is kept of it in a file beside its folder, so that a study goes on where it was stopped."""
+"""A study of many runs: its command line, and a cell, that is a run and what is kept of it in a file beside its folder, so that a
+study goes on where it was stopped."""
 
+import argparse
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,3 +25,18 @@ def finish(stored: Path, recipe: Path, regime: Mapping[str, Any], summarise: Cal
     torn.write_text(json.dumps(found, indent=1))
     torn.replace(stored)
     return found
+
+
+def command(about: str, out: str, **actions: Callable) -> None:
+    """The command line of a study with the action that is asked for. `table` takes nothing and is printed; the others take the folder
+    --out, and those that train (`run`, `data`) need DFL_DATA."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(actions))
+    parser.add_argument("--out", type=Path, default=Path(out), help="of the runs and of what is kept of them (%(default)s)")
+    args = parser.parse_args()
+    if args.what == "table":
+        print(actions["table"]())
+        return
+    if args.what in ("run", "data") and not os.environ.get("DFL_DATA"):
+        sys.exit("set DFL_DATA to the folder with the data and the models that the heads of launch/recipes describe")
+    actions[args.what](args.out)

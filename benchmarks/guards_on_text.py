@@ -11,13 +11,10 @@ on the head as on the factors; nothing else differs between cells of a seed. Acc
 evaluation file, after the last round. Cells that had not ended when it was collected are missing.
 """
 
-import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
-from cells import finish
+from cells import command, finish
 from stamp import RESULTS, write
 
 SEEDS, POISONED = (0, 1), 0
@@ -81,18 +78,5 @@ def _entry(seeds: dict[str, dict]) -> str:
     return f"{sum(accuracies) / len(accuracies):.1f}{by_seed}, worst {worst:.1f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "collect", "table"))
-    parser.add_argument("--out", type=Path, default=Path("runs/guards_on_text"))
-    args = parser.parse_args()
-    if args.what == "table":
-        print(table())
-        return
-    if not os.environ.get("DFL_DATA"):
-        sys.exit("set DFL_DATA to the folder with trec6/ and minilm-l6-fp16/, which the head of launch/recipes/trec6.yaml describes")
-    (run if args.what == "run" else collect)(args.out)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "runs/guards_on_text", run=run, collect=collect, table=table)

@@ -14,17 +14,16 @@ Methods: `alone`, a frozen A of each peer's own, orthogonal to the others'; `com
 `sparse, alone`, half of B; `bank`, the same, learnt beside the others' adapters; `lora`, A and B trained and averaged.
 """
 
-import argparse
 import csv
 import gzip
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from cells import command
 from stamp import RESULTS, write
 
 from dfl.adapters.attach import Rows
@@ -205,19 +204,6 @@ def collect(out: Path) -> None:
                          "examples": MOST, "words": WORDS}, {"in_short": in_short(runs), "runs": runs})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "run", "collect", "table"))
-    parser.add_argument("--out", type=Path, default=Path("runs/many_tasks_figures"))
-    args = parser.parse_args()
-    if args.what in ("data", "run") and not os.environ.get("DFL_DATA"):
-        sys.exit("set DFL_DATA to the folder with trec6/, sst2/ and minilm-l6-fp16/, as the heads of launch/recipes describe")
-    torch.set_num_threads(1)
-    if args.what == "table":
-        print(table())
-    else:
-        {"data": write_tables, "run": run_cells, "collect": collect}[args.what](args.out)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    command(__doc__, "runs/many_tasks_figures", data=write_tables, run=run_cells, collect=collect, table=table)

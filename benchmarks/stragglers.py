@@ -14,15 +14,12 @@ follows from what the depths say of the time that a whole pass takes: four block
 missing at the same mean pace (exponential, each); and four at the machine's pace.
 """
 
-import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from cells import finish
+from cells import command, finish
 from stamp import RESULTS, write
 
 import topologies
@@ -172,18 +169,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "collect", "table"))
-    parser.add_argument("--out", type=Path, default=Path("runs/stragglers"))
-    args = parser.parse_args()
-    if args.what == "table":
-        print(table())
-        return
-    if args.what == "run" and not os.environ.get("DFL_DATA"):
-        sys.exit("set DFL_DATA to the folder with trec6/ and minilm-l6-fp16/, which the head of launch/recipes/trec6.yaml describes")
-    (run if args.what == "run" else collect)(args.out)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "runs/stragglers", run=run, collect=collect, table=table)

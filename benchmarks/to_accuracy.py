@@ -10,14 +10,11 @@ the test file first reaches TARGET, between two evaluations by the straight line
 of LoRA.
 """
 
-import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 import triggers_on_text
-from cells import finish
+from cells import command, finish
 from stamp import RESULTS, write
 from triggers_on_text import RECIPES, REGIME, mean
 
@@ -89,18 +86,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "collect", "table"))
-    parser.add_argument("--out", type=Path, default=Path("runs/to_accuracy"))
-    args = parser.parse_args()
-    if args.what == "table":
-        print(table())
-        return
-    if not os.environ.get("DFL_DATA"):
-        sys.exit("set DFL_DATA to the folder with trec6/ and minilm-l6-fp16/, which the head of launch/recipes/trec6.yaml describes")
-    (run if args.what == "run" else collect)(args.out)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "runs/to_accuracy", run=run, collect=collect, table=table)

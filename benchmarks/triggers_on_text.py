@@ -11,13 +11,10 @@ the last round. Thresholds were chosen by the messages of one run with threshold
 for. Cells that had not ended when it was collected are missing.
 """
 
-import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
-from cells import finish
+from cells import command, finish
 from stamp import RESULTS, write
 
 SEEDS = (0, 1, 2)
@@ -107,18 +104,5 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "collect", "table"))
-    parser.add_argument("--out", type=Path, default=Path("runs/triggers_on_text"))
-    args = parser.parse_args()
-    if args.what == "table":
-        print(table())
-        return
-    if not os.environ.get("DFL_DATA"):
-        sys.exit("set DFL_DATA to the folder with trec6/, sst2/ and minilm-l6-fp16/, which the heads of those recipes describe")
-    (run if args.what == "run" else collect)(args.out)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "runs/triggers_on_text", run=run, collect=collect, table=table)
