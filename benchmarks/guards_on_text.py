@@ -5,10 +5,10 @@
     python benchmarks/guards_on_text.py table                          # the README's, of the committed results
 
 Ten peers on a random graph of degree 4 that is drawn anew in every round, TREC-6 dealt by a Dirichlet draw; MiniLM cut to 2
-layers with a trained head, 250 local steps a peer in 50 rounds. Peer 0 is poisoned: its messages are (`sign_flip`, `dissensus`,
-`alie`), or its labels (`labels`), by which it trains and says what it learnt. Guards have their default parameters, and act
-on the head as on the factors; nothing else differs between cells of a seed. Accuracy is that of the other nine on the
-evaluation file, after the last round. Cells that had not ended when it was collected are missing.
+layers with a trained head, 250 local steps a peer in 50 rounds. Peer 0 is poisoned: its messages are (`sign_flip`: its factors and
+its head times -2; `dissensus`; `alie`), or its labels (`labels`), by which it trains and says what it learnt. Guards have their
+default parameters unless named, and act on the head as on the factors; nothing else differs between cells of a seed. Accuracy is
+that of the other nine on the evaluation file, after the last round. Cells that had not ended when it was collected are missing.
 """
 
 import json
@@ -21,7 +21,9 @@ SEEDS, POISONED = (0, 1), 0
 ATTACKS = {"none": {}, "sign_flip": {"channel": {"name": "attack", "kind": "sign_flip", "strength": 2.0, "by": [POISONED]}},
            "dissensus": {"channel": {"name": "attack", "kind": "dissensus", "by": [POISONED]}}, "labels": {"data.flipped": [POISONED]},
            "alie": {"channel": {"name": "attack", "kind": "alie", "by": [POISONED]}}}
-GUARDS = ("norm", "geometric_median", "clipped", "trimmed_mean", "median", "krum")
+GUARDS = {"norm": "norm", "geometric_median": "geometric_median", "clipped": "clipped",
+          "clipped, factors": {"name": "clipped", "metric": "factors"}, "trimmed_mean": "trimmed_mean", "median": "median",
+          "krum": "krum"}
 REGIME = {"method": "lora", "topology": {"name": "random_regular", "degree": 4}, "partition": {"name": "dirichlet", "alpha": 1.0},
           "lora.head": "mixed", "train.rounds": 50, "train.local_steps": 5, "train.batch_size": 8, "train.lr": 2e-3,
           "train.lr_ratio.B": 8.0, "train.schedule": "linear", "train.autocast": "off", "eval.every": 25, "eval.consensus": False,
@@ -35,12 +37,12 @@ def cells() -> list[tuple[str, str, int]]:
 
 
 def stored_at(out: Path, guard: str, attack: str, seed: int) -> Path:
-    return out / f"{guard}-{attack}-s{seed}.json"
+    return out / f"{guard.replace(', ', '-')}-{attack}-s{seed}.json"
 
 
 def run(out: Path) -> None:
     for guard, attack, seed in cells():
-        found = finish(stored_at(out, guard, attack, seed), RECIPE, REGIME | ATTACKS[attack], honest, seed=seed, guard=guard)
+        found = finish(stored_at(out, guard, attack, seed), RECIPE, REGIME | ATTACKS[attack], honest, seed=seed, guard=GUARDS[guard])
         if found:
             print(guard, attack, seed, found, flush=True)
 
@@ -58,8 +60,8 @@ def collect(out: Path) -> None:
         stored = stored_at(out, guard, attack, seed)
         if stored.exists():
             found.setdefault(guard, {}).setdefault(attack, {})[str(seed)] = json.loads(stored.read_text())
-    write("guards_on_text", {"recipe": "launch/recipes/trec6.yaml", "regime": REGIME, "attacks": ATTACKS, "poisoned": [POISONED],
-                             "seeds": list(SEEDS)}, found)
+    write("guards_on_text", {"recipe": "launch/recipes/trec6.yaml", "regime": REGIME, "attacks": ATTACKS, "guards": GUARDS,
+                             "poisoned": [POISONED], "seeds": list(SEEDS)}, found)
 
 
 def table() -> str:

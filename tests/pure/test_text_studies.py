@@ -25,10 +25,10 @@ def study(name: str):
 
 
 stragglers, many_tasks, to_accuracy = study("stragglers"), study("many_tasks"), study("to_accuracy")
-triggers = study("triggers_on_text")
+triggers, guards = study("triggers_on_text"), study("guards_on_text")
 
 
-@pytest.mark.parametrize("made", [stragglers, many_tasks, to_accuracy, triggers], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [stragglers, many_tasks, to_accuracy, triggers, guards], ids=lambda made: made.__name__)
 def test_the_tables_are_of_the_committed_results(made):
     assert made.table() in documents.text("benchmarks/README.md")
 
