@@ -22,5 +22,6 @@ PARTS = [
     Part("overlap", 50, together.overlap),
     Part("recipe", 60, speed.recipe),
     Part("llama", 90, speed.llama_part),
+    Part("compile", 80, speed.compiled),
     Part("tests", 60, checks.tests),
 ]

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mixing as rules
 import torch
@@ -65,6 +66,30 @@ def _step_ms(setting: Setting, model, num: int, batch: int, length: int, executo
     took = seconds(setting, lambda: trainer.run(peers.x, [PLAN] * num, [None] * num, next(rounds)), 2)
     peers.adapted.model.unload()  # the base model again
     return round(1e3 * took, 2)
+
+
+def compiled(setting: Setting) -> None:
+    """ms of a pass forward and back of one adapter as it is and under torch.compile, which the local phase does without: whether it
+    would pay (on a CPU it does not), and whether gradients are the same."""
+    model = roberta_large(setting)
+    peers, _ = hosted(model, setting, 1, batch=setting.pick(8, 2), length=setting.pick(64, 8), executor="sequential")
+    adapted, ids = peers.adapted.model, torch.randint(2, model.config.vocab_size, setting.pick((8, 64), (2, 8)), device=setting.device)
+    factors = [parameter.requires_grad_() for name, parameter in adapted.named_parameters() if "lora_" in name]
+
+    def gradients(run: Callable[..., Any]) -> torch.Tensor:
+        for factor in factors:
+            factor.grad = None
+        run(input_ids=ids).logits.square().mean().backward()
+        return torch.cat([factor.grad.flatten() for factor in factors])
+
+    plain, started = gradients(adapted), time.perf_counter()
+    fast = torch.compile(adapted, backend=setting.pick("inductor", "aot_eager"))
+    far = float((gradients(fast) - plain).abs().max() / plain.abs().max())
+    setting.synchronize()
+    setting.say("seconds until compiled", round(time.perf_counter() - started, 1))
+    setting.check("the same gradients", far < 1e-3, far)  # kernels of a GPU may be fused, and rounded, otherwise
+    setting.say("ms", {name: round(1e3 * seconds(setting, lambda run=run: gradients(run)), 3)
+                       for name, run in (("as it is", adapted), ("compiled", fast))})
 
 
 def mixing(setting: Setting) -> None:

@@ -149,10 +149,10 @@ def two_processes(setting: Setting) -> None:
     _runs(setting, 2, "gloo")
 
 
-def _runs(setting: Setting, num: int, way: str) -> None:
-    fields = {"backend": "gloo" if way == "gloo" else "nccl"}
+def _runs(setting: Setting, num: int, way: str, delay: int = 0) -> None:
+    fields = {"backend": "gloo" if way == "gloo" else "nccl", "delay": delay}
     tiny(setting)  # once for all processes
-    port, name = _free_port(), f"{num} processes {way}"
+    port, name = _free_port(), f"{num} processes {way}{' ahead' if delay else ''}"
     where = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told = fork(setting, num, lambda rank: str(finish(setting, name, setting.kind, **fields)), 40.0,
                 lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank), **where, **WAYS[way](rank)})
@@ -230,7 +230,8 @@ def _timed(setting: Setting, rank: int, store: Path, way: str, sizes: tuple[int,
 
 
 def overlap(setting: Setting) -> None:
-    """Seconds that two processes of two peers wait for messages in a round, without and with `delay: 1`."""
+    """Seconds that two processes of two peers wait for messages in a round, without and with `delay: 1`, where they go on a
+    stream of their own meanwhile; and whether such a run ends as that of one process."""
     for delay in (0, 1):
         way = way_of(setting)
         fields = {"delay": delay, "train__rounds": setting.pick(12, 3), "train__local_steps": setting.pick(10, 2), "lora__rank": 8,
@@ -244,5 +245,4 @@ def overlap(setting: Setting) -> None:
             records = [line for line in read_lines(Path(told[0]["found"]) / "metrics.jsonl") if "seconds" in line][1:]
             setting.say(f"{name}, over {way}", {phase: round(sorted(one["seconds"][phase] for one in records)[len(records) // 2], 5)
                                                for phase in ("local", "exchange", "mix")})
-
-
+    _runs(setting, 2, way_of(setting), delay=1)

@@ -1,6 +1,7 @@
 """The first half of a round: what hosted peers say, to whom, and what their neighbours then hold of them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -127,9 +128,11 @@ class Sending:
         return [j for j in self.ways.receivers(t, peer) if j not in before]
 
     def begin(self, spoken: Spoken, said: Mapping[int, Message], rounds: Sequence[Round], k: int) -> Callable[[], Arrived]:
-        """Send. What it gives waits for what arrives for hosted peers; where messages are answered, after a second exchange."""
+        """Send. What it gives waits for what arrives for hosted peers; where messages are answered, after a second exchange. Without a
+        delay that is at once, so that nothing goes on aside."""
         t, expected = rounds[0].t, {round.peer: others(round) for round in rounds}
-        arrive = self.transport.begin(t, self.clock.stamped(spoken.packets), spoken.addressed, spoken.due, expected)
+        move = self.transport.begin if self.method.delay else partial(partial, self.transport.exchange)
+        arrive = move(t, self.clock.stamped(spoken.packets), spoken.addressed, spoken.due, expected)
         return lambda: self._answered(arrive(), expected, spoken, said, rounds, k)
 
     def _answered(self, arrived: Arrived, expected: dict[int, list[int]], spoken: Spoken, said: Mapping[int, Message],

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from dfl.config import Config
 from dfl.transport import Distributed, InProcess, Transport, hosting
+from dfl.transport.aside import Aside
+from dfl.transport.distributed import tensors_of
 from dfl.transport.group import Group
 from dfl.transport.meeting import meet, reach
 from dfl.transport.seats import Seat, agree_on_wire, seat_of
@@ -201,9 +203,15 @@ def connect(config: Config, place: Place, device: torch.device, worker: Worker |
             if place.size == 1 or not team.speaks:
                 return InProcess(), team
         group = _meet(place, worker, patience, config.backend, device, store)
-    transport = Distributed(config.peers, group, device=device, timeout=config.timeout)
+    transport = Distributed(config.peers, group, device=device, timeout=config.timeout, aside=_aside(config, device, team))
     transport.introduce(socket.gethostname())
     return transport, team
+
+
+def _aside(config: Config, device: torch.device, team: Team | None) -> Aside | None:
+    """Where exchanges go on while peers train on a GPU. Not in a team: the parts of its base model go over NCCL
+    meanwhile, and steps of two groups that processes begin in different orders may wait for each other."""
+    return Aside(device, tensors_of) if device.type == "cuda" and config.delay and team is None else None
 
 
 @contextlib.contextmanager

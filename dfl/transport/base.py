@@ -49,8 +49,8 @@ class Transport(Protocol):
 
     def begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
               due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
-        """The same without waiting: what is given has been read when this returns, and what it gives waits for what arrives. All
-        processes do so at the same place among their exchanges."""
+        """The same without waiting: what it gives waits for what arrives. What is given, and the tensors in it, may not change before;
+        all processes do so at the same place among their exchanges, and exchange and agree on nothing else until then."""
 
     def lend(self, rows: Tensor) -> None:
         """Rows (P, D) with `FREE` numbers before each that nobody uses (`empty_rows`): a message that is the front of one of them may

@@ -1,11 +1,12 @@
 """Messages between processes: one packed buffer per pair of processes and round."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dfl.transport import frames, wire
+from dfl.transport.aside import Aside
 from dfl.transport.base import EXCHANGE, FREE, SENT, Arrived, hosting
 from dfl.transport.control import MOST, ControlPlane
 from dfl.transport.group import Begun, Group
@@ -21,11 +22,14 @@ class Distributed:
     the control plane (control.py), over the same connections.
 
     num_peers are spread over the processes of the group; `device` is where peers live. `run` is a number that all processes of a
-    run share: a message of another run, round or peer is refused.
+    run share: a message of another run, round or peer is refused. aside: what is begun goes on there, where it would else wait
+    for the host or for the GPU's own work.
     """
 
-    def __init__(self, num_peers: int, group: Group, *, device: torch.device, run: int = 0, timeout: float = 300.0):
+    def __init__(self, num_peers: int, group: Group, *, device: torch.device, run: int = 0, timeout: float = 300.0,
+                 aside: Aside | None = None):
         self.process, self.device, self.wire, self.most = group.rank, device, group.wire, MOST
+        self.aside = aside
         self.hosts = hosting(num_peers, group.size)
         self.hosted = self.hosts[self.process]
         self.process_of = {peer: process for process, peers in enumerate(self.hosts) for peer in peers}
@@ -87,10 +91,16 @@ class Distributed:
 
         What arrives may lie in buffers that the next exchange overwrites: who keeps a message clones it.
         """
-        return self.begin(t, packets, addressed, due, expected, what)()
+        return self._begin(t, packets, addressed, due, expected, what)()
 
     def begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
               due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Callable[[], Arrived]:
+        if self.aside is None:
+            return self._begin(t, packets, addressed, due, expected, what)
+        return self.aside.begin(lambda: self._begin(t, packets, addressed, due, expected, what)())
+
+    def _begin(self, t: int, packets: Mapping[int, Packet], addressed: Mapping[int, Sequence[int]],
+               due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str) -> Callable[[], Arrived]:
         self.round = t
         incoming, sent = self._incoming(expected), self._packed(what, self._outgoing(packets, addressed, due))
         self._count(what, total_bytes(sent))
@@ -111,10 +121,14 @@ class Distributed:
                 draft = wire.draft(entries)
                 frame = self._in_place(entries, draft)
                 if frame is None:
-                    frame = self.link.buffer("sent", what, q, draft.size, self.wire)
+                    frame = self.link.buffer("sent", what, q, draft.size, self.wire, locked=self.device.type == "cuda")
                     wire.fill(frame, draft)
-                made[same] = frames.seal(frame, self.link.label(what, self.process))
+                made[same] = frame
             sent[q] = made[same]
+        if made and self.device.type == "cuda" and self.wire.type == "cpu":
+            torch.cuda.current_stream(self.device).synchronize()  # one wait for all copies
+        for frame in made.values():
+            frames.seal(frame, self.link.label(what, self.process))
         return sent
 
     def lend(self, rows: Tensor) -> None:
@@ -271,10 +285,23 @@ class Distributed:
 
     def leave(self, error: BaseException) -> None:
         self.link.leave(error)
+        self._end_aside()
 
     def close(self) -> None:
         self.agree(0)
         self.link.close()
+        self._end_aside()
+
+    def _end_aside(self) -> None:
+        if self.aside is not None:
+            self.aside.end()
+
+
+def tensors_of(arrived: Arrived) -> Iterator[Tensor]:
+    """Of all messages of an exchange."""
+    for inbox in arrived.values():
+        for packet in inbox.values():
+            yield from (part for part in packet.payload.values() if part.is_cuda)
 
 
 def _copied(lists: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:

@@ -44,11 +44,13 @@ class Link:
     def told_to_stop(self) -> bool:
         return self._watch is not None and self._watch.told
 
-    def buffer(self, use: str, what: str, process: int, num_bytes: int, device: torch.device) -> Tensor:
-        """A buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB."""
+    def buffer(self, use: str, what: str, process: int, num_bytes: int, device: torch.device, locked: bool = False) -> Tensor:
+        """A buffer that is kept from round to round: fresh memory costs a page fault every 4 KiB. locked: on the CPU, in pages that
+        stay where they are, so that a GPU writes into it by itself."""
         kept = self._buffers.get((use, what, process))
         if kept is None or kept.numel() < num_bytes or kept.device != device:
-            self._buffers[use, what, process] = kept = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            kept = torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=locked and device.type == "cpu")
+            self._buffers[use, what, process] = kept
         return kept[:num_bytes]
 
     def keep(self, use: str, what: str, process: int, buffer: Tensor) -> None:

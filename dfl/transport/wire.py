@@ -115,7 +115,8 @@ def _tensor(data: bytes) -> Tensor:
 
 
 def fill(frame: Tensor, what: Draft) -> None:
-    """Write all of it into a frame (uint8) of `what.size` bytes, but for its header."""
+    """Write all of it into a frame (uint8) of `what.size` bytes, but for its header. Copies from a GPU are only begun, on
+    its current stream."""
     ends = [*(offset for offset, _ in what.pieces[1:]), what.size]
     on_cpu = frame.numpy() if frame.device.type == "cpu" else None
     for (offset, piece), end in zip(what.pieces, ends, strict=True):
@@ -127,7 +128,7 @@ def fill(frame: Tensor, what: Draft) -> None:
             if on_cpu is not None and piece.device.type == "cpu":
                 on_cpu[offset:offset + size] = piece.numpy()
             else:
-                frame[offset:offset + size] = piece
+                frame[offset:offset + size].copy_(piece, non_blocking=True)
         if offset + size < end:
             frame[offset + size:end] = 0  # what lies between the pieces is part of what is digested
 
@@ -163,7 +164,7 @@ def _entries(inside: Tensor, device: torch.device) -> tuple[list[Entry], bytes]:
     (num_entries,) = struct.unpack("<I", table.take(4))
     described = [_read_entry(table) for _ in range(num_entries)]
     start, entries = _aligned(HEADER + table.at) - HEADER, []
-    body = inside.to(device)
+    body = _moved(inside, device)
     for peer, parts, meta, receivers in described:
         payload, numel = {}, {}
         for name, numbers, num_bytes in parts:
@@ -173,6 +174,14 @@ def _entries(inside: Tensor, device: torch.device) -> tuple[list[Entry], bytes]:
             start = _aligned(HEADER + start + num_bytes) - HEADER
         entries.append(Entry(peer, Packet(payload, numel, meta) if parts or meta else None, receivers))
     return entries, table.data[:table.at]
+
+
+def _moved(inside: Tensor, device: torch.device) -> Tensor:
+    """The bytes of a frame on a device; to a GPU from pages that it reads by itself, so that the next frame is checked
+    meanwhile. Those into which it was received are no such pages: there is much more room than what has come."""
+    if device.type != "cuda" or inside.is_cuda:
+        return inside.to(device)
+    return inside.pin_memory().to(device, non_blocking=True)
 
 
 class _Table:

@@ -11,6 +11,7 @@ from dfl.adapters.layout import empty_rows, make_layout
 from dfl.engine.gossip import Gossip
 from dfl.methods import Choice
 from dfl.transport import InProcess
+from dfl.transport.aside import Aside
 
 pytestmark = pytest.mark.distributed
 NUM, ROUNDS = 5, 8
@@ -73,9 +74,11 @@ def rounds(transport, hosted, slots: dict) -> torch.Tensor:
     return torch.cat([x.double(), sum(counted).double()], 1)
 
 
-def worker(rank: int, slots: dict) -> np.ndarray:
-    transport = distributed(NUM)
-    return rounds(transport, list(transport.hosted), slots).numpy()
+def worker(rank: int, slots: dict, aside: bool = False) -> np.ndarray:
+    transport = distributed(NUM, aside=Aside(torch.device("cpu")) if aside else None)
+    found = rounds(transport, list(transport.hosted), slots).numpy()
+    transport.close()
+    return found
 
 
 @pytest.mark.parametrize("name", SLOTS)
@@ -86,3 +89,26 @@ def test_hosting_does_not_matter(name):
     assert alone[:, LAYOUT.size].sum() > 0
     if "trigger" in SLOTS[name] and name not in ("tensors", "answered by all"):
         assert alone[:, LAYOUT.size].sum() < 2 * NUM * ROUNDS  # some are silent
+
+
+@pytest.mark.parametrize("name", [name for name, slots in SLOTS.items() if "delay" in slots])
+def test_what_goes_on_aside_has_the_same_bits(name):
+    """As on a GPU, but for the stream: packing, sending, waiting and reading in another thread."""
+    alone = rounds(InProcess(), list(range(NUM)), SLOTS[name]).numpy()
+    np.testing.assert_array_equal(np.concatenate(run_processes(worker, 3, SLOTS[name], True)), alone)
+
+
+def _fails(rank: int) -> str:
+    transport = distributed(NUM, timeout=2.0, aside=Aside(torch.device("cpu")))
+    if rank == 1:
+        transport.leave(OSError("its disk is full"))
+        return ""
+    hosted = list(transport.hosted)
+    with pytest.raises(ConnectionError) as error:
+        transport.begin(0, {}, {}, {hosted[0]: [NUM - 1]}, {hosted[0]: [NUM - 1]})()
+    transport.leave(error.value)
+    return str(error.value)
+
+
+def test_who_has_gone_meanwhile_is_named_where_the_exchange_is_waited_for():
+    assert "its disk is full" in run_processes(_fails, 2)[0]

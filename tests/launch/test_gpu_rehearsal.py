@@ -18,6 +18,6 @@ def test_every_part_comes_to_its_end(tmp_path):
     assert {name: part.get("why") for name, part in found["parts"].items() if part["outcome"] != "done"} == {}, done.stdout
     assert done.returncode == 0 and found["finished"] and found["versions"] and found["git_commit"]
     # the checks come first, and each says something
-    assert list(found["parts"])[:5] == ["versions", "linear_algebra", "rules", "codecs", "tiny_runs"] and len(found["parts"]) == 18
+    assert list(found["parts"])[:5] == ["versions", "linear_algebra", "rules", "codecs", "tiny_runs"] and len(found["parts"]) == 19
     assert all(part["found"] for part in found["parts"].values())
     assert found["parts"]["two_processes"]["found"]["2 processes gloo: as one process"]["good"]

@@ -1,6 +1,7 @@
 """What only a GPU can show; `bash benchmarks/gpu.sh` runs these on one. Without one they skip, and what they check is held on the CPU
 by test_batched.py, as far as it can be."""
 
+import threading
 import warnings
 
 import pytest
@@ -11,6 +12,10 @@ from rules_on_rows import METHODS, Peer0
 from dfl.adapters.batched import cholesky_qr, jacobi_svd
 from dfl.run.train import train
 from dfl.store.checkpoints import latest
+from dfl.transport import frames, wire
+from dfl.transport.aside import Aside
+from dfl.transport.frames import Label
+from dfl.transport.packet import Packet
 from dfl.transport.seats import agree_on_wire, seat_of
 
 pytestmark = pytest.mark.gpu
@@ -61,3 +66,32 @@ def test_a_run_ends_near_that_of_the_cpu(tmp_path, fields):
 def test_a_process_on_a_gpu_of_its_own_takes_nccl():
     seat = seat_of(GPU)
     assert seat.gpu and agree_on_wire("auto", [seat, seat._replace(gpu="another")]) == ("nccl" if seat.nccl else "gloo", "")
+
+
+def test_messages_are_copied_beside_the_work_of_the_callers_stream():
+    """A frame is filled and read again while that is busy; behind that it has the numbers that came."""
+    row, launched, label = torch.randn(300_001, device=GPU), threading.Event(), Label("exchange", 0, 0, 0)
+    packet = Packet({"A": row.view(torch.uint8)}, {"A": len(row)}, {})
+    busy = torch.cuda.Event()
+
+    def there_and_back():
+        launched.wait()
+        draft = wire.draft([wire.Entry(0, packet)])
+        frame = torch.empty(draft.size, dtype=torch.uint8, pin_memory=True)
+        wire.fill(frame, draft)
+        torch.cuda.current_stream(GPU).synchronize()
+        inside = frames.contents(frames.seal(frame, label), len(frame), label)
+        (entry,) = wire.Reader().read(inside, GPU)
+        return entry.packet, busy.query()
+
+    aside = Aside(GPU, lambda made: made[0].payload.values())
+    for cycles in (1000, 2 * 10**9):  # memory is asked for by the first, which may wait for all that runs
+        launched.clear()
+        begun = aside.begin(there_and_back)
+        torch.cuda._sleep(cycles)
+        busy.record()
+        launched.set()
+        found, ended_before = begun()
+    assert not ended_before
+    assert torch.equal(found.payload["A"].view(torch.float32), row)
+    aside.end()
