@@ -317,7 +317,7 @@ class Gossip:
         if self._contracts[0] != t:
             self._contracts = (t, repeats.contraction(self.topology.matrix(t)))
         wanted = [repeats.best(seen[round.peer], round.peer, round.weights, channel, self._contracts[1]) for round in rounds]
-        return self.transport.agree(max(wanted))
+        return self.transport.agree(max(wanted), most=channel.most)
 
     def _mix(self, x: Tensor, norms: Mapping[int, Norms], full: Sequence[tuple[Inbox, Round]], own: Mapping[int, Message]) -> None:
         """All new rows are made before any takes the place of an old one, which a message may be a view of."""

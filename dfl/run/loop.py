@@ -61,6 +61,7 @@ class Run:
     answers: Answers | None = None  # that models write at evaluations
     distrusted: set[int] = field(default_factory=set)  # senders of rejected messages that a warning has named
     num_there: int = 0  # the peers that are there: all of them, unless the run goes on without some
+    survives: bool = False  # it does go on without some: what would end it for all is a word that no process says
     together: Together | None = None  # with the other processes of a team that holds the base model in parts
     begun: list[tuple] = field(default_factory=list)  # (t, rows and moments, gossip's state) at the start of the last two rounds
 
@@ -118,7 +119,8 @@ def run_rounds(run: Run, hooks: Hooks) -> bool:
     """Run to the last round, from wherever the run is. False when stopped early, as all processes agreed; the state is saved then.
 
     A stop comes at the end of a round, between two steps of its local phase, or between two batches of its evaluation.
-    On divergence the peers go back to the last state known to be good, which is saved, and DivergenceError is raised everywhere.
+    On divergence the peers go back to the last state known to be good, which is saved, and DivergenceError is raised everywhere; where
+    the run survives a process, on that of the peer alone, which has to save.
     """
     config = run.config
     if not run.resumed:
@@ -153,7 +155,8 @@ def _round(run: Run, t: int, hooks: Hooks) -> int:
     if flag >= _DIVERGED:
         at_start, peer = divmod(flag - _DIVERGED, run.config.peers)
         go_back(run, run.begun[0] if at_start else run.begun[-1])
-        hooks.save()
+        if not run.survives:
+            hooks.save()
         raise DivergenceError(f"peer {peer} diverged in round {t + 1}: its training loss or its factors are not finite; the state "
                               f"after round {run.completed} is saved. A smaller train.lr or train.clip may help", peer)
     if flag != _HALT:
@@ -190,7 +193,7 @@ def _agreed(run: Run, work: Callable[[], object]):
         found = work()
     except GivenUp:
         given_up = True
-    if run.transport.agree(given_up):
+    if run.transport.agree(given_up, most=int(not run.survives)):
         raise GivenUp
     return found
 
@@ -207,7 +210,8 @@ def due(every: int, t: int) -> bool:
 
 
 def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
-    """The local phase; the mean losses (P,) and what all processes agreed to do."""
+    """The local phase; the mean losses (P,) and what all processes agreed to do. Where the run survives this process, it says to
+    nobody that a peer of its own has diverged: it goes, and the others go on."""
     stop, losses = hooks.stop_requested(), None
     run.merged = None
     try:
@@ -224,7 +228,9 @@ def _local(run: Run, t: int, hooks: Hooks) -> tuple[Tensor | None, int]:
     except DivergenceError as error:
         flag = _DIVERGED + error.peer + run.config.peers * error.at_start
     run.gossip.arrive()
-    return losses, run.transport.agree(flag)
+    if flag >= _DIVERGED and run.survives:
+        return losses, flag
+    return losses, run.transport.agree(flag, most=_SAVE if run.survives else _DIVERGED + 2 * run.config.peers - 1)
 
 
 def finish_round(run: Run, t: int, losses: Tensor, local_seconds: float) -> "Pending":

@@ -8,7 +8,7 @@ runs such a record.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,16 @@ from dfl.run.loop import Hooks, Run, go_back, run_rounds
 from dfl.run.preflight import ready
 from dfl.run.runtime import Place, Runtime, Worker, choose_device, num_threads, place_from_environment
 from dfl.run.saving import STOPPED, clock_of, restore, save
+from dfl.run.told import Plan, Told, came_before, next_turn, plan_of, read
+from dfl.store import manifest
 from dfl.store.checkpoints import complete, folder_of, rounds_of
 from dfl.store.lease import Lease
-from dfl.store.manifest import read
 from dfl.store.records import JsonLines
+from dfl.training.base import DivergenceError
 from dfl.transport import InProcess, hosting
 from dfl.transport.handshake import check_contents, contents, settings
 from dfl.transport.mail import Address
-from dfl.transport.members import FaultError, FinishedError, ViewChange
+from dfl.transport.members import FaultError, FinishedError, LeftOutError, ViewChange
 from dfl.transport.packet import Packet
 from dfl.transport.stopping import StopSignal
 from dfl.transport.survivors import Survivors
@@ -65,49 +67,6 @@ def train_on(config: Config, worker: Worker | None, topology, resume: bool, over
         return process.work(resume, overwrite)
     finally:
         lease.release()
-
-
-class Plan(NamedTuple):
-    """What follows from what all members have told: the round that all begin with, the processes that come to it with a state from
-    elsewhere, and whether nobody was at work before."""
-
-    round: int
-    coming: list[int]
-    start: bool
-
-
-def plan_of(infos: Mapping[int, Mapping[str, Any]]) -> Plan:
-    """A pure function of what the members told, so that all come to the same. ValueError names who told nonsense.
-
-    Those at work go on with the least of their rounds. Where nobody is, all begin with the checkpoint that most of them have, the
-    newest of those.
-    """
-    told = {process: _read_info(process, info) for process, info in infos.items()}
-    going = [progress for progress, _ in told.values() if progress is not None]
-    if going:
-        return Plan(min(going), [q for q, (progress, _) in told.items() if progress is None], False)
-    held = [rounds for _, checkpoints in told.values() for rounds in checkpoints]
-    first = max(held, key=lambda rounds: (held.count(rounds), rounds), default=0)
-    return Plan(first, [q for q, (_, checkpoints) in told.items() if first and first not in checkpoints], True)
-
-
-def came_before(plan: Plan, infos: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """How those members came that did so in this round already, before those that come now."""
-    told = {process: info.get("came") for process, info in infos.items() if process not in plan.coming}
-    return {process: came for process, came in told.items()
-            if isinstance(came, dict) and came.get("round") == plan.round and type(came.get("turn")) is int}
-
-
-def next_turn(before: Mapping[int, Mapping[str, Any]]) -> int:
-    return 1 + max((came["turn"] for came in before.values()), default=-1)
-
-
-def _read_info(process: int, info: Mapping[str, Any]) -> tuple[int | None, list[int]]:
-    progress, checkpoints = info.get("progress"), info.get("checkpoints", [])
-    right = isinstance(checkpoints, list) and all(type(rounds) is int and rounds >= 0 for rounds in checkpoints)
-    if not right or not (progress is None or type(progress) is int and progress >= 0):
-        raise FaultError(process, f"told that it is at round {str(progress)[:40]} with checkpoints {str(checkpoints)[:80]}")
-    return progress, checkpoints
 
 
 class Process:
@@ -147,6 +106,7 @@ class Process:
     def _assemble(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self.run: Run = assemble(self.config, self._runtime(), loaded, self.living)
+        self.run.survives = True
         self.saver = Checkpointer(self.output, InProcess(), 0, loaded.bundle.base_name, self.config.checkpoint.keep, loaded.contents,
                                   self.lease, self.config.peers)
         self.clock = clock_of(self.run)
@@ -165,10 +125,13 @@ class Process:
                 self._again = False
                 run_rounds(self.run, self.hooks)
                 self.transport.group.ending = True
-                self.transport.agree(0)  # all have come to the end
+                self.transport.agree(0, most=0)  # all have come to the end
                 return self._ended()
             except FinishedError:
                 return self._ended()
+            except DivergenceError:
+                self._save(alone=True)
+                raise
             except AllStop:
                 return self._stopped("all processes", alone=False)
             except Left:
@@ -201,13 +164,15 @@ class Process:
 
     def _settle(self, progress: int | None) -> None:
         """Agree on the members and on the round that all begin with, and give those that come what they need."""
-        checkpoints = [rounds_of(folder) for folder in complete(self.output)] if progress is None else []
+        saved = [rounds_of(folder) for folder in complete(self.output)] if progress is None else []
+        checkpoints = [rounds for rounds in saved if rounds <= self.config.train.rounds]
         changes = [] if progress is None else self.living.changes
         infos = self.transport.settle({"progress": progress, "checkpoints": checkpoints, "came": self.came, "changes": changes})
-        plan = plan_of(infos)
-        before = came_before(plan, infos)
+        told = read(infos, dict(enumerate(self.transport.hosts)), self.config.train.rounds)
+        plan = plan_of(told, self.place.rank)
+        before = came_before(plan, told)
         if progress is None and not plan.start:  # what it has missed
-            for t, alive in next(info["changes"] for info in infos.values() if info["progress"] is not None):
+            for t, alive in next(one.changes for one in told.values() if one.progress is not None):
                 self.living.change(t, alive)
         self.living.change(plan.round, self.transport.alive)
         self.run.gossip.graph_changed()
@@ -216,7 +181,7 @@ class Process:
             self._come(plan, before, checkpoints)
         else:
             self._go_back(plan.round)
-        self._note_who_came(plan, infos, before)
+        self._note_who_came(plan, told, before)
         if plan.coming:
             self._hand_over(plan)
         came = {int(peer) for peer in self.coming}
@@ -252,7 +217,7 @@ class Process:
     def _restore(self, rounds: int) -> None:
         folder = folder_of(self.output, rounds)
         restore(self.run, folder)
-        check_contents(read(folder).contents, self.loaded.contents, self.config, self.output)
+        check_contents(manifest.read(folder).contents, self.loaded.contents, self.config, self.output)
         self.run.peers.give_up_phase()
 
     def _takes_rows(self) -> bool:
@@ -268,15 +233,17 @@ class Process:
         if kept is not None:
             go_back(run, kept)
             run.pending, run.begun = None, [begun for begun in run.begun if begun[0] < t]
-        assert run.completed == t and run.pending is None, (run.completed, t)
+        if run.completed != t:
+            raise LeftOutError(f"the others go back to round {t}, which this process has left behind; started again, it comes back")
+        assert run.pending is None
         run.merged = None
 
-    def _note_who_came(self, plan: Plan, infos: Mapping[int, Mapping[str, Any]], before: Mapping[int, dict[str, Any]]) -> None:
+    def _note_who_came(self, plan: Plan, told: Mapping[int, Told], before: Mapping[int, dict[str, Any]]) -> None:
         """Of all peers that come in this round, how: what the records say, and what a replay does."""
         self.coming = {}
-        for process, info in infos.items():
+        for process, one in told.items():
             if process in plan.coming or process in before:
-                way = before[process] if process in before else self._way(plan, process, info["checkpoints"], next_turn(before))
+                way = before[process] if process in before else self._way(plan, process, one.checkpoints, next_turn(before))
                 for peer in self.transport.hosts[process]:
                     self.coming[str(peer)] = {**way, "of": way["of"][str(peer)]} if way["from"] == "neighbours" else way
 
@@ -328,7 +295,7 @@ class Process:
         if not line["round"]:
             return
         self.coming = {}
-        if not self.transport.agree(int(not self.stop.received)):
+        if not self.transport.agree(int(not self.stop.received), most=1):
             raise AllStop
         if self.stop.received:
             raise Left

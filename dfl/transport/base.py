@@ -10,6 +10,7 @@ from dfl.transport.packet import Packet
 
 SENT = ("wire_bytes", "control_bytes", "measured_bytes")  # what a transport counts
 EXCHANGE, LOOK = "exchange", "look at neighbours"  # what moves: the messages of a round, or rows that are measured
+ANY = 2**63 - 1  # what is agreed on is a number of any size
 FREE = 128  # numbers before a row: room for the header and the table of its message
 Arrived = dict[int, dict[int, Packet]]  # for each hosted peer, what its neighbours sent it, by peer id
 
@@ -59,8 +60,9 @@ class Transport(Protocol):
     def newly_sent(self) -> list[int]:
         """The bytes of each kind of SENT since this was called last, or since the start."""
 
-    def agree(self, value: int) -> int:
-        """The largest value that any process gave."""
+    def agree(self, value: int, most: int = ANY) -> int:
+        """The largest value that any process gave. ConnectionError names who said something else than 0 to `most`, which no process
+        says here: words that end a run for all are to be those of the run."""
 
     def summary(self, values: Tensor) -> Tensor:
         """values (3, K) float64 of every process: the sums of the first rows, the least of the second, the largest of the third.

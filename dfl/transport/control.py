@@ -5,16 +5,20 @@ many peers there are; sums over peers go once around the ring of processes, in p
 whatever P is.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from dfl.transport.base import add_in_order
+from dfl.transport.base import ANY, add_in_order
 from dfl.transport.link import Link
 
 # what a transfer is, for its frames and for errors
 _AGREED, _TABLE, _TOLD, _SUM = "agreement", "what all tell", "what process 0 tells", "sum over peers"
 PIECE = 2**16  # numbers (float64) of a sum that are under way at a time
 MOST = 2**31  # bytes that a process may want to tell
+Check = Callable[[int, Tensor], None]  # of the process at a place, and what it told
 DIRECT = 8  # processes that agree in one step, each telling all others; a power of two
 
 
@@ -34,15 +38,21 @@ class ControlPlane:
         return self.link.transfer(what, {members[k]: tensor for k, tensor in sent.items()},
                                   {members[k]: tensor for k, tensor in received.items()})
 
-    def agree(self, value: int) -> int:
-        """The largest value that any process gave."""
-        return int(self._all_reduce(torch.tensor([value]), torch.maximum)[0])
+    def agree(self, value: int, most: int = ANY) -> int:
+        """The largest value that any process gave. ConnectionError names who told one that is not 0 to `most`: nobody passes it on."""
+        return int(self._all_reduce(torch.tensor([value]), torch.maximum, partial(self._check_word, most))[0])
+
+    def _check_word(self, most: int, place: int, told: Tensor) -> None:
+        if not 0 <= (word := int(told[0])) <= most:
+            process = self.link.members[place]
+            what = f"{self.link.describe(process)} said {word} in an agreement {self.link.when()}; allowed: 0 to {most}"
+            raise self.link.fault(process, what)
 
     def summary(self, values: Tensor) -> Tensor:
         """values (3, K) float64 of every process: the sums of the first rows, the least of the second, the largest of the third."""
         return self._all_reduce(values, _summary)
 
-    def _all_reduce(self, mine: Tensor, both) -> Tensor:
+    def _all_reduce(self, mine: Tensor, both, check: Check = lambda place, told: None) -> Tensor:
         """`both(a, b)` of all processes' tensors, the same bits on all of them: recursive doubling (Thakur et al. 2005), several
         doublings in a step, as a step costs the wait for the slowest and these messages are small.
 
@@ -50,33 +60,37 @@ class ControlPlane:
         """
         rank, size = self.place
         if size <= DIRECT:
-            return _in_pairs(self._all_of(range(size), mine), both)
+            return _in_pairs(self._all_of(range(size), mine, check), both)
         core = _core(size)
         if rank >= core:
             self._swap(rank - core, mine, None)
-            return self._swap(rank - core, None, torch.empty_like(mine))
+            return self._swap(rank - core, None, torch.empty_like(mine), check)
         outer = rank + core if rank + core < size else None
         if outer is not None:
-            mine = both(mine, self._swap(outer, None, torch.empty_like(mine)))
+            mine = both(mine, self._swap(outer, None, torch.empty_like(mine), check))
         step = 1
         while step < core:
             width = min(DIRECT, core // step)
             first = rank - rank // step % width * step
-            mine = _in_pairs(self._all_of(range(first, first + width * step, step), mine), both)
+            mine = _in_pairs(self._all_of(range(first, first + width * step, step), mine, check), both)
             step *= width
         if outer is not None:
             self._swap(outer, mine, None)
         return mine
 
-    def _all_of(self, group: range, mine: Tensor) -> list[Tensor]:
+    def _all_of(self, group: range, mine: Tensor, check: Check) -> list[Tensor]:
         """The tensors of a group of processes, by process, on all of them."""
         here = self.place[0]
         theirs = {process: torch.empty_like(mine) for process in group if process != here}
         self.sent += self._move(_AGREED, dict.fromkeys(theirs, mine), theirs)
+        for process, told in theirs.items():
+            check(process, told)
         return [mine if process == here else theirs[process] for process in group]
 
-    def _swap(self, process: int, mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    def _swap(self, process: int, mine: Tensor | None, theirs: Tensor | None, check: Check | None = None) -> Tensor | None:
         self.sent += self._move(_AGREED, {} if mine is None else {process: mine}, {} if theirs is None else {process: theirs})
+        if check is not None:
+            check(process, theirs)
         return theirs
 
     def share(self, data: bytes) -> list[bytes]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfl.transport import frames, wire
 from dfl.transport.aside import Aside
-from dfl.transport.base import EXCHANGE, FREE, SENT, Arrived, hosting
+from dfl.transport.base import ANY, EXCHANGE, FREE, SENT, Arrived, hosting
 from dfl.transport.control import MOST, ControlPlane
 from dfl.transport.group import Begun, Group
 from dfl.transport.link import Link, total_bytes
@@ -261,8 +261,8 @@ class Distributed:
         before, self._told = self._told, [getattr(self, name) for name in SENT]
         return [now - then for now, then in zip(self._told, before, strict=True)]
 
-    def agree(self, value: int) -> int:
-        return self.control.agree(value)
+    def agree(self, value: int, most: int = ANY) -> int:
+        return self.control.agree(value, most)
 
     def summary(self, values: Tensor) -> Tensor:
         return self.control.summary(values)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfl.transport.base import EXCHANGE, SENT, Arrived, Transport
+from dfl.transport.base import ANY, EXCHANGE, SENT, Arrived, Transport
 from dfl.transport.packet import Packet
 from dfl.transport.stopping import Stopped
 from dfl.transport.team import Team
@@ -52,8 +52,8 @@ class Speaking:
                  due: Mapping[int, Sequence[int]], expected: Mapping[int, Sequence[int]], what: str = EXCHANGE) -> Arrived:
         return self.begin(t, packets, addressed, due, expected, what)()
 
-    def agree(self, value: int) -> int:
-        return self._echo(lambda: self.inner.agree(value), lambda found: {"it": torch.tensor(found)})
+    def agree(self, value: int, most: int = ANY) -> int:
+        return self._echo(lambda: self.inner.agree(value, most), lambda found: {"it": torch.tensor(found)})
 
     def summary(self, values: Tensor) -> Tensor:
         return self._echo(lambda: self.inner.summary(values), lambda found: {"it": found})
@@ -113,7 +113,7 @@ class Listening:
     def told_to_stop(self) -> bool:
         return False
 
-    def agree(self, value: int) -> int:
+    def agree(self, value: int, most: int = ANY) -> int:
         return int(self._heard()["it"])
 
     def summary(self, values: Tensor) -> Tensor:

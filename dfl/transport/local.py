@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dfl.transport.base import EXCHANGE, SENT, Arrived, add_in_order
+from dfl.transport.base import ANY, EXCHANGE, SENT, Arrived, add_in_order
 from dfl.transport.packet import Packet
 
 
@@ -47,7 +47,7 @@ class InProcess:
     def told_to_stop(self) -> bool:
         return self._asked()
 
-    def agree(self, value: int) -> int:
+    def agree(self, value: int, most: int = ANY) -> int:
         return value
 
     def summary(self, values: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class Life:
             self._quiet[process] = 0.0 if heard != self._seen.get(process) else self._quiet[process] + gap
             self._seen[process] = heard
 
+    def shown(self, process: int) -> bool:
+        """Whether it has been heard within the last two ticks."""
+        return self._quiet.get(process, 0.0) < 2 * self.tick
+
     def silent(self, process: int) -> bool:
         return self._quiet.get(process, 0.0) >= self.patience
 

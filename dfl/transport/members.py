@@ -158,12 +158,21 @@ class Members:
                 self._begin_anew()
             missing = [member.process for member in self._settling.waits_for()]
             self.mail.awaited = tuple(missing)
-            if not missing and time.monotonic() > self._accused_at + ANSWER_SECONDS:
+            if not missing and time.monotonic() > self._accused_at + ANSWER_SECONDS and not self._will_answer():
                 return self._settled()
             if missing and time.monotonic() > until:
                 for process in missing:
                     self.accuse(process, f"did not settle with the others within {self.timeout:g} s")
                 until = time.monotonic() + self.timeout
+
+    def _will_answer(self) -> bool:
+        """Whether another accuses somebody who shows life here: for one patience more, as the machine may be busy, and of a liar whom
+        two put out at once each would else lose the other."""
+        known, life = self._settling.known, self.mail.life
+        if time.monotonic() > self._accused_at + life.patience:
+            return False
+        open_ones = {one.of for one in known.accused - known.denied if self.me not in one and not {one.by, one.of} & known.out}
+        return any(life.shown(member.process) for member in open_ones if member.process in self.mail.connected())
 
     def _settled(self) -> dict[int, dict[str, Any]]:
         infos: dict[int, Any] = {member.process: info for member, info in self._settling.infos().items()}
@@ -292,13 +301,18 @@ class Members:
         if event.kind == "refused":
             print(f"dfl: refused: {event.text}", file=sys.stderr, flush=True)
         elif event.kind != "message":
-            self.accuse(event.process, event.text)
+            self.accuse(event.process, self._last_word(event) if event.kind == "gone" else event.text)
         else:
             try:
                 self._read(event.process, event.data)
             except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
                 self.mail.cut(event.process)
                 self.accuse(event.process, f"sent what no member sends: {' '.join(str(error).split())[:200]}")
+
+    def _last_word(self, event: Event) -> str:
+        """Why a process has gone, as it told itself."""
+        member = next((one for one in self._settling.known.members() if one.process == event.process), None)
+        return event.text if member is None else self.reasons.get(member, event.text)
 
     def _read(self, process: int, data: bytes) -> None:
         kind, start = _HEAD.unpack_from(data)
@@ -315,7 +329,7 @@ class Members:
         elif kind == _STATE:
             self._learn(sender, json.loads(data[_HEAD.size:]))
         elif kind == _LEAVE:
-            self.reasons[sender] = str(json.loads(data[_HEAD.size:]))[:1000]
+            self.reasons[sender] = " ".join(str(json.loads(data[_HEAD.size:])).split())[:1000]
         elif kind == _DONE:
             if not self.ending:
                 raise ValueError("the word that all have ended, which this process has not")

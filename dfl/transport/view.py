@@ -76,15 +76,17 @@ class Known(NamedTuple):
         return tuple(sorted(there - self._cover(there)))
 
     def _cover(self, there: set[Member]) -> set[Member]:
-        """One end of every answered accusation among those that are there: first who is in most of them (a process that hears nobody
-        goes, not all others), then who is accused by most, then the higher number. A second accusation that was answered counts
-        against who makes it, also when the first one's victim has gone."""
+        """One end of every answered accusation among those that are there: first who has such with most processes (one that hears
+        nobody goes, not all others), then who is accused by most, then the higher number. An accusation of a second process that was
+        answered counts against who makes it, also when the first one's victim has gone; of another start of the same one it does not,
+        or a liar that comes back would take those along who find it out again."""
         left, dropped = set(self.denied), set[Member]()
         while open_ones := [one for one in left if one.by in there - dropped and one.of in there - dropped]:
             ends = {end for one in open_ones for end in one}
 
             def weight(member: Member) -> tuple[int, int, Member]:
-                return (sum(member in one for one in self.denied), sum(member == one.of for one in open_ones), member)
+                others = {end.process for one in self.denied if member in one for end in one} - {member.process}
+                return (len(others), sum(member == one.of for one in open_ones), member)
 
             dropped.add(max(ends, key=weight))
         return dropped

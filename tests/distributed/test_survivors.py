@@ -123,3 +123,31 @@ def test_all_stop_and_go_on_with_equal_bits(place, tmp_path):
 
 def adapter_digests_of(run: Group) -> list[dict[str, str]]:
     return [adapter_digests(run.output(process)) for process in range(run.size)]
+
+
+def _diverge(tree, env, log, resume):
+    """`_work`, but for a peer of its own whose factors are no numbers from some round on."""
+    from members import _work
+
+    from dfl.training.phase import ModelTrainer
+    run = ModelTrainer.run
+
+    def diverging(self, x, plans, corrections, t, **more):
+        if t == 5:
+            x[0] = float("inf")
+        return run(self, x, plans, corrections, t, **more)
+
+    ModelTrainer.run = diverging
+    _work(tree, env, log, resume)
+
+
+def test_who_diverges_goes_with_a_line_and_the_others_go_on(place, tmp_path):
+    with group(place, tmp_path, 3, peers=3) as run:
+        for process in (0, 1):
+            run.start(process)
+        run.start(2, work=_diverge)
+        assert run.wait(2) == 1 and "dfl: peer 2 diverged in round 6: " in run.said(2), run.everything()
+        assert [run.wait(process) for process in (0, 1)] == [0, 0], run.everything()
+        assert "going on without process 2 (peer 2, host " in run.said(0) and "diverged in round 6" in run.said(0), run.everything()
+        assert run.lines(0)[5]["alive"] == [0, 1, 2] and run.lines(0)[6]["alive"] == [0, 1]
+        check_records(run, [0, 1])

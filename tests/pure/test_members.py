@@ -5,6 +5,7 @@ import json
 import queue
 import socket
 import struct
+import threading
 import time
 
 import pytest
@@ -171,6 +172,36 @@ def test_a_member_that_lies_is_put_out_and_the_others_go_on(lie, capsys):
     assert mail.out == [1] and [member.process for member in members._settling.known.members()] == [0, 2]
     said = capsys.readouterr().err
     assert said.startswith("dfl: going on without process 1: sent what no member sends") and "Traceback" not in said
+
+
+def test_who_is_accused_by_a_liar_and_lives_is_waited_for():
+    """Longer than it takes who is idle to answer: 1 is in the middle of a step."""
+    mail = Silence()
+    members = Members(mail, 0, 3, timeout=20.0)
+    mail.connected = lambda: [1]  # 2 is cut off
+    known = Known().with_joined(Member(0), Member(1), Member(2))
+    mail.events.put(Event("message", 1, told(known)))
+    mail.events.put(Event("message", 2, told(known.accuse(Member(2), Member(1)))))
+    mail.events.put(Event("harm", 2, text="lies"))
+    answer = known.accuse(Member(2), Member(1)).accuse(Member(0), Member(2)).answered(Member(1))
+    later = threading.Timer(1.0, lambda: mail.events.put(Event("message", 1, told(answer, {"at": 3}))))
+    later.start()
+    found = members.settle({"at": 3})
+    assert found == {0: {"at": 3}, 1: {"at": 3}}
+    assert [member.process for member in members.members] == [0, 1]
+
+
+def test_who_is_accused_and_shows_no_life_is_not_waited_for():
+    mail = Silence()
+    members = Members(mail, 0, 3, timeout=20.0)
+    mail.connected = lambda: [1, 2]
+    mail.life._quiet[1] = 3 * mail.life.tick  # not long enough to be accused here as well
+    mail.life.begin = lambda process: None
+    known = Known().with_joined(Member(0), Member(1), Member(2)).accuse(Member(2), Member(1))
+    for info in (None, {"at": 3}):
+        mail.events.put(Event("message", 2, told(known, info)))
+    begun = time.monotonic()
+    assert members.settle({"at": 3}).keys() == {0, 2} and time.monotonic() < begun + mail.life.patience
 
 
 def test_two_that_hold_each_other_for_gone_do_not_answer_each_other_for_ever():

@@ -1,12 +1,12 @@
 """Who comes into a run that goes on, and in which turn of its round: what records say and a replay follows."""
 
 from dfl.run.replay import _in_order
-from dfl.run.survive import Plan, came_before, next_turn
+from dfl.run.told import Plan, Told, came_before, next_turn
 
 
-def told(*came: tuple[int, int, int] | None) -> dict[int, dict]:
+def told(*came: tuple[int, int] | None) -> dict[int, Told]:
     """Of processes 0, 1, ...: nothing, or (round, turn) in which each came."""
-    return {process: {"came": {"round": one[0], "turn": one[1], "from": "neighbours", "of": {}} if one else None}
+    return {process: Told(5, [], {"round": one[0], "turn": one[1], "from": "neighbours", "of": {}} if one else None, [])
             for process, one in enumerate(came)}
 
 

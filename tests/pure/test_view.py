@@ -48,6 +48,15 @@ def test_a_liar_costs_one_member_and_no_second():
     assert numbers(known) == [0, 2, 3]
 
 
+def test_a_liar_that_comes_back_takes_nobody_along_who_finds_it_out_again():
+    """1 has put it out before, was accused by it, and sees it answer: with 2 alone it has nothing but that."""
+    one, two, again = Member(1), Member(2), Member(2, 1)
+    known = Known().with_joined(Member(0), one, two).accuse(one, two).accuse(two, one).answered(one).answered(two)
+    assert known.members() == (Member(0), one)
+    known = known.settled().with_joined(again).accuse(one, again).accuse(again, one).answered(one).answered(again)
+    assert known.members() == (Member(0), one)
+
+
 def test_who_was_left_out_comes_back_as_another_member_only():
     known = accusing(a_group(3), (1, 0)).settled()
     assert numbers(known.answered(Member(0))) == [1, 2]  # too late
