@@ -72,6 +72,24 @@ def test_a_connection_waits_until_its_process_is_to_be_called_and_loses_nothing(
         assert connection.recv(1) == b"", "the end of one is the end of the other"
 
 
+def test_a_stranger_on_the_machine_hears_nothing_and_gives_way(ways, far):
+    """It comes to the port of the other process at most, where it could have gone itself."""
+    made, where = ways
+    address, calls = far
+    with talk(made, 1) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        stranger.settimeout(3 * forwarder.TICK_SECONDS)
+        with pytest.raises(TimeoutError):
+            stranger.recv(1)
+        with talk(made, 1) as ours:
+            stranger.settimeout(5.0)
+            with contextlib.suppress(ConnectionResetError):  # what it said was not read
+                assert stranger.recv(1) == b""
+            where[1] = address
+            ours.sendall(b"ours")
+            assert received(ours, 4) == b"ours" and len(calls) == 1
+
+
 def test_a_process_has_one_call_at_a_time_and_the_next_when_that_has_ended(ways, far):
     made, where = ways
     where[1] = where[2] = far[0]
