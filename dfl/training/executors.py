@@ -149,23 +149,26 @@ def _leaf(view: Tensor, g: Tensor | None, gradient_view, trained: bool) -> Tenso
 
 
 def _lora_forward(module, a_all: Tensor, b_all: Tensor, scaling: float | Tensor, selected: _Selection, x: Tensor, *args, **kwargs):
-    """y = base(x) + s (dropout(x) A^T) B^T, with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
+    """y = base(x) + (s dropout(x) A^T) B^T, with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
     if module.disable_adapters:
         return module.base_layer(x, *args, **kwargs)
     selected.check(x)
     result = module.base_layer(x, *args, **kwargs)
-    delta = _low_rank(selected.take(a_all), selected.take(b_all), module.lora_dropout[ADAPTER](x))
-    if isinstance(scaling, Tensor):
-        delta = (delta.view(len(selected.rows), -1) * selected.take(scaling)[:, None]).view(delta.shape)
-    else:
-        delta = delta * scaling
-    return result + delta.to(result.dtype)
+    scale = selected.take(scaling)[:, None, None] if isinstance(scaling, Tensor) else scaling
+    return _plus(result, _inner(selected.take(a_all), module.lora_dropout[ADAPTER](x)) * scale, selected.take(b_all))
 
 
-def _low_rank(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """(x A^T) B^T with A (P, R, I), B (P, O, R) of the block of rows each example is in."""
-    hidden = x.to(a.dtype).reshape(len(a), -1, a.shape[-1])
-    return torch.bmm(torch.bmm(hidden, a.mT), b.mT).view(*x.shape[:-1], b.shape[-2])
+def _inner(a: Tensor, x: Tensor) -> Tensor:
+    """x A^T (P, M, R), with A (P, R, I) of the block of rows each example is in, of M tokens."""
+    return torch.bmm(x.to(a.dtype).reshape(len(a), -1, a.shape[-1]), a.mT)
+
+
+def _plus(result: Tensor, inner: Tensor, b: Tensor) -> Tensor:
+    """result + inner B^T with B (P, O, R), in one pass over the result where types are alike: those that scale and add by themselves
+    take as long as both products."""
+    if result.dtype != inner.dtype:
+        return result + torch.bmm(inner, b.mT).view(result.shape).to(result.dtype)
+    return torch.baddbmm(result.reshape(len(b), -1, b.shape[1]), inner, b.mT).view(result.shape)
 
 
 @contextmanager
@@ -187,8 +190,7 @@ def _residual_hook(g_all: Tensor, f_all: Tensor, scaling: float, selected: _Sele
     if module.disable_adapters:
         return output
     selected.check(args[0])
-    delta = _low_rank(selected.take(g_all), selected.take(f_all), args[0])
-    return output + (delta * scaling).to(output.dtype)
+    return _plus(output, _inner(selected.take(g_all), args[0]) * scaling, selected.take(f_all))
 
 
 def _head_forward(module: nn.Linear, tensors: dict[str, Tensor], selected: _Selection, x: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import tiny_models
 import tiny_runs
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dfl.adapters.layout import a_view, b_view
 from dfl.seeds import derive
 from dfl.training import phase
 from dfl.training.dropout import PeerDropout
@@ -230,6 +232,39 @@ def test_an_input_that_does_not_lead_with_the_batch_is_refused_rather_than_split
         forward({"input_ids": torch.ones(8, 4, dtype=torch.long)}, list(range(4)))
         with pytest.raises(ValueError, match="stacked.*does not lead with the batch of 8"):
             site(torch.ones(1, 8, 16))
+
+
+class Passes(TorchDispatchMode):
+    """The operations whose output has so many numbers."""
+
+    def __init__(self, numbers: int):
+        super().__init__()
+        self.numbers, self.found = numbers, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.numbers and not func.is_view:
+            self.found.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("scale", [None, (1.0, 0.5, 1.0, 0.3)])
+def test_scaling_and_sum_take_no_pass_of_their_own(root, scale):
+    config = tiny_runs.make_config(model(root, "bert"), root / "data.csv", root / "out", train__executor="stacked", lora__alpha=3)
+    run, loaded = tiny_runs.make_run(config)
+    site, rows = loaded.adapted.sites[0], run.rows()._replace(scale=scale)
+    rows.x.copy_(torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(8, 5, site.pair.d_in, generator=torch.Generator().manual_seed(1))
+    with run.executor.bound(loaded.adapted, rows, None, range(4)):
+        site.module.forward.args[-1].batch = 8
+        with Passes(8 * 5 * site.pair.d_out) as passes:
+            found = site.module(x)
+    base = site.module.base_layer(x)
+    for peer in range(4):
+        a, b, mine = a_view(rows.x, site.pair)[peer], b_view(rows.x, site.pair)[peer], slice(2 * peer, 2 * peer + 2)
+        expected = base[mine] + site.pair.scaling * (scale or [1.0] * 4)[peer] * x[mine] @ a.T @ b.T
+        torch.testing.assert_close(found[mine], expected, rtol=1e-5, atol=1e-5)
+    assert passes.found == ["aten::addmm", "aten::baddbmm"], passes.found
 
 
 def test_the_model_is_its_own_again_after_a_stacked_pass(root):
