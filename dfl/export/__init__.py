@@ -203,8 +203,10 @@ def _about(config: Config, names: list[str], facts: card.Facts) -> dict[str, Any
     if not facts.merged:
         model["layers"] = config.model.layers
     measured = {key: plain(getattr(config.eval, key)) for key in ("metrics", "primary")}
-    return {"made_by": "dfl", "model": model, "data": columns, "eval": measured, "label_names": names, "peer": facts.peer,
-            "round": facts.rounds}
+    found = {"made_by": "dfl", "model": model, "data": columns, "eval": measured, "label_names": names, "peer": facts.peer,
+             "round": facts.rounds}
+    talks = card.talks(facts)
+    return found if talks is None else found | {"conversations": talks}
 
 
 def lines(exported: Exported) -> list[str]:

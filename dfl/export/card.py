@@ -294,10 +294,14 @@ def writes(config: Config) -> bool:
     return getattr(TASKS.get(config.model.task.name), "auto_class", None) == "AutoModelForCausalLM"
 
 
+def talks(facts: Facts) -> bool | None:
+    """Whether the model has learnt conversations; None where the run does not say, or has learnt no language."""
+    return facts.record.get("facts", {}).get("conversations")
+
+
 def _example(facts: Facts) -> list[str]:
     if writes(facts.config):
-        data = facts.config.data
-        if data.messages is not None or data.template is not None:
+        if talks(facts):
             given = ['talk = [{"role": "user", "content": "A question."}]',
                      'inputs = processor.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)']
         else:

@@ -32,8 +32,9 @@ class Answers:
         self.adapted, self.processor, self.measure, self.autocast = adapted, processor, measure, autocast
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         pairs = [prompt_and_answer(split.features[i]) for i in range(min(num, len(split)))]
-        room = (getattr(adapted.model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - max_new_tokens
-        self.prompts = [prompt[-max(room, 1):] for prompt, _ in pairs]
+        # a prompt too long for the model loses its beginning, and at most half of what there is room for
+        most = positions(adapted.model)
+        self.prompts = [prompt[-(most - min(max_new_tokens, most // 2)):] for prompt, _ in pairs]
         self.references = [self.text(answer) for _, answer in pairs]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -93,9 +94,18 @@ def left_padded(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tens
     return ids, mask
 
 
+def positions(model: Any) -> int:
+    """How many tokens the model takes; very many where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
 def continued(model: Any, processor: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-    """(B, N) new tokens, greedily unless `options` of generate say otherwise; everything behind the end is padding."""
+    """(B, N) new tokens, greedily unless `options` of generate say otherwise; everything behind the end is padding.
+
+    N is at most max_new_tokens, and what the model has positions for behind the longest prompt, which is shorter than those.
+    """
     from transformers import GenerationConfig
+    max_new_tokens = min(max_new_tokens, positions(model) - ids.shape[1])
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None) or processor.eos_token_id
     chosen = GenerationConfig(**{"do_sample": False, "num_beams": 1} | options, max_new_tokens=max_new_tokens,

@@ -1,5 +1,6 @@
 """`dfl generate`: what one model of a run says to prompts of one's own."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import torch
 
 from dfl import extensions, tasks
 from dfl.config import Config
-from dfl.metrics.answers import continued, left_padded
+from dfl.metrics.answers import continued, left_padded, positions
 from dfl.run.evaluation import label_names, with_adapter
 from dfl.run.runtime import choose_device, num_threads, place_from_environment
 from dfl.seeds import derive
 from dfl.store import targets
-from dfl.store.runs import read_config
+from dfl.store.runs import mapping, read_config, read_description
 from dfl.tasks import chat
 from dfl.tasks.language import end_of, opened
 from dfl.tasks.models import quiet
@@ -24,11 +25,13 @@ def generate(run: Path, prompts: Sequence[str], overrides: Sequence[str] = (), *
     """An answer to each prompt by the model of `peer`, or the consensus, in a checkpoint of the run; best: the best of an evaluation.
 
     A run that was trained on conversations gets a prompt as what the user says; others get the text as it stands. Greedy at
-    temperature 0. run: or a folder that `dfl export` has written, which is read by stock transformers and PEFT alone.
-    ValueError for a run that learnt no language, and for a model that is not there.
+    temperature 0; an answer ends where the model has no positions left. run: or a folder that `dfl export` has written, which is
+    read by stock transformers and PEFT alone.
+    ValueError for a run that learnt no language, for a model that is not there, and for a prompt that is too long for it.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} and --temperature {temperature}: allowed: from 1, and from 0")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}, --temperature {temperature} and --top-p {top_p}: allowed: from 1, from "
+                         "0, and above 0 up to 1")
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
     if targets.find(run).kind in ("adapter", "model") and not (run / "best.json").is_file():
         if peer != "consensus" or rounds is not None or best:
@@ -45,13 +48,16 @@ def generate(run: Path, prompts: Sequence[str], overrides: Sequence[str] = (), *
     torch.set_num_threads(num_threads(config))
     base, processor = tasks.load_model(config.model, config.data, label_names(run), seed=derive(config.seed, "head"))
     model = with_adapter(base, folder).to(choose_device(config, place_from_environment())).eval()
-    return _answers(model, processor, [prompt_ids(config, processor, prompt) for prompt in prompts], max_new_tokens, seed, options)
+    talks = takes_messages(config, run)
+    asked = [prompt_ids(config, processor, prompt, talks) for prompt in prompts]
+    return _answers(model, processor, asked, max_new_tokens, seed, options)
 
 
 def stock(folder: Path) -> tuple[Any, Any, Callable[[str], list[int]]]:
     """A model of an exported folder, its tokenizer, and how a prompt becomes tokens: nothing of this project is asked.
 
-    With a chat template in the folder a prompt is what the user says. ValueError where they cannot read it.
+    With a chat template in the folder a prompt is what the user says, unless the export says that it has learnt texts. ValueError
+    where they cannot read it.
     """
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,8 +70,11 @@ def stock(folder: Path) -> tuple[Any, Any, Callable[[str], list[int]]]:
     if processor.pad_token_id is None:
         processor.pad_token = processor.eos_token or processor.unk_token
 
+    said = targets.read_json(folder / targets.ABOUT) if (folder / targets.ABOUT).is_file() else {}
+    talks = bool(processor.chat_template) and said.get("conversations", True)
+
     def ids(prompt: str) -> list[int]:
-        if processor.chat_template:
+        if talks:
             return list(processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)["input_ids"])
         return processor(prompt)["input_ids"]
 
@@ -73,6 +82,9 @@ def stock(folder: Path) -> tuple[Any, Any, Callable[[str], list[int]]]:
 
 
 def _answers(model: Any, processor: Any, prompts: Sequence[list[int]], max_new_tokens: int, seed: int, options: dict) -> list[str]:
+    longest, most = max(map(len, prompts)), positions(model)
+    if longest >= most:
+        raise ValueError(f"a prompt has {longest} tokens, and the model takes {most} with its answer; allowed: up to {most - 1}")
     torch.manual_seed(seed)
     ids, mask = left_padded(prompts, processor.pad_token_id)
     device = next(model.parameters()).device
@@ -90,9 +102,9 @@ def adapter_folder(run: Path, peer: str, rounds: int | None, best: bool) -> Path
     return targets.best_of(run, peer)
 
 
-def prompt_ids(config: Config, processor: Any, prompt: str) -> list[int]:
-    """As the run read its examples up to the answer."""
-    if takes_messages(config, processor):
+def prompt_ids(config: Config, processor: Any, prompt: str, talks: bool) -> list[int]:
+    """As the run read its examples up to the answer; talks: they were conversations."""
+    if talks:
         talk = chat.with_system([{"role": "user", "content": prompt}], config.data)
         renderer = chat.Renderer(processor, config.data)
         return renderer.ids(renderer.text(talk, "the prompt", asks=True))
@@ -100,8 +112,8 @@ def prompt_ids(config: Config, processor: Any, prompt: str) -> list[int]:
     return ids or [processor.bos_token_id if processor.bos_token_id is not None else processor.pad_token_id]
 
 
-def takes_messages(config: Config, processor: Any) -> bool:
-    """Whether a run has learnt conversations: from a column of them, or where its template was chosen for them."""
-    return config.data.messages is not None or config.data.template is not None
+def takes_messages(config: Config, run: Path) -> bool:
+    """Whether a run has learnt conversations, as it says; one of a script, which does not, where its recipe names a column of them."""
+    return mapping(read_description(run).get("facts")).get("conversations", config.data.messages is not None)
 
 

@@ -115,7 +115,7 @@ def _encoded(kind: type, source: models.Source, model: ModelConfig, data: DataCo
               for e, t, y in zip(encoded, tables, labels, strict=True)]
     if kind.modality == "text":
         models.check_ids(model, config, processor.pad_token_id, [f for split in splits for f in split.features])
-    return Prepared(kind, source, config, processor, splits[0], splits[-1], facts)
+    return Prepared(kind, source, config, processor, splits[0], splits[-1], facts | _of_language(kind, tables[0], data))
 
 
 def _streamed(source: models.Source, model: ModelConfig, data: DataConfig, data_seed: int) -> Prepared:
@@ -123,17 +123,22 @@ def _streamed(source: models.Source, model: ModelConfig, data: DataConfig, data_
     kind = lookup("model.task", TASKS, model.task.name)
     if kind.modality != "text":
         raise ValueError(f"data.streaming = True: the examples of model.task = {kind.name!r} are no texts; allowed: false")
-    rows, valid = streamed.read(data, data_seed)
+    rows, lines, valid = streamed.read(data, data_seed)
     kind.check(valid, data)
-    names = streamed.names_of(rows, data) if kind.labelled else []
+    names = streamed.names_of(rows, lines, data) if kind.labelled else []
     config, processor = _processor(kind, source, model, data, names)
-    train = streamed.encode(kind, rows, names, data, processor)
+    train = streamed.encode(kind, rows, lines, names, data, processor)
     labels = encode_labels(valid, data.label, names) if kind.labelled else np.zeros(len(valid), dtype=np.int64)
     encoded = kind.encode(valid, labels, data, processor)
     some = [train.features[i] for i in range(min(len(train), 1000))]
     models.check_ids(model, config, processor.pad_token_id, [*encoded.features, *some])
     split = Split(encoded.features, labels, names, valid.columns, valid.lines, encoded.cut)
-    return Prepared(kind, source, config, processor, train, split, {})
+    return Prepared(kind, source, config, processor, train, split, _of_language(kind, valid, data))
+
+
+def _of_language(kind: type, table: Table, data: DataConfig) -> dict[str, bool]:
+    """Whether rows are conversations, of a task that may read some: whoever asks its model has to know."""
+    return {"conversations": kind.talks(table, data)} if hasattr(kind, "talks") else {}
 
 
 def with_weights(ready: Prepared, model: ModelConfig, *, seed: int, device: torch.device = models.CPU) -> Bundle:

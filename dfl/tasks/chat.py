@@ -75,7 +75,7 @@ def _message(one: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}, is {str(one)[:40]!r}; allowed: a mapping with role and content")
     if one.get("role") is None and one.get("from") is not None:
         one = {"role": _ROLES.get(one["from"], one["from"]), "content": one.get("value")}
-    kept = {key: value for key, value in one.items() if value is not None}
+    kept = without_nothing(one)
     if not isinstance(kept.get("role"), str) or not (isinstance(kept.get("content"), str) or kept.get("tool_calls")):
         raise ValueError(f"{where}, is {str(one)[:60]!r}; allowed: a role, and a text as content or tool_calls")
     return {"content": "", **kept}
@@ -89,15 +89,46 @@ def said_by(role: str, value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def tools_of(table: Table, data: DataConfig) -> list[list[Any] | None]:
-    """The tools of every row, a list or one as JSON; None where there are none."""
-    given = table.columns[data.tools] if data.tools is not None else [None] * len(table)
-    return [json.loads(value) if isinstance(value, str) and value.strip() else value or None for value in given]
+    """The tools of every row, a list or one as JSON; None where there are none. ValueError names the first line that holds neither."""
+    if data.tools is None:
+        return [None] * len(table)
+    return [_tools(value, f"data.tools = {data.tools!r}: line {line} of {table.where}")
+            for line, value in zip(table.lines, column(table, "tools", data.tools), strict=True)]
+
+
+def _tools(value: Any, where: str) -> list[Any] | None:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"{where} holds a text that is no JSON, not a list of tools") from None
+    if not value:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
+        raise ValueError(f"{where} holds {str(value)[:40]!r}; allowed: a list of tools, each a mapping, or nothing")
+    return without_nothing(value)
+
+
+def without_nothing(value: Any) -> Any:
+    """Without keys that hold None, which a table on disk fills in where another row has them."""
+    if isinstance(value, Mapping):
+        return {key: without_nothing(inner) for key, inner in value.items() if inner is not None}
+    return [without_nothing(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def holds_messages(table: Table, name: str) -> bool:
     """Whether the first value of a column is a list, as conversations are."""
     values = table.columns.get(name) or [None]
     return isinstance(values[0], (list, tuple))
+
+
+def check_fields(table: Table, data: DataConfig, talks: bool) -> None:
+    """ValueError for tools that are none, and for fields of conversations where the rows are texts, which no template sees."""
+    tools_of(table, data)
+    given = next(((name, value) for name in ("template", "system", "tools") if (value := getattr(data, name)) is not None), None)
+    if given is not None and not talks:
+        raise ValueError(f"data.{given[0]} = {given[1][:40]!r} is for conversations, and the rows of {table.where} hold texts, which "
+                         "no template sees; allowed: null, or rows of messages (data.messages, or lists of messages as data.prompt)")
 
 
 def with_system(messages: list[dict], data: DataConfig) -> list[dict]:

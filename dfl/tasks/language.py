@@ -34,6 +34,11 @@ class CausalLM:
         return cls(processor.pad_token_id)
 
     @staticmethod
+    def talks(table: Table, data: DataConfig) -> bool:
+        """Whether the rows are conversations, which go through the chat template."""
+        return data.messages is not None or (data.prompt is not None and chat.holds_messages(table, data.prompt))
+
+    @staticmethod
     def check(table: Table, data: DataConfig) -> None:
         """ValueError for columns that are not there or hold no text, and for a prompt without a response."""
         if (data.prompt is None) != (data.response is None):
@@ -42,6 +47,7 @@ class CausalLM:
         if data.messages is not None and data.prompt is not None:
             raise ValueError(f"data.messages = {data.messages!r} and data.prompt = {data.prompt!r}: a row is a conversation, or a "
                              "prompt and its response; give one of them")
+        chat.check_fields(table, data, CausalLM.talks(table, data))
         if data.messages is not None:
             chat.conversations(table, "messages", data.messages)
         elif data.prompt is not None and chat.holds_messages(table, data.prompt):
@@ -59,7 +65,7 @@ class CausalLM:
         ValueError where no row has a token to predict, and for a conversation that the chat template does not take.
         """
         end, limit = end_of(processor), data.max_length
-        if data.messages is not None or (data.prompt is not None and chat.holds_messages(table, data.prompt)):
+        if CausalLM.talks(table, data):
             talks = _conversations(table, data, chat.Renderer(processor, data))
             rows = [(ids[:limit], targets[:limit]) for ids, targets in talks]
             cut = {"text": sum(len(ids) > limit for ids, _ in talks)}

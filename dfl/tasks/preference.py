@@ -49,10 +49,16 @@ class Preference:
         return cls(processor.pad_token_id, beta, label_smoothing)
 
     @staticmethod
+    def talks(table: Table, data: DataConfig) -> bool:
+        """Whether the rows are conversations, which go through the chat template."""
+        return chat.holds_messages(table, data.chosen)
+
+    @staticmethod
     def check(table: Table, data: DataConfig) -> None:
         """ValueError for columns that are not there, or hold neither texts nor conversations."""
+        chat.check_fields(table, data, Preference.talks(table, data))
         pair = (("chosen", data.chosen), ("rejected", data.rejected))
-        if chat.holds_messages(table, data.chosen):
+        if Preference.talks(table, data):
             for key, name in pair:
                 chat.conversations(table, key, name)
             if data.prompt is not None:
@@ -69,7 +75,7 @@ class Preference:
     def encode(table: Table, labels: np.ndarray, data: DataConfig, processor: Any) -> Encoded:
         """A feature per pair: input_ids and labels of the chosen response behind its prompt, rejected_ids and rejected_labels."""
         end, limit = end_of(processor), data.max_length
-        if chat.holds_messages(table, data.chosen):
+        if Preference.talks(table, data):
             told, end = _conversations(table, data, chat.Renderer(processor, data)), []
         else:
             prompts = token_ids(processor, texts(table, "prompt", data.prompt))

@@ -62,8 +62,8 @@ class Columns(Mapping):
         return len(self.table.column_names)
 
 
-def read(data: DataConfig, data_seed: int) -> tuple[Any, Table]:
-    """The training rows as a table on disk, and the validation rows, at most data.max_valid, in memory.
+def read(data: DataConfig, data_seed: int) -> tuple[Any, np.ndarray, Table]:
+    """The training rows as a table on disk, the line of each in its file, and the validation rows, at most data.max_valid, in memory.
 
     ValueError without a bound of the validation rows, and for what cannot be read.
     """
@@ -72,21 +72,33 @@ def read(data: DataConfig, data_seed: int) -> tuple[Any, Table]:
                          "many off the training examples")
     rng = np.random.default_rng([data_seed, 0])
     train, where = _open(data, "train"), data.train or str(data.name)
+    lines = _lines(data, "train", len(train))
     if data.valid is None:
         order = rng.permutation(len(train))
         if data.max_valid >= len(train):
             raise ValueError(f"data.max_valid = {data.max_valid} of the {len(train)} rows of {where} leaves no training example")
         chosen, rest = np.sort(order[:data.max_valid]), np.sort(order[data.max_valid:])
-        valid, train = _in_memory(train.select(chosen), where, chosen + 1), train.select(rest)
+        valid, train, lines = _in_memory(train.select(chosen), where, lines[chosen]), train.select(rest), lines[rest]
     else:
         found = _open(data, "valid")
         chosen = np.arange(len(found))
         if data.max_valid is not None and data.max_valid < len(found):
             chosen = np.sort(rng.permutation(len(found))[:data.max_valid])
-        valid = _in_memory(found.select(chosen), data.valid, chosen + 1)
+        valid = _in_memory(found.select(chosen), data.valid, _lines(data, "valid", len(found))[chosen])
     if data.max_train is not None and data.max_train < len(train):
-        train = train.select(np.sort(rng.permutation(len(train))[:data.max_train]))
-    return train, valid
+        chosen = np.sort(rng.permutation(len(train))[:data.max_train])
+        train, lines = train.select(chosen), lines[chosen]
+    return train, lines, valid
+
+
+def _lines(data: DataConfig, key: str, count: int) -> np.ndarray:
+    """Where the rows of a file with a row a line stand; the first line of a separated one names the columns."""
+    header = data.source == "file" and _suffix(Path(getattr(data, key))) in (".csv", ".tsv")
+    return np.arange(count) + 1 + header
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _in_memory(table: Any, where: str, lines: np.ndarray) -> Table:
@@ -101,7 +113,7 @@ def _open(data: DataConfig, key: str) -> Any:
         raise ValueError(f"data.streaming = True reads data.source = 'file' (with data.train) or 'hub', got {data.source!r}")
     datasets = library()
     path = Path(getattr(data, key)).expanduser()
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    suffix = _suffix(path)
     if not path.is_file() or suffix not in _FORMATS:
         raise ValueError(f"data.{key} = {str(path)!r} is not a file of these kinds: {', '.join(files.READERS)}, also .gz")
     builder, options = _FORMATS[suffix]
@@ -128,15 +140,18 @@ def library() -> Any:
     return datasets
 
 
-def names_of(table: Any, data: DataConfig) -> list[str]:
+def names_of(table: Any, lines: np.ndarray, data: DataConfig) -> list[str]:
     """The labels that occur."""
     if data.label not in table.column_names:
         raise ValueError(f"data.label = {data.label!r}: no such column; there are: {', '.join(table.column_names)}")
-    return label_names(Table({data.label: Columns(table)[data.label]}, data.train or "", range(1, len(table) + 1)), data.label)
+    return label_names(Table({data.label: Columns(table)[data.label]}, data.train or str(data.name), lines.tolist()), data.label)
 
 
-def encode(kind: Any, table: Any, names: list[str], data: DataConfig, processor: Any) -> Split:
-    """The training split of rows on disk, tokenised into the library's cache; the second time they are found there."""
+def encode(kind: Any, table: Any, lines: np.ndarray, names: list[str], data: DataConfig, processor: Any) -> Split:
+    """The training split of rows on disk, tokenised into the library's cache; the second time they are found there.
+
+    lines (n,): where each stands in its file, for errors.
+    """
     where = data.train or str(data.name)
     read = [name for _, name in read_fields(kind.name, data)] + [data.tools, *([data.label] if kind.labelled else [])]
     if kind.name in KNOWN and set(read) - {None} <= set(table.column_names):
@@ -146,7 +161,7 @@ def encode(kind: Any, table: Any, names: list[str], data: DataConfig, processor:
     digest = _digest(table, data, kind, processor, names)
 
     def piece(given: dict[str, list], places: list[int]) -> dict[str, list]:
-        part = Table(given, where, [place + 1 for place in places])
+        part = Table(given, where, lines[places].tolist())
         labels = encode_labels(part, data.label, names) if kind.labelled else np.zeros(len(part), dtype=np.int64)
         kind.check(part, data)
         return _as_columns(kind.encode(part, labels, data, processor))
@@ -163,7 +178,7 @@ def encode(kind: Any, table: Any, names: list[str], data: DataConfig, processor:
     for told in filter(None, made["lost"]):
         for what, count in json.loads(told).items():
             lost[what] = lost.get(what, 0) + count
-    return Split(rows, labels, names, columns, range(1, len(rows) + 1), lost)
+    return Split(rows, labels, names, columns, lines, lost)
 
 
 def _as_columns(found: Encoded) -> dict[str, list]:

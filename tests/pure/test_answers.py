@@ -14,6 +14,7 @@ from dfl import tasks
 from dfl.cli import main
 from dfl.metrics.answers import prompt_and_answer
 from dfl.metrics.base import IGNORED
+from dfl.run import generation
 from dfl.run import train as running
 from dfl.run.build import check
 from dfl.run.evaluation import with_adapter
@@ -21,6 +22,7 @@ from dfl.run.generation import generate
 from dfl.run.loop import evaluate
 from dfl.store.directory import written
 from dfl.store.records import read_lines
+from dfl.tasks import chat
 
 
 def pairs_config(tmp_path, output="run", **fields):
@@ -168,15 +170,54 @@ def test_generate_says_what_the_model_says(tmp_path, capsys):
     drawn = [generate(tmp_path / "run", ["how"], temperature=5.0, max_new_tokens=8, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     for words, said in ((["--peer", "9"], "--peer '9' is not in"), (["--best", "--round", "2"], "--round 2 and --best: give one"),
-                        (["--max-new-tokens", "0"], "allowed: from 1")):
+                        (["--max-new-tokens", "0"], "allowed: from 1"), (["--top-p", "7"], "--top-p 7.0"),
+                        (["--temperature", "nan"], "--temperature nan")):
         assert main(["generate", str(tmp_path / "run"), "how", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_an_answer_ends_where_the_model_has_no_positions_left(tmp_path, capsys):
+    """GPT-2 has learnt 64 of them; the next has no embedding."""
+    tiny_models.save(tmp_path / "gpt2", "gpt2", layers=1)
+    config = pairs_config(tmp_path, model__name=tmp_path / "gpt2", train__rounds=1, eval__generate__max_new_tokens=200)
+    assert running.train(config) == 0
+    assert "samples" in evaluations(tmp_path / "run")[-1]
+    for length in (1, 63):
+        assert isinstance(generate(tmp_path / "run", [" ".join(["how"] * length)])[0], str)
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "how", " ".join(["how"] * 64)]) == 2
+    assert "a prompt has 64 tokens, and the model takes 64 with its answer; allowed: up to 63" in capsys.readouterr().err
 
 
 def test_a_run_of_conversations_is_asked_through_its_template(tmp_path):
     train_on_conversations(tmp_path)
     assert evaluations(tmp_path / "run")[-1]["samples"][0]["prompt"].startswith("how")  # roles are no words of this tokenizer
     assert isinstance(generate(tmp_path / "run", ["how good"], max_new_tokens=3)[0], str)
+
+
+def test_a_model_is_asked_as_it_was_taught_whatever_its_tokenizer_brings(tmp_path, monkeypatch):
+    """Texts stay texts for a base with a chat template; prompts of messages go through it without any word in the recipe."""
+    config = pairs_config(tmp_path, train__rounds=1)
+    processor = tiny_models.tokenizer(encoder=False, pad=False)
+    processor.chat_template = chat.TEMPLATES["plain"]
+    processor.save_pretrained(tmp_path / "llama")
+    asked = []
+    monkeypatch.setattr(generation, "_answers", lambda model, processor, prompts, *rest: asked.append(prompts))
+
+    def ask(name):
+        assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / name)]) == 0
+        for folder in (tmp_path / "run", tmp_path / name):
+            generate(folder, ["how good"])
+        return [processor.decode(prompts[0]) for prompts in asked[-2:]], (tmp_path / name / "README.md").read_text()
+
+    assert running.train(config) == 0
+    said, card = ask("texts")
+    assert said == ["how good"] * 2 and "apply_chat_template" not in card
+    rows = [{"ask": [{"role": "user", "content": "how"}], "say": word} for word in tiny_models.WORDS * 2]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert running.train(config, overwrite=True) == 0
+    said, card = ask("talks")
+    assert said[0] == said[1] != "how good" and "how good" in said[0] and "apply_chat_template" in card
 
 
 def test_an_export_is_asked_by_stock_transformers_alone(tmp_path, capsys, monkeypatch):

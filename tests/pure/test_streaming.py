@@ -166,6 +166,20 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, model, fields, said):
         prepared(model, **{"train": str(write_text(tmp_path)), "streaming": True} | fields)
 
 
+@pytest.mark.parametrize("name", ["talk.jsonl", "talk.csv"])
+def test_a_row_that_is_no_conversation_is_named_by_its_line(tmp_path, model, name):
+    """Whichever rows are taken off for the evaluation."""
+    talk = json.dumps([{"role": "user", "content": "how"}, {"role": "assistant", "content": "good"}])
+    quoted = '"' + talk.replace('"', '""') + '"'
+    rows = [{"messages": "no talk" if k == 16 else quoted if name.endswith("csv") else talk} for k in range(40)]
+    path, line = write(tmp_path, name, rows), 18 if name.endswith("csv") else 17
+    for seed in range(3):
+        with pytest.raises(ValueError, match=f"line {line} of .*{name} holds a text that is no JSON"):
+            tasks.prepare(ModelConfig(name=str(model), task="causal_lm"), DataConfig(
+                source="file", train=path, max_valid=12, max_train=28, streaming=True, messages="messages", template="plain",
+                max_length=64), data_seed=seed)
+
+
 def test_a_damaged_file_is_one_line(tmp_path, model):
     (tmp_path / "bad.jsonl").write_text('{"text": "how"}\n{"text": \n')
     with pytest.raises(ValueError, match="data.train = '.*bad.jsonl' cannot be read piece by piece"):

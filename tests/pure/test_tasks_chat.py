@@ -94,6 +94,40 @@ def test_tools_and_a_system_message_reach_the_template(words):
     assert learnt(words, feature) == "the film </s>".split()
 
 
+def test_nothing_that_a_table_on_disk_fills_in_reaches_the_template(words):
+    """Arrow gives all tools, and all their calls, the keys of each."""
+    template = "{% for tool in tools %}{{ tool.function | tojson }} {% endfor %}" + PLAIN.replace(
+        "{{ m.content }}", "{{ m.content }}{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}")
+    call = {"function": {"name": "graph", "arguments": {"x": "1", "y": None}}}
+    talk = [{"role": "assistant", "content": "film", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "graph", "parameters": {"properties": {"x": {"type": "string"}, "y": None}}}}]
+    words.chat_template = template
+    renderer = chat.Renderer(words, DataConfig())
+    said = renderer.text(chat.messages_of(talk, "here"), "here", chat.tools_of(
+        Table({"tools": [tools]}, "talk.jsonl", [1]), DataConfig(tools="tools"))[0])
+    assert '"x"' in said and '"y"' not in said and "null" not in said
+
+
+@pytest.mark.parametrize("value, said", [
+    ("{no json", "holds a text that is no JSON, not a list of tools"), ({"name": "graph"}, "allowed: a list of tools, each a mapping"),
+    ('["graph"]', "allowed: a list of tools, each a mapping"), (3, "holds '3'; allowed: a list of tools")])
+def test_tools_that_are_none_are_named_with_their_line(words, value, said):
+    columns = {"messages": [TALK] * 4, "tools": [None, "", [], value]}
+    with pytest.raises(ValueError, match=f"data.tools = 'tools': line 4 of talk.jsonl.*{said}"):
+        encoded(words, columns, tools="tools")
+    with pytest.raises(ValueError, match="data.tools = 'tool': no such column in talk.jsonl .did you mean 'tools'"):
+        encoded(words, columns, tools="tool")
+
+
+@pytest.mark.parametrize("fields", [{"system": "a peer"}, {"tools": "ask"}, {}], ids=str)
+def test_a_template_that_no_row_goes_through_is_refused(words, fields):
+    """Texts are learnt as they stand, whatever is said of conversations."""
+    name = next(iter(fields), "template")
+    with pytest.raises(ValueError, match=f"data.{name} = .* is for conversations, and the rows of talk.jsonl hold texts"):
+        encoded(words, {"ask": [""], "say": ["good"]}, messages=None, prompt="ask", response="say",
+                **{"template": None if fields else PLAIN} | fields)
+
+
 def test_other_spellings_of_a_conversation(words):
     shared = [{"from": "human", "value": "how good"}, {"from": "gpt", "value": "the film"}]
     (one,) = encoded(words, {"messages": [shared]}).features
