@@ -1,4 +1,4 @@
-"""`dfl train --dry-run`: everything that a start would refuse and that needs no weights, the resolved recipe, and its memory.
+"""`dfl train --dry-run`: everything that a start would refuse and that needs no weights, the resolved recipe, its data and its memory.
 
 Nothing is written, no callback is executed, and no hub is asked; modules in `plugins` are imported, for the names in them.
 """
@@ -31,15 +31,17 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     if place.size > 1:
         check_backend(config, device)
     look(config, resume, overwrite)
-    missing, parts = _elsewhere(config), None
+    missing, parts, data = _elsewhere(config), None, []
     if missing:
         missing.append("what depends on it is not checked here")
         _check_tables(config)
     else:
-        parts = ready(config, topology, device, place)[1]
+        examples, parts = ready(config, topology, device, place)
+        prepared = examples.prepared
+        data = tasks.summary_lines(tasks.summarise(prepared.kind.name, prepared.train, prepared.valid, config.data))
     told = [*_code(config), *filter(None, [advice(config)]), *missing]
     return "".join([*_comments(told), yaml.safe_dump(config.to_dict(), sort_keys=False),
-                    *_comments(memory_lines(parts, device, place) if parts else [])])
+                    *_comments(data), *_comments(memory_lines(parts, device, place) if parts else [])])
 
 
 def _comments(lines: list[str]) -> list[str]:

@@ -229,8 +229,8 @@ def write_whole(path: Path, text: str, lease: Lease) -> None:
 
 def describe_data(config: Config, loaded: Loaded, say: bool) -> None:
     """Add a summary of the data to the facts of the run, and print it."""
-    found = tasks.summarise(loaded.bundle, config.data)
-    loaded.bundle.facts["data"] = found
+    bundle = loaded.bundle
+    found = bundle.facts["data"] = tasks.summarise(bundle.task.name, bundle.train, bundle.valid, config.data)
     if say:
         print("\n".join(tasks.summary_lines(found)), file=sys.stderr, flush=True)
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from dfl.config import DataConfig
-from dfl.tasks.base import Bundle, Split
+from dfl.metrics.base import IGNORED
+from dfl.tasks.base import Split
 
 # how missing values look when a table was written as text
 MISSING = {"nan", "none", "null", "n/a", "na", "<na>"}
@@ -24,17 +25,17 @@ _FIELDS = {"sequence_classification": ("text", "pair"), "sequence_regression": (
 KNOWN = {*_FIELDS, "causal_lm"}
 
 
-def summarise(bundle: Bundle, data: DataConfig) -> dict[str, Any]:
+def summarise(task: str, train: Split, valid: Split, data: DataConfig) -> dict[str, Any]:
     """Counts of both splits, what they share, and under `warnings` a sentence for all that a user may want to mend."""
-    fields = read_fields(bundle.task.name, data)
-    splits = {"train": bundle.train, "valid": bundle.valid}
+    fields = read_fields(task, data)
+    splits = {"train": train, "valid": valid}
     found = {name: _of_split(split, fields) for name, split in splits.items()}
     keys = {name: _keys(split, fields) for name, split in splits.items()}
     if keys["train"] is not None:
-        found |= _repeated(keys, bundle.train.labels if bundle.train.label_names else None)
-    warnings = [*_about_texts(splits, fields, data), *_about_cuts(found, data), *_about_repeats(found, data)]
-    if bundle.train.label_names:
-        warnings += _about_classes(bundle.train, bundle.valid, data)
+        found |= _repeated(keys, train.labels if train.label_names else None)
+    warnings = [*_about_texts(splits, fields, data), *_about_cuts(found, splits, data), *_about_repeats(found, data)]
+    if train.label_names:
+        warnings += _about_classes(train, valid, data)
     return found | {"warnings": warnings}
 
 
@@ -135,17 +136,30 @@ def _line(split: Split, row: int, name: str) -> str:
     return f"the first is {place} of the {'training' if name == 'train' else 'validation'} data"
 
 
-def _about_cuts(found: Mapping[str, Any], data: DataConfig) -> list[str]:
+def _about_cuts(found: Mapping[str, Any], splits: Mapping[str, Split], data: DataConfig) -> list[str]:
     said = []
     for kind, least, what in (("text", PART, "lose their end"), ("prompt", PART, "lose the beginning of their prompt"),
                               ("response", 0.0, "lose the end of their response"),
                               ("nothing", 0.0, "are left with nothing to predict, and train nothing")):
         counts = {name: found[name]["cut"].get(kind, 0) for name in ("train", "valid")}
         if any(count > least * found[name]["rows"] for name, count in counts.items()):
-            do = "fill or remove them, or raise it" if kind == "nothing" else "raise it where memory allows"
+            do = "raise it where memory allows"
+            if kind == "nothing":
+                what, do = what + _first_without_target(splits), "fill or remove them, or raise it"
             said.append(f"data.max_length = {data.max_length}: {counts['train']:,} of {found['train']['rows']:,} training "
                         f"and {counts['valid']:,} of {found['valid']['rows']:,} validation rows {what}; {do}")
     return said
+
+
+def _first_without_target(splits: Mapping[str, Split]) -> str:
+    """Where the first row is of which nothing is learnt, such as a conversation in which the assistant says nothing."""
+    for name, split in splits.items():
+        if isinstance(split.features, list) and len(split.lines):
+            labels = [[f[key] for key in ("labels", "rejected_labels") if key in f] for f in split.features]
+            row = next((k for k, some in enumerate(labels) if any((one[1:] == IGNORED).all() for one in some)), None)
+            if row is not None:
+                return f" ({_line(split, row, name)})"
+    return ""
 
 
 def _about_repeats(found: Mapping[str, Any], data: DataConfig) -> list[str]:

@@ -42,7 +42,7 @@ def loaded(models, tmp_path, train, valid=None, kind="bert", head="text,label", 
 
 def warnings(*args, **fields):
     bundle, data = loaded(*args, **fields)
-    return summarise(bundle, data)["warnings"]
+    return summarise(bundle.task.name, bundle.train, bundle.valid, data)["warnings"]
 
 
 GOOD = [*sentences(20, "no"), *sentences(20, "yes")]
@@ -51,7 +51,7 @@ UNSEEN = ["bad no no,no", "bad yes yes,yes", "bad peer,no", "bad graph,yes"]
 
 def test_good_data_give_no_warning(models, tmp_path):
     bundle, data = loaded(models, tmp_path, GOOD, UNSEEN)
-    found = summarise(bundle, data)
+    found = summarise(bundle.task.name, bundle.train, bundle.valid, data)
     assert found["warnings"] == []
     lengths = sorted(len(f["input_ids"]) for f in bundle.train.features)
     assert found["train"]["rows"] == 40 and found["train"]["tokens"]["max"] == lengths[-1]
@@ -78,7 +78,7 @@ def test_a_class_that_only_the_validation_rows_have(models, tmp_path):
     labels = bundle.valid.labels.copy()
     labels[0] = 3
     bundle = replace(bundle, train=replace(bundle.train, label_names=names), valid=replace(bundle.valid, labels=labels))
-    (said,) = summarise(bundle, data)["warnings"]
+    (said,) = summarise(bundle.task.name, bundle.train, bundle.valid, data)["warnings"]
     assert said.startswith("data.label = 'label': no training row has the class 'never', 'rare', 1 validation rows do; give more")
 
 
@@ -116,13 +116,13 @@ def test_rows_that_max_length_cuts(models, tmp_path):
     """Against a count of the tokens of every text, whole."""
     bundle, data = loaded(models, tmp_path, GOOD, UNSEEN, data__max_length=5)
     whole = [len(bundle.processor(text)["input_ids"]) for text in bundle.train.columns["text"]]
-    found = summarise(bundle, data)
+    found = summarise(bundle.task.name, bundle.train, bundle.valid, data)
     assert found["train"]["cut"]["text"] == sum(length > 5 for length in whole) > 5
     assert found["warnings"][0].startswith(f"data.max_length = 5: {found['train']['cut']['text']} of 40 training and ")
     assert "validation rows lose their end; raise it" in found["warnings"][0]
     exact = max(whole)
     bundle, data = loaded(models, tmp_path, GOOD, UNSEEN, data__max_length=exact)
-    assert summarise(bundle, data)["train"]["cut"]["text"] == 0
+    assert summarise(bundle.task.name, bundle.train, bundle.valid, data)["train"]["cut"]["text"] == 0
 
 
 def test_responses_that_max_length_cuts(models, tmp_path):
@@ -136,8 +136,10 @@ def test_responses_that_max_length_cuts(models, tmp_path):
     (tmp_path / "it.jsonl").write_text("\n".join(rows) + "\n")
     config = tiny_runs.make_config(models["gpt2"], tmp_path / "it.jsonl", tmp_path / "run", model__task="causal_lm",
                                    data__valid=tmp_path / "it.jsonl")
-    said = summarise(tasks.load(config.model, config.data, seed=0), config.data)["warnings"]
-    assert any("1 of 3 training and 1 of 3 validation rows are left with nothing to predict" in text for text in said)
+    bundle = tasks.load(config.model, config.data, seed=0)
+    said = summarise(bundle.task.name, bundle.train, bundle.valid, config.data)["warnings"]
+    assert any("1 of 3 training and 1 of 3 validation rows are left with nothing to predict, and train nothing (the first is on line "
+               "2 of the training data); fill or remove them" in text for text in said)
 
 
 def test_it_is_printed_once_and_recorded(models, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What a start knows before it reads weights: the layout and the size of what it will make, and what a dry run says of it."""
 
 import math
+import re
 
 import pytest
 import tiny_models
@@ -67,7 +68,9 @@ def test_a_dry_run_prints_a_recipe_and_its_memory_and_leaves_nothing(root, tmp_p
     assert main(["train", *words, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert yaml.safe_load(out) == load(None, words).to_dict() and list(tmp_path.iterdir()) == []
-    table = [line for line in out.splitlines() if line.startswith("#")]
+    train, valid, *table = [line for line in out.splitlines() if line.startswith("#")]
+    assert re.fullmatch(r"# training data: \d+ rows; 50 % of them have at most .* tokens, .*; 0 cut", train)
+    assert re.fullmatch(r"# evaluation data: \d+ rows; .*; 0 cut", valid)
     assert table[0] == "# memory of the process, without the activations of a step:"
     assert table[1].split()[-2:] == ["18.6", "kB"] and table[-1].startswith("#   together") and "this machine has" in table[-1]
 
@@ -107,6 +110,15 @@ def test_what_a_machine_has_is_compared_with_what_is_certain(root, tmp_path, mon
         assert main(["train", *words, *more]) == 2
         assert "peers = 4 with lora.rank = 2 need at least" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_one_would_want_to_mend(root, tmp_path, capsys):
+    (tmp_path / "short.csv").write_text((root / "data.csv").read_text() + ",yes\n")
+    words = tiny_runs.arguments(root / "bert", tmp_path / "short.csv", tmp_path / "run", data__max_length=4)
+    assert main(["train", *words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert yaml.safe_load(out)["data"]["max_length"] == 4
+    assert "# dfl: WARNING: data.text = 'text': " in out and "# dfl: WARNING: data.max_length = 4: " in out
 
 
 def test_the_limit_is_the_least_of_machine_and_control_group(tmp_path):
