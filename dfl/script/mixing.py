@@ -6,6 +6,7 @@ the learning rate are the script's; `dfl.script.loop` and `dfl.hf` say when a st
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -91,6 +92,8 @@ class Mixing:
         # of several processes of a peer the first alone writes
         self.records = Records(self.run, peer, found, facts, output if peer.speaks else None, resumed=resumed)
         self._begin_round(new=not resumed)
+        if peer.speaks and peer.rank == 0:
+            print(self._about(resumed), file=sys.stderr, flush=True)
 
     # meeting
 
@@ -118,6 +121,16 @@ class Mixing:
         self.row.write()
         self.row.x.zero_()  # what lies beyond the own rank
         self.row.read()
+
+    def _about(self, resumed: bool) -> str:
+        """The line of a start: a script that its launcher has started alone otherwise looks like one that mixes."""
+        method, topology, steps = self.config.method.name, self.config.topology.name, f"{self.every} optimiser steps"
+        who = f"{self.peer.size} peers, method {method}, topology {topology}, a mix every {steps}"
+        if self.peer.size == 1:
+            who = ("1 peer, which has nobody to mix with (torchrun --nproc-per-node 4 ... starts four); "
+                   f"method {method}, rounds of {steps}")
+        later = f"; goes on after {self.completed} rounds" if resumed else ""
+        return f"dfl: {who}; {f'run folder {self._output}' if self._output else 'no run folder'}{later}"
 
     # a round
 

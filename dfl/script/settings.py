@@ -62,11 +62,24 @@ def _tell_unused(tree: Mapping[str, Any], keys: list[str]) -> None:
 def check(config: Config):
     """The topology. ValueError for slots that do not go together, or need a loop of ours; nothing of the model is known yet."""
     extensions.load(config.plugins)
+    _check_loop(config)
     _check_adapter(config)
     topology = build_topology(config)
     context = Context(make_layout(()), config.lora.head, peers=config.peers, topology=topology, rounds=config.train.rounds)
     check_able(config, build_method(config, context), topology)
     return topology
+
+
+def _check_loop(config: Config) -> None:
+    """ValueError for what a loop of ours does beside the slots, and whose absence nobody would see in the result."""
+    for refused, what in (
+            (config.delay > 0, "delay = 1 has messages on their way while the loop of dfl train computes; allowed: 0"),
+            (config.membership.mode != "fixed", f"membership.mode = {config.membership.mode!r} goes back to the start of a round when "
+             "a peer is lost, which a script's loop cannot; allowed: fixed"),
+            (config.train.privacy.noise is not None, f"train.privacy.noise = {config.train.privacy.noise} needs a gradient for every "
+             "example, which a script's loop does not give; allowed: null")):
+        if refused:
+            raise ValueError(f"{what}, or dfl train")
 
 
 def _check_adapter(config: Config) -> None:

@@ -62,7 +62,9 @@ def test_words_are_those_of_a_recipe(tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     ({"every": 0}, "every = 0"), ({"every": True}, "every = True"), ({"every": 2, "peers": 8}, "peers = 8"),
     ({"every": 2, "nothing": 1}, "nothing"), ({"every": 2, "method": "tda"}, "tad"),
-    ({"every": None, "train__local_epochs": 1}, "every")])
+    ({"every": None, "train__local_epochs": 1}, "every"), ({"every": 2, "delay": 1}, "delay = 1 .*allowed: 0, or dfl train"),
+    ({"every": 2, "membership__mode": "survive"}, "membership.mode = 'survive' .*allowed: fixed, or dfl train"),
+    ({"every": 2, "train__privacy": {"noise": 1.0, "clip": 1.0}}, "train.privacy.noise = 1.0 .*allowed: null, or dfl train")])
 def test_wrong_words_are_refused_with_what_is_allowed(words, said):
     words = dict(words)
     with pytest.raises(ValueError, match=said):
@@ -73,6 +75,16 @@ def test_what_the_script_decides_is_told_and_not_used(caplog):
     with caplog.at_level(logging.WARNING):
         settings({"model": {"name": "minilm"}, "train": {"lr": 0.5, "local_steps": 2}}, None, {"partition": "iid"}, 1)
     assert "partition, model.name, train.lr" in caplog.text and "local_steps" not in caplog.text
+
+
+def test_a_start_says_what_mixes(tmp_path, capfd):
+    """Whoever forgets the launcher would wait for a consensus that never comes."""
+    _, _, (state, *_) = own_loop.train(4, 2, method="tad", output=tmp_path / "run", leave_at=2)
+    assert capfd.readouterr().err.startswith(
+        "dfl: 1 peer, which has nobody to mix with (torchrun --nproc-per-node 4 ... starts four); method tad, rounds of 2 optimiser "
+        f"steps; run folder {tmp_path / 'run'}\n")
+    own_loop.train(4, 2, first=2, state=state, method="tad")
+    assert "no run folder; goes on after 1 rounds\n" in capfd.readouterr().err
 
 
 def test_a_model_that_no_row_has_a_place_for_is_refused():
@@ -181,11 +193,16 @@ def test_report_and_export_read_the_folder_of_a_script(tmp_path, capsys):
             gossip.log(loss)
             if number % 3 == 2:
                 gossip.evaluated(loss=loss)
+        assert main(["watch", str(output), "--once"]) == 0  # while it is at work
+        shown = capsys.readouterr().out
+        assert "evaluations" in shown and "round 1/?" in shown, shown
     run = read_run(output)
     assert [record["round"] for record in run.records] == [0, 1, 2, 3] and run.finished and not run.problems
     assert run.records[0]["eval"]["perplexity"]["mean"] == pytest.approx(7.389056)
     assert all(record["train_loss"]["mean"] > 0 for record in run.records[1:]) and "measures" in run.records[1]
-    assert main(["report", str(output)]) == 0 and (output / "report.html").is_file()
+    for command in ("report", "watch"):
+        assert main([command, str(output)]) == 0  # the view ends with a run that has ended
+    assert (output / "report.html").is_file()
     saved = peft.PeftModel.from_pretrained(own_loop.Net(), output / "checkpoints/round-00003/consensus")
     for name, value in own_loop.factors(net).items():
         assert torch.equal(saved.get_parameter(name), value), name
