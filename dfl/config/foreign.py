@@ -120,7 +120,9 @@ _ANSWERS: dict[str, str] = {
         "use_weighting discopop_tau disable_dropout force_use_ref_model generate_during_eval rl trl reward_model "
         "simpo_gamma kl_coef dpo_label_smoothing kto_chosen_weight kto_rejected_weight is_encoder_decoder rl_beta "
         "max_new_tokens num_generations desirable_weight undesirable_weight base_model_attribute_name ",
-    "the loss is plain cross-entropy": "label_smoothing_factor label_smoothing neftune_noise_alpha noisy_embedding_alpha "
+    "noise on embeddings is for a hook of your own: callbacks, with a dfl.Callback that puts it on run.model": "neftune_noise_alpha "
+        "noisy_embedding_alpha",
+    "the loss is plain cross-entropy": "label_smoothing_factor label_smoothing "
         "router_aux_loss_coef moe_aux_loss_coef class_weights use_focal_loss",
     _PROCESSES: "fsdp fsdp_config fsdp_version deepspeed parallelism_config accelerator_config ddp_find_unused_parameters "
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph local_rank tensor_parallel_size context_parallel_size dp_shard_size "

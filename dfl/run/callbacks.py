@@ -72,6 +72,15 @@ class RunView:
         ways = self._run.evaluator.better()
         return lookup("metric", ways, metric or self.primary) == "higher"
 
+    @property
+    def model(self):
+        """The base model with its adapter, through which every peer of this process passes: for forward hooks of your own.
+
+        What a hook draws from torch's generator is seeded for each peer and round, so that a run with it repeats and goes on. It
+        is in training mode (`module.training`) while peers train alone. Its factors are not to be changed.
+        """
+        return self._run.peers.adapted.model
+
     def row(self, peer: int):
         """A copy of the trained numbers (D,) of a peer of this process, float32. ValueError for another peer."""
         if peer not in self.peers:

@@ -12,6 +12,7 @@ import yaml
 import dfl
 from dfl import sweep as sweeps
 from dfl.cli import main
+from dfl.run import train as running
 from dfl.run.callbacks import CallbackError
 from dfl.run.train import train
 from dfl.store.records import read_lines
@@ -103,6 +104,32 @@ def test_a_callback_sees_the_run_and_changes_nothing(root, tmp_path):
 
 
 @pytest.mark.long
+class Noise(dfl.Callback):
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise on the embeddings of what is trained on."""
+
+    def on_train_begin(self, run, control):
+        def noisy(module, inputs, output):
+            return output + torch.rand_like(output).sub(0.5).mul(0.2) if module.training else None
+
+        run.model.get_input_embeddings().register_forward_hook(noisy)
+
+
+@pytest.mark.parametrize("executor", ["sequential", "stacked"])
+def test_a_hook_on_the_model_trains_otherwise_and_repeats(root, tmp_path, monkeypatch, executor):
+    """Also where the run was stopped between two steps."""
+    fields = {"train__executor": executor, "train__lr": 0.05, "train__rounds": 3}
+    for name, given in (("plain", []), ("one", [Noise()]), ("two", [Noise()])):
+        assert train(make_config(root, tmp_path / name, **fields), callbacks=given) == 0
+    with monkeypatch.context() as patch:
+        tiny_runs.stop_after(running, 1, 1, patch=patch.setattr)
+        assert train(make_config(root, tmp_path / "halves", **fields), callbacks=[Noise()]) == running.STOPPED
+    assert train(make_config(root, tmp_path / "halves", **fields), callbacks=[Noise()], resume=True) == 0
+    plain, one, two, halves = (tiny_runs.adapter_digests(tmp_path / name) for name in ("plain", "one", "two", "halves"))
+    assert one == two == halves != plain
+    first = [read_lines(tmp_path / name / "metrics.jsonl")[0]["eval"] for name in ("plain", "one")]
+    assert first[0] == first[1]  # nothing of it is in an evaluation
+
+
 def test_a_run_that_a_callback_ends_is_done(root, tmp_path, capsys):
     diary = Diary()
     config = make_config(root, tmp_path / "run", train__rounds=9, eval__every=1)
