@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -178,7 +178,7 @@ def encode(kind: Any, table: Any, lines: np.ndarray, names: list[str], data: Dat
     for told in filter(None, made["lost"]):
         for what, count in json.loads(told).items():
             lost[what] = lost.get(what, 0) + count
-    return Split(rows, labels, names, columns, lines, lost)
+    return Split(rows, labels, names, columns, cast("Sequence[int]", lines), lost)
 
 
 def _as_columns(found: Encoded) -> dict[str, list]:
