@@ -131,8 +131,8 @@ class Sending:
         """Send. What it gives waits for what arrives for hosted peers; where messages are answered, after a second exchange. Without a
         delay that is at once, so that nothing goes on aside."""
         t, expected = rounds[0].t, {round.peer: others(round) for round in rounds}
-        move = self.transport.begin if self.method.delay else partial(partial, self.transport.exchange)
-        arrive = move(t, self.clock.stamped(spoken.packets), spoken.addressed, spoken.due, expected)
+        given = t, self.clock.stamped(spoken.packets), spoken.addressed, spoken.due, expected
+        arrive = self.transport.begin(*given) if self.method.delay else partial(self.transport.exchange, *given)
         return lambda: self._answered(arrive(), expected, spoken, said, rounds, k)
 
     def _answered(self, arrived: Arrived, expected: dict[int, list[int]], spoken: Spoken, said: Mapping[int, Message],
