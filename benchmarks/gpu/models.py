@@ -59,11 +59,11 @@ def _made(kind: type, config, device: torch.device, dtype: torch.dtype) -> torch
 
 
 def hosted(model: torch.nn.Module, setting: Setting, num: int, *, batch: int, length: int, executor: str = "auto", rank: int = 8,
-           steps: int = 1) -> tuple[HostedPeers, ModelTrainer]:
-    """`num` peers on a model, query and value adapted, each with examples of `length` random tokens."""
+           steps: int = 1, targets: str | None = None) -> tuple[HostedPeers, ModelTrainer]:
+    """`num` peers on a model, query and value (or `targets`) adapted, each with examples of `length` random tokens."""
     language = hasattr(model, "lm_head")
     task = CausalLM(0) if language else SequenceClassification(1)
-    lora = LoraConfig(targets=("q_proj", "v_proj") if language else ("query", "value"), rank=rank)
+    lora = LoraConfig(targets=targets or (("q_proj", "v_proj") if language else ("query", "value")), rank=rank)
     adapted = attach(model, lora, task.name, [], 0, partial(ranks.resolve, lora, num, 0))
     rng = np.random.default_rng(0)
     features = [{"input_ids": ids, "labels": ids if language else k % 2}

@@ -1,7 +1,7 @@
 """The parts in their order: the ten checks, then figures. Limits are for a GPU; together they are more than there is time for, since
 most parts end long before theirs."""
 
-from benchmarks.gpu import checks, speed, together
+from benchmarks.gpu import checks, four_bits, speed, together
 from benchmarks.gpu.runner import Part
 
 PARTS = [
@@ -23,5 +23,6 @@ PARTS = [
     Part("recipe", 60, speed.recipe),
     Part("llama", 90, speed.llama_part),
     Part("compile", 80, speed.compiled),
+    Part("four_bits", 90, four_bits.four_bits),
     Part("tests", 60, checks.tests),
 ]

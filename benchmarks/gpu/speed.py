@@ -148,16 +148,16 @@ def llama_layers(setting: Setting) -> int:
     return max(1, min(32, int((free / 2 - 2.1e9) / 4.4e8)))
 
 
-def llama_figures(setting: Setting, model, executor: str, num: int, length: int) -> dict:
-    peers, trainer = hosted(model, setting, num, batch=1, length=length, executor=executor, rank=16)
+def llama_figures(setting: Setting, model, executor: str, num: int, length: int, targets: str | None = None) -> dict:
+    peers, trainer = hosted(model, setting, num, batch=1, length=length, executor=executor, rank=16, targets=targets)
     if not setting.small:
         torch.cuda.reset_peak_memory_stats()
-    rounds = iter(range(100))
-    took = seconds(setting, lambda: trainer.run(peers.x, [PLAN] * num, [None] * num, next(rounds)), 2)
+    rounds, losses = iter(range(100)), []
+    took = seconds(setting, lambda: losses.append(trainer.run(peers.x, [PLAN] * num, [None] * num, next(rounds))), 2)
     peak = 0 if setting.small else torch.cuda.max_memory_allocated()
     peers.adapted.model.unload()
     return {"ms": round(1e3 * took, 1), "tokens_per_second": round(num * length / took), "peak_bytes": peak,
-            "row_bytes": peers.x[0].nbytes}
+            "row_bytes": peers.x[0].nbytes, "finite": all(bool(torch.isfinite(found).all()) for found in losses)}
 
 
 def llama_part(setting: Setting) -> None:
