@@ -13,8 +13,8 @@ def trees(tmp_path_factory) -> dict[str, dict]:
     made = make_trees(tmp_path_factory.mktemp("rules"))
     plain = made["lora"]
     made["lora, private"] = plain | {"train": plain["train"] | {"privacy": {"noise": 0.5}}}
-    made["lora, flipped"] = plain | {"data": plain["data"] | {"flipped": [1, 3]}}
-    made["lora, some away"] = plain | {"topology": {"name": "presence", "base": "complete", "away": [[1, 0, 2], [4, 1]]}}
+    made["lora, flipped"] = plain | {"data": plain["data"] | {"flipped": [0, 1, 2, 3]}}
+    made["lora, some away"] = plain | {"topology": {"name": "presence", "base": "ring", "away": [[1, 0, 2], [4, 1]]}}
     return made
 
 
