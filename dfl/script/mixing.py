@@ -81,6 +81,7 @@ class Mixing:
         self._ended: list[float] = []  # of the round that the last mix has ended
         self.evaluations: dict[str, float] = {}
         self._kept: Kept = {}
+        self._begun: Tensor | None = None  # the row before the round, where the plan stretches what the round changes
         self._trained: Plan | None = None
         self._hooks = [self._drop_untrained(one) for one in self.parameters]
         resumed = state is not None
@@ -158,6 +159,8 @@ class Mixing:
         self._out = None if plan.mask is None else ~plan.mask.to(self.row.x.device)
         self.row.read()
         self._held = self.row.x[0].clone() if plan.mask is not None else None
+        if new:
+            self._begun = self.row.x[0].clone() if plan.stretch is not None else None
         self._after_step: AfterStep | None = self.run.gossip.after_step(self.completed, **self._told())
         self.prepare()
 
@@ -261,6 +264,9 @@ class Mixing:
         if self._out is not None:
             self.moments.put_back(self._out, self._kept)
         own = self.row.x.clone() if keep else None
+        if self._begun is not None:
+            x = self.row.x[0]
+            x += (self.plan.stretch.to(x) - 1) * (x - self._begun)
         self.row.num_steps = self.steps
         losses = torch.tensor([sum(self.losses) / len(self.losses) if self.losses else math.nan])
         self.run.pending = finish_round(self.run, self.completed, losses, time.perf_counter() - self.started)
@@ -324,6 +330,7 @@ class Mixing:
         kept = {f"kept.{k}.{key}": value for (k, key), value in self._kept.items()}
         pending = self.run.pending
         kept |= {} if pending is None else {"pending": pending.table}
+        kept |= {} if self._begun is None else {"begun": self._begun}
         about = None if pending is None else [finite(pending.found), pending.measure_seconds]
         tensors = {"row": self.row.x[0], **{f"slot.{name}": value for name, value in self.state_tensors().items()}, **kept}
         return {"version": STATE_VERSION, "peer": self.peer.rank, "peers": self.peer.size, "completed": self.completed,
@@ -346,6 +353,7 @@ class Mixing:
         self.run.gossip.restore(trees.unflatten(slots))
         self._kept = {(int(k), key): value for name, value in tensors.items() if name.startswith("kept.")
                       for _, k, key in [name.split(".", 2)]}
+        self._begun = tensors.get("begun")
         self.run.completed, self.steps, self.losses = int(state["completed"]), int(state["steps"]), list(state["losses"])
         self.evaluations = dict(state["evaluations"])
         if state["pending"] is not None:

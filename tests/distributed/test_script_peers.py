@@ -52,7 +52,8 @@ def test_a_mix_is_the_mean_of_what_the_peers_have_trained_from_peer_0_s_start():
 
 RESUMED = [{"method": "tad", "topology": "ring"}, {"method": "plora", "topology": "ring"},
            {"method": "decaf", "train__at_refactor": "rotate"}, {"method": "lora", "codec": {"name": "top_k", "share": 0.2}},
-           {"method": "lora", "trigger": {"name": "event", "threshold": 0.05}}, {"method": "lora", "wrapper": "gradient_tracking"}]
+           {"method": "lora", "trigger": {"name": "event", "threshold": 0.05}}, {"method": "lora", "wrapper": "gradient_tracking"},
+           {"method": "lora", "schedule": {"name": "stragglers", "share": 0.5}}]
 
 
 def _stopped_and_resumed(rank: int, words: dict) -> None:
