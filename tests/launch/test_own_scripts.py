@@ -14,6 +14,7 @@ import tiny_models
 import tiny_runs
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_runs import rows_of
 
 from dfl.store.checkpoints import latest
@@ -154,6 +155,47 @@ def test_a_trainer_that_holds_its_model_in_parts_ends_where_dfl_train_does(tmp_p
     torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "halves", "3", "parts", status=1)
     torchrun(4, TESTS / "own_trainer.py", recipe, tmp_path / "halves", "resume", "parts")
     assert all(torch.equal(torch.load(tmp_path / "halves" / f"row-{name}.pt"), row) for name, row in rows.items())
+
+
+GRPO = """
+import sys
+import datasets
+import dfl.hf
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+model, output = sys.argv[1:]
+peer = dfl.hf.join(method="lora", topology="ring", every=2, output=output)
+asked = []
+
+
+def reward(completions, **_others):
+    asked.append(len(completions))
+    return [float(len(text) % 7) for text in completions]
+
+
+args = GRPOConfig(output_dir=output, max_steps=4, per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
+                  learning_rate=0.01, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1)
+data = datasets.Dataset.from_dict({"prompt": ["good film", "bad film", "good day", "bad day"] * 4})
+trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=peer.shard(data),
+                      peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+dfl.hf.patch(trainer)
+trainer.train()
+assert sum(asked) >= 16, asked
+"""
+
+
+def test_two_peers_of_a_grpo_script(tmp_path):
+    """Answers are drawn and rewarded by each peer alone; factors are mixed, here to the mean of two."""
+    pytest.importorskip("trl")
+    tiny_models.save(tmp_path / "llama", "llama")
+    (tmp_path / "grpo.py").write_text(GRPO)
+    torchrun(2, tmp_path / "grpo.py", tmp_path / "llama", tmp_path / "run")
+    run, rows = read_run(tmp_path / "run"), rows_of(latest(tmp_path / "run"), 2)
+    assert run.done == 2 and run.finished and not run.problems
+    assert torch.equal(rows[0], rows[1])
+    moved = load_file(latest(tmp_path / "run") / "peer-0" / "adapter_model.safetensors")
+    assert any("lora_B" in name and bool(value.any()) for name, value in moved.items())  # which begin at zero
 
 
 @pytest.mark.nightly
