@@ -18,7 +18,7 @@ from dfl.methods import Choice, Context, Method
 from dfl.metrics.measures import measure, seen
 from dfl.slots import Mixing, Plan
 from dfl.training.base import AfterStep, Halt
-from dfl.training.masks import Held, stacked
+from dfl.training.masks import Held, stacked, stretch
 from dfl.transport import InProcess
 from dfl.transport.ledger import Ledger, together, total
 
@@ -172,7 +172,6 @@ class OwnStep:
         behind = [functools.partial(behind_a_step, after_step)] if after_step else []
         self.local_step(unpack(x, self.layout), t, trains, *behind)
         for row, plan in enumerate(plans):
-            if plan.stretch is not None:
-                x[row] += (plan.stretch.to(x) - 1) * (x[row] - begun[row])
+            stretch(x[row], begun[row], plan.stretch)
         held.put_back(x)
         return torch.full((len(x),), torch.nan)

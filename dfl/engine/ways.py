@@ -43,12 +43,13 @@ class Ways:
 
     def receivers(self, t: int, peer: int) -> list[int]:
         if self.merges is not None and self.merges(t):
-            return [j for j in self._there(t) if j != peer] if peer in self._there(t) else []
+            there = self._there(t)
+            return [j for j in there if j != peer] if peer in there else []
         return self.topology.receivers(t, peer)
 
     def _there(self, t: int) -> list[int]:
-        away = getattr(self.topology, "away", None)
-        return [j for j in range(self.topology.num_peers) if away is None or not away(t, j)]
+        there = getattr(self.topology, "there", None)
+        return list(range(self.topology.num_peers)) if there is None else np.flatnonzero(there(t)).tolist()
 
     def link(self, sender: int, receiver: int, t: int, k: int) -> Link:
         return Link(sender, receiver, t, derive(self.seed, "channel", sender, receiver, *moment(t, k)), self.held)

@@ -7,7 +7,7 @@ from typing import Any
 from dfl.adapters.attach import Rows
 from dfl.config import Config
 from dfl.metrics.answers import Answers, load_measure
-from dfl.metrics.evaluator import GivenUp, over_peers
+from dfl.metrics.evaluator import over_peers
 from dfl.training import executors
 
 
@@ -53,8 +53,7 @@ def _asked(run: Any, rows: Rows, models: Sequence[int], halted: Callable[[], boo
         if halted():
             break
         found.append(run.answers.of(rows, index, halted))
-    if run.transport.agree(halted(), most=int(not run.survives)):
-        raise GivenUp
+    run.give_up_together(halted())
     return found
 
 

@@ -95,6 +95,11 @@ class Run:
                                          num_peers=self.num_there, product=self.rule.product, residual=self.rule.residual)
         return self.merged
 
+    def give_up_together(self, given_up: bool) -> None:
+        """GivenUp on all processes where it is given up on one; in a run that survives its processes nobody says that."""
+        if self.transport.agree(given_up, most=int(not self.survives)):
+            raise GivenUp
+
 
 class Pending(NamedTuple):
     """A round before its evaluation. table: `_table` of the hosted peers; found: measures."""
@@ -193,8 +198,7 @@ def _agreed(run: Run, work: Callable[[], object]):
         found = work()
     except GivenUp:
         given_up = True
-    if run.transport.agree(given_up, most=int(not run.survives)):
-        raise GivenUp
+    run.give_up_together(given_up)
     return found
 
 

@@ -32,6 +32,7 @@ from dfl.script.sharding import check_parts
 from dfl.slots import Plan
 from dfl.store.records import finite
 from dfl.training.base import AfterStep, DivergenceError, all_finite
+from dfl.training.masks import stretch
 from dfl.transport.handshake import check_settings, model_digest
 from dfl.transport.shards import mine, part_like, put_away
 
@@ -265,8 +266,7 @@ class Mixing:
             self.moments.put_back(self._out, self._kept)
         own = self.row.x.clone() if keep else None
         if self._begun is not None:
-            x = self.row.x[0]
-            x += (self.plan.stretch.to(x) - 1) * (x - self._begun)
+            stretch(self.row.x[0], self._begun, self.plan.stretch)
         self.row.num_steps = self.steps
         losses = torch.tensor([sum(self.losses) / len(self.losses) if self.losses else math.nan])
         self.run.pending = finish_round(self.run, self.completed, losses, time.perf_counter() - self.started)

@@ -25,13 +25,18 @@ def read(name: str, key: str) -> Table:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"data.{key} = {name!r} is not a file")
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in READERS:
         raise ValueError(f"data.{key} = {name!r} has an unknown extension; allowed: {', '.join(READERS)}, also .gz")
     columns, lines = READERS[suffix](path)
     if not lines:
         raise ValueError(f"data.{key} = {name!r} is empty: it has no row of examples")
     return Table(columns, str(path), lines, path.parent)
+
+
+def suffix_of(path: Path) -> str:
+    """`.csv` of data.csv, data.CSV and data.csv.gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _text(path: Path) -> str:

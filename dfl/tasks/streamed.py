@@ -93,12 +93,8 @@ def read(data: DataConfig, data_seed: int) -> tuple[Any, np.ndarray, Table]:
 
 def _lines(data: DataConfig, key: str, count: int) -> np.ndarray:
     """Where the rows of a file with a row a line stand; the first line of a separated one names the columns."""
-    header = data.source == "file" and _suffix(Path(getattr(data, key))) in (".csv", ".tsv")
+    header = data.source == "file" and files.suffix_of(Path(getattr(data, key))) in (".csv", ".tsv")
     return np.arange(count) + 1 + header
-
-
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _in_memory(table: Any, where: str, lines: np.ndarray) -> Table:
@@ -113,7 +109,7 @@ def _open(data: DataConfig, key: str) -> Any:
         raise ValueError(f"data.streaming = True reads data.source = 'file' (with data.train) or 'hub', got {data.source!r}")
     datasets = library()
     path = Path(getattr(data, key)).expanduser()
-    suffix = _suffix(path)
+    suffix = files.suffix_of(path)
     if not path.is_file() or suffix not in _FORMATS:
         raise ValueError(f"data.{key} = {str(path)!r} is not a file of these kinds: {', '.join(files.READERS)}, also .gz")
     builder, options = _FORMATS[suffix]

@@ -15,6 +15,12 @@ def stacked(masks: Sequence[Tensor | None], size: int) -> Tensor | None:
     return torch.stack([torch.ones(size, dtype=torch.bool) if mask is None else mask for mask in masks])
 
 
+def stretch(row: Tensor, begun: Tensor, factors: Tensor | None) -> None:
+    """In place, a row (D,) whose change in the local phase, from where it begun, is multiplied by factors (D,) (`Plan.stretch`)."""
+    if factors is not None:
+        row += (factors.to(row) - 1) * (row - begun)
+
+
 class Held:
     """The numbers of the rows x (P, D) that masks (P, D) leave out, and their moments.
 

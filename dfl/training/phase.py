@@ -17,7 +17,7 @@ from dfl.training.batches import Batches, Wanted
 from dfl.training.dropout import PeerDropout
 from dfl.training.executors import Executor, Stacked, autocasts, logit_bytes
 from dfl.training.hosted import HostedPeers, Part
-from dfl.training.masks import Held, stacked
+from dfl.training.masks import Held, stacked, stretch
 from dfl.training.privacy import noise_seed, noisy_mean, sampled
 from dfl.training.reference import with_reference
 from dfl.training.skipped import untrained
@@ -252,9 +252,7 @@ class ModelTrainer:
     def _stretch(self, phase: _Phase, done: list[int]) -> None:
         """The rows that have taken their last step, with what their plans make of the change."""
         for row in done:
-            factors, x, start = phase.stretches[row], self.peers.x, phase.part.start[0]
-            if factors is not None:
-                x[row] += (factors.to(x) - 1) * (x[row] - start[row])
+            stretch(self.peers.x[row], phase.part.start[0][row], phase.stretches[row])
 
     def _check_finite(self, phase: _Phase) -> None:
         means, first, x = phase.part.means, phase.part.first, self.peers.x
