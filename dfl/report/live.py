@@ -4,11 +4,13 @@ A terminal gets a frame that is drawn anew (by rich, which knows widths, colours
 something happened. Every look reads the whole file again when it has changed: a resumed run writes a new one.
 """
 
+import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -278,31 +280,43 @@ def _frames(folder: Path, size) -> Iterator[tuple]:
 def _draw(folder: Path, every: float, stream) -> None:
     console = _console(stream)
     from rich.live import Live
-    with _between_frames() as interrupted, Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+    with _between_frames() as interrupted_within, Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
         for frame, over in _frames(folder, lambda: (console.width, console.height)):
             live.update(frame, refresh=True)
-            if over or interrupted.wait(every):
+            if over or interrupted_within(every):
                 return
 
 
 @contextmanager
-def _between_frames() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event: an exception in the middle of a frame can keep rich from showing the cursor again; a second raises."""
-    interrupted = threading.Event()
+def _between_frames() -> Iterator[Callable[[float], bool]]:
+    """Waits up to so many seconds for Ctrl-C, and says whether it came; a second one raises.
+
+    An exception in the middle of a frame can keep rich from showing the cursor again. Waited for is a pipe that Python's own C handler
+    writes into: one in Python runs too late where the signal comes just before the wait, and may take no lock that the wait holds.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are heard there
+        yield lambda seconds: bool(time.sleep(seconds))
+        return
+    heard: list[int] = []
 
     def hear(number, frame) -> None:
-        if interrupted.is_set():
+        if heard:
             raise KeyboardInterrupt
-        interrupted.set()
+        heard.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # signals are heard there
-        yield interrupted
-        return
-    before = signal.signal(signal.SIGINT, hear)
+    def interrupted_within(seconds: float) -> bool:
+        return bool(heard or select.select([reader], [], [], seconds)[0])
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before, pipe_before = signal.signal(signal.SIGINT, hear), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield interrupted
+        yield interrupted_within
     finally:
+        signal.set_wakeup_fd(pipe_before)
         signal.signal(signal.SIGINT, before)
+        os.close(writer)
+        os.close(reader)
 
 
 def lines(folder: Path, every: float) -> Iterator[str]:

@@ -20,12 +20,14 @@ NO_LINE = bytes(8)
 class Line:
     """A connection with a start of a process, written by a thread of its own: who sends never waits for who reads.
 
-    mine, theirs: what each end calls it; ready: both know both. given, received: pieces sent and taken; arrived: pieces
-    that the other says that it has.
+    mine, theirs: what each end calls it; ready: both know both. number: of this one among all that this process began;
+    newest: the highest that has been heard of the other's. given, received: pieces sent and taken; arrived: pieces that
+    the other says that it has.
     """
 
-    def __init__(self, session: Any, key: str, start: str):
+    def __init__(self, session: Any, key: str, start: str, number: int, newest: int):
         self.start, self.mine, self.theirs = start, secrets.token_bytes(8), NO_LINE
+        self.number, self.newest = number, newest
         self.ready = self.refused = False
         self.given = self.received = self.arrived = 0
         self._parts = bytearray()

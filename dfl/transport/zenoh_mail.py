@@ -9,6 +9,7 @@ is noticed, and an old connection's are ignored.
 """
 
 import contextlib
+import itertools
 import json
 import secrets
 import struct
@@ -56,6 +57,7 @@ class ZenohMail:
         self.book: dict[int, Address] = {process: (host, self._listen[1])}
         self._start = secrets.token_hex(8)  # of this start of the process
         self._lines: dict[int, Line] = {}
+        self._numbers = itertools.count(1)
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._seen: SimpleQueue[_Seen | None] = SimpleQueue()
         self._session: Any = None
@@ -154,9 +156,10 @@ class ZenohMail:
     def _begin(self, process: int, start: str) -> None:
         """A new connection with a start of a process, in place of the one there was."""
         before = self._lines.get(process)
+        newest = before.newest if before is not None and before.start == start else 0
         if before is not None:
             before.close()
-        self._lines[process] = line = Line(self._session, key_of(process, self.process), start)
+        self._lines[process] = line = Line(self._session, key_of(process, self.process), start, next(self._numbers), newest)
         line.put(self._hello(line))
 
     def _lost(self, process: int, line: Line, kind: str, text: str, start: str = "") -> None:
@@ -173,7 +176,7 @@ class ZenohMail:
     def _hello(self, line: Line) -> bytes:
         """challenge: the names that both ends have drawn. Without the other's there is no proof yet."""
         tree = self.admission.hello(_challenge(line.start, line.mine), self.book[self.process])
-        tree |= {"start": self._start, "line": line.mine.hex(), "received": line.theirs.hex(),
+        tree |= {"start": self._start, "line": line.mine.hex(), "number": line.number, "received": line.theirs.hex(),
                  "book": {str(other): at for other, at in self.book.items()}}
         return HEAD.pack(HELLO, NO_LINE, 0, 0) + json.dumps(tree).encode()
 
@@ -219,14 +222,19 @@ class ZenohMail:
                 self.refusals.append(text)
             return
         hello, theirs, received = checked_hello(tree), bytes.fromhex(tree["line"]), bytes.fromhex(tree["received"])
-        if len(theirs) != 8 or not isinstance(tree["start"], str):
+        start, number = tree["start"], tree["number"]
+        if len(theirs) != 8 or not isinstance(start, str) or not isinstance(number, int):
             raise ValueError("no hello")
         line = self._lines.get(process)
+        if line is not None and line.start == start and number < line.newest:
+            return  # of a connection that has ended: two connections' hellos may overtake each other
         if line is None:
-            self._begin(process, tree["start"])
-        elif line.start != tree["start"] or line.theirs not in (NO_LINE, theirs):
-            self._lost(process, line, "gone", "its connection closed", tree["start"])
-        self._meet(process, self._lines[process], hello, theirs, received)
+            self._begin(process, start)
+        elif line.start != start or line.ready and line.theirs != theirs:
+            self._lost(process, line, "gone", "its connection closed", start)
+        line = self._lines[process]
+        line.newest = number
+        self._meet(process, line, hello, theirs, received)
 
     def _meet(self, process: int, line: Line, hello: Mapping[str, Any], theirs: bytes, received: bytes) -> None:
         """A hello of the other end of a connection that is to be."""

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -156,7 +157,7 @@ def on_a_terminal(*words: str, columns: int = 80):
 
 def read_until(ours: int, text: str, seconds: float = 60) -> str:
     found, deadline = "", time.monotonic() + seconds
-    while text not in found and time.monotonic() < deadline:
+    while text not in found and select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
         try:
             found += os.read(ours, 65536).decode(errors="replace")
         except OSError:  # the other end is closed
@@ -194,6 +195,33 @@ def test_ctrl_c_leaves_quietly(tmp_path, every):
     finally:
         process.kill()
         os.close(ours)
+
+
+INTERRUPTED = """
+from dfl.report.live import _between_frames
+
+while True:
+    with _between_frames() as interrupted_within:
+        print("waits", flush=True)
+        while not interrupted_within(1e-9):
+            pass
+"""
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_between_any_two_steps_of_the_wait_for_it_is_heard():
+    """At a thousand places of it. A lock that the wait holds and the handler takes would never be free again."""
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], cwd=ROOT, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        for turn in range(1000):
+            assert select.select([process.stdout], [], [], 20)[0] and process.stdout.readline() == b"waits\n"
+            until = time.monotonic() + 1e-6 * (turn % 100)
+            while time.monotonic() < until:
+                pass
+            process.send_signal(signal.SIGINT)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def finish(run: Path, rounds: int) -> None:

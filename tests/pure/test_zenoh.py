@@ -18,7 +18,7 @@ zenoh = pytest.importorskip("zenoh", reason="needs zenoh: pip install 'dfl[zenoh
 pytest.importorskip("cryptography", reason="needs cryptography: pip install 'dfl[zenoh]'")
 
 from dfl.transport import zenoh_line, zenoh_session  # noqa: E402
-from dfl.transport.zenoh_line import HEAD  # noqa: E402
+from dfl.transport.zenoh_line import HEAD, Line  # noqa: E402
 from dfl.transport.zenoh_mail import ZenohMail  # noqa: E402
 from dfl.transport.zenoh_session import alive_key, key_of, open_session  # noqa: E402
 
@@ -115,6 +115,33 @@ def test_who_is_cut_off_notices_and_what_it_had_under_way_is_not_read(mails):
     meet(zero, one)
     one._session.put(key_of(0, 1), HEAD.pack(zenoh_line.PIECE, old, 1, 3) + b"old")
     nothing_comes(zero, one)
+
+
+def test_a_hello_of_an_ended_connection_that_comes_late_changes_nothing(mails):
+    """Each connection has a writer of its own, so that the old one's last hello may arrive behind the new one's first."""
+    zero, one = mails(0), mails(1)
+    meet(zero, one)
+    old = zero._hello(zero._lines[1])
+    zero.cut(1)
+    assert one.events.get(timeout=5)[:2] == ("gone", 0)
+    meet(zero, one)
+    now = zero._lines[1].mine, one._lines[0].mine
+    for _ in range(3):
+        zero._session.put(key_of(1, 0), old)
+    nothing_comes(one, zero)
+    assert (zero._lines[1].mine, one._lines[0].mine) == now
+
+
+def test_two_whose_beginnings_cross_meet(mails):
+    """A connection that is not ready takes the other's new name; if it began once more, the other would do so then as well."""
+    zero, one = mails(0), mails(1)
+    meet(zero, one)
+    never = Line(zero._session, key_of(1, 0), one._start, next(zero._numbers), 0)  # this one is not kept
+    zero._session.put(key_of(1, 0), zero._hello(never))
+    never.close()
+    assert one.events.get(timeout=5)[:2] == ("gone", 0) and zero.events.get(timeout=5)[:2] == ("gone", 1)
+    meet(zero, one)
+    nothing_comes(one, zero)
 
 
 HARM = {"200 GB": lambda line: HEAD.pack(zenoh_line.PIECE, line, 1, 200 * 10**9) + b"x",
