@@ -3,6 +3,7 @@
     DFL_DATA=... python benchmarks/evidence.py run --out DIR [--jobs 2] [--budget-hours 4] [--only REGEX] [--phase core]
     python benchmarks/evidence.py list --out DIR       # every cell that can be run now, and what is done
     python benchmarks/evidence.py collect --out DIR    # results/evidence.json from what is done
+    python benchmarks/evidence.py restore --out DIR    # the cells of results/evidence.json into DIR: another machine goes on
     python benchmarks/evidence.py page               # the page, and the tables of README.md, from results/evidence.json
 
 Killed and started again it goes on: with the cells that are not done, and within a cell from the last checkpoint of its
@@ -28,12 +29,12 @@ README = Path(__file__).parent / "README.md"
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    return {"run": run, "list": show, "collect": collect, "page": write_page}[args.command](args)
+    return {"run": run, "list": show, "collect": collect, "restore": restore, "page": write_page}[args.command](args)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "list", "collect", "page"))
+    parser.add_argument("command", choices=("run", "list", "collect", "restore", "page"))
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="run directories and finished cells")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--budget-hours", type=float, help="then the runs at work save their state and stop")
@@ -74,6 +75,14 @@ def collect(args: argparse.Namespace) -> int:
              "cells": ordered}
     RESULTS.write_text(json.dumps(about, indent=1) + "\n")
     print(f"written: {RESULTS}, {len(ordered)} cells")
+    return 0
+
+
+def restore(args: argparse.Namespace) -> int:
+    done, known = runner.stored(args.out), json.loads(RESULTS.read_text())["cells"]
+    for name in known.keys() - done.keys():
+        runner.keep(args.out, name, known[name])
+    print(f"restored: {len(known.keys() - done.keys())} cells to {args.out}, beside {len(done)} that were there")
     return 0
 
 

@@ -550,6 +550,10 @@ def test_collecting_keeps_the_order_of_the_protocol_and_lists_what_can_be_run(tm
     assert evidence.main(["collect", "--out", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "evidence.json").read_text())
     assert stored["cells"] == found and stored["git_commit"]
+    other = tmp_path / "of another machine"
+    runner.keep(other, "trec6-lora-p0.02-s0", {"final": {"mean": 0.5}})
+    assert evidence.main(["restore", "--out", str(other)]) == 0
+    assert runner.stored(other) == found | {"trec6-lora-p0.02-s0": {"final": {"mean": 0.5}}}  # what is there stays
     names = list(stored["cells"])
     places = [names.index(f"trec6-lora-{end}") for end in ("p0.1-s100-lr0.002-B1", "p0.02-s0", "p0.02-s2")]
     assert places == sorted(places)
