@@ -2,6 +2,7 @@
 (`Mail`), what it reports (`Event`), and how silence is counted (`Life`). post.py carries over TCP connections.
 """
 
+import struct
 import time
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
@@ -18,6 +19,11 @@ class Event(NamedTuple):
     process: int
     data: bytes = b""
     text: str = ""
+
+
+def packed(awaited: tuple[int, ...]) -> bytes:
+    """What a sign of life says. Given the tuple, as the main thread may put another in its place meanwhile."""
+    return struct.pack(f"<{len(awaited)}q", *awaited)
 
 
 class RefusedError(ValueError):

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dfl.transport.dialer import Dialer
+from dfl.transport.dialer import AGAIN_SECONDS, Dialer
 from dfl.transport.hello import MAX_HELLO, Admission, checked_hello
-from dfl.transport.mail import MAX_AWAITED, Address, Event, Life, RefusedError
+from dfl.transport.mail import MAX_AWAITED, Address, Event, Life, RefusedError, packed
 
 # kind of what follows, and its bytes
 _HEAD = struct.Struct("<BQ")
@@ -119,8 +119,9 @@ class Post:
         while not self._ended.is_set():
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or too many files are open just now
+                self._ended.wait(AGAIN_SECONDS)
+                continue
             threading.Thread(target=self._welcome, args=(connection,), name="dfl-welcome", daemon=True).start()
 
     def _welcome(self, connection: socket.socket) -> None:
@@ -141,6 +142,8 @@ class Post:
         nonce = secrets.token_hex(16)
         _say(connection, {"dfl": 1, "nonce": nonce, "process": self.process, "instance": self._instance})
         opening = _hear(connection)
+        if "dfl" not in opening:
+            raise ValueError("no hello")
         if opening["instance"] == self._instance:
             raise OSError("this is the process itself, under another address")
         if not first:
@@ -169,7 +172,7 @@ class Post:
 
     def _answer(self, connection: socket.socket, opening: Mapping[str, Any], nonce: str) -> int:
         process = self._checked_hello(connection, opening, nonce, True)
-        book = {str(other): at for other, at in self.book.items()}
+        book = {str(other): at for other, at in dict(self.book).items()}  # other connections' threads add to it
         _say(connection, self._hello(opening["nonce"], False) | {"book": book})
         if process < self.process:
             connection.close()
@@ -248,7 +251,7 @@ class Post:
     def _show_life(self) -> None:
         while not self._ended.wait(self.life.tick):
             self.life.count()
-            told = struct.pack(f"<{len(self.awaited)}q", *self.awaited)
+            told = packed(self.awaited)
             with self._lock:
                 lines = list(self._lines.values())
             for line in lines:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from dfl.transport.certificates import Identity
 from dfl.transport.forwarder import Forwarder
 from dfl.transport.hello import MAX_HELLO, Admission, checked_hello
-from dfl.transport.mail import MAX_AWAITED, Address, Event, Life
+from dfl.transport.mail import MAX_AWAITED, Address, Event, Life, packed
 from dfl.transport.zenoh_line import ASK, HEAD, HELLO, LIFE, NO_LINE, PIECE, REFUSED, Line
 from dfl.transport.zenoh_session import alive_key, full_queue_seconds, key_of, library, open_session, reserve
 
@@ -283,7 +283,7 @@ class ZenohMail:
                         line.put(self._hello(line))
 
     def _tell_life(self, line: Line) -> None:
-        told = struct.pack(f"<{len(self.awaited)}q", *self.awaited)
+        told = packed(self.awaited)
         line.life(HEAD.pack(LIFE, line.theirs, line.received, len(told)) + told)
 
 

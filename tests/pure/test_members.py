@@ -261,3 +261,80 @@ def test_where_zenoh_is_not_installed_a_recipe_with_it_is_refused(monkeypatch):
     monkeypatch.setattr(zenoh_session.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"transport = 'zenoh' needs the package eclipse-zenoh: pip install 'dfl\[zenoh\]'"):
         check(config)
+
+
+class Changing:
+    """Whom a process waits for, as its main thread changes it between any two looks of another thread."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def __get__(self, mail, owner):
+        self.looks += 1
+        return (1, 2)[:self.looks % 3]
+
+    def __set__(self, mail, value):
+        pass
+
+
+def test_signs_of_life_go_on_while_the_main_thread_changes_whom_it_waits_for(posts, monkeypatch):
+    zero, one = posts(0), posts(1)
+    monkeypatch.setattr(type(one), "awaited", Changing(), raising=False)
+    ticks = iter([False] * 5)
+    monkeypatch.setattr(one._ended, "wait", lambda seconds: next(ticks, True))
+    one.connect(zero.book[0])
+    Post._show_life(one)
+    one.send(0, b"behind them")
+    assert zero.events.get(timeout=5).data == b"behind them"
+
+
+def test_another_connection_may_tell_an_address_while_one_is_told_all(posts):
+    class Told(dict):
+        """As if another thread added to it at each step through it."""
+
+        def items(self):
+            for key in list(super().items()):
+                yield key
+                self[7] = ("late", 7)
+                if len(list(self)) > size:
+                    raise RuntimeError("dictionary changed size during iteration")
+
+    zero, one = posts(0), posts(1)
+    zero.book = Told(zero.book)
+    size = len(zero.book)
+    assert one.connect(zero.book[0]) == 0
+
+
+def test_who_has_too_many_files_open_for_a_moment_lets_others_in_later(posts, monkeypatch):
+    zero, asked = posts(0), []
+
+    class Full:
+        def accept(self):
+            asked.append(1)
+            if len(asked) == 2:
+                zero._ended.set()
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(zero, "_ended", threading.Event())
+    monkeypatch.setattr(zero, "_socket", Full())
+    zero._accept()
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("said", [b'{"refused": "no"}\n', b"[]\n"])
+def test_an_address_where_somebody_else_answers_is_called_again(posts, said, monkeypatch):
+    """Its process may only be about to begin."""
+    one = posts(1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = other.getsockname()
+        for _ in range(2):
+            one._dialer._next.pop(address, None) if one._dialer._next.get(address, 0.0) != float("inf") else None
+            one._dialer.call([address])
+            other.settimeout(5)
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(said)
+            deadline = time.monotonic() + 5
+            while one._dialer._next[address] == float("inf"):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
