@@ -45,6 +45,7 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._handle) for number in _ASKING + _WARNING}
         self._thread = threading.Thread(target=self._watch, name="dfl-signals", daemon=True)
         self._thread.start()
+        _made.append(self)
 
     def _watch(self) -> None:
         while numbers := os.read(self._reader, 64):
@@ -72,10 +73,10 @@ class StopSignal:
     @contextmanager
     def at_once(self):
         """Nothing would be lost in here: the first signal raises Stopped, also one that came before."""
-        if self.received:
-            raise Stopped(f"stopped by {signal.Signals(self.received).name}")
-        self._at_once = True
+        self._at_once = True  # before the look, or a signal between the two would be missed
         try:
+            if self.received:
+                raise Stopped(f"stopped by {signal.Signals(self.received).name}")
             yield
         finally:
             self._at_once = False
@@ -83,13 +84,42 @@ class StopSignal:
     def restore(self) -> None:
         if not self._before:
             return
+        self._give_back()
+        self._thread.join()
+        os.close(self._reader)
+
+    def _give_back(self) -> None:
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.close(self._writer)  # which ends the thread
-        self._thread.join()
-        os.close(self._reader)
         self._before = {}
+        _made.remove(self)
+
+
+_made: list[StopSignal] = []
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING + _WARNING)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _in_child() -> None:
+    """A fork of this process, as of multiprocessing in somebody's callback, would take no notice of its signals, write them into our
+    pipe, where they count as ours, and keep that open."""
+    for stop in reversed(_made.copy()):
+        stop._give_back()
+        os.close(stop._reader)
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def _leave(number: int) -> None:

@@ -1,5 +1,6 @@
 """Signals: which ask for a stop, which end a process at once, and when local training stops in the middle of a round."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -129,3 +130,58 @@ def test_a_round_is_finished_when_little_is_left():
     assert fresh(1)  # nobody knows how long a step takes
 
 
+def test_a_signal_to_a_process_that_is_forked_meanwhile_is_not_ours():
+    """As multiprocessing's pools send one to their processes when they end: it ends them, and they end."""
+    stop = StopSignal()
+    try:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(20)
+        assert child.exitcode == -signal.SIGTERM and stop.received == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    finally:
+        child.kill()
+        child.join()
+        stop.restore()
+
+
+@pytest.mark.timeout(30)
+def test_a_process_that_is_forked_meanwhile_and_stays_does_not_hold_us_up():
+    stop = StopSignal()
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        stop.restore()
+        assert child.exitcode is None
+    finally:
+        child.kill()
+        child.join()
+
+
+class Between(StopSignal):
+    """A signal comes right behind the first look at whether one has come."""
+
+    looks = 0
+
+    @property
+    def received(self) -> int:
+        found, self.looks = self._received, self.looks + 1
+        if self.looks == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    @received.setter
+    def received(self, number: int) -> None:
+        self._received = number
+
+
+def test_a_signal_on_the_way_into_what_is_left_at_once_is_not_lost():
+    stop = Between()
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
+            with stop.at_once():
+                raise AssertionError
+    finally:
+        stop.restore()
