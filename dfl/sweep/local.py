@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -46,6 +46,7 @@ class Attempt(NamedTuple):
     slot: int
     process: subprocess.Popen
     started: float
+    log: BinaryIO
     offset: int  # where its output begins in the log
 
 
@@ -83,7 +84,7 @@ class Runner:
         resources.check()
         self.runs, self.resources = runs, resources
         todo = [run for run in runs if run.state != "finished"]
-        self.waiting = deque((run, 1) for run in todo)
+        self.waiting: deque[tuple[SweepRun, int, BinaryIO | None]] = deque((run, 1, None) for run in todo)
         self.active: list[Attempt] = []
         self.failed: dict[str, tuple[SweepRun, str]] = {}
         self.unfinished: list[str] = []
@@ -136,35 +137,32 @@ class Runner:
 
     def _fill(self) -> None:
         while self.waiting and len(self.active) < self.slots and not self.stops:
-            run, number = self.waiting.popleft()
+            run, number, log = self.waiting.popleft()
             free = next(slot for slot in range(self.slots) if all(a.slot != slot for a in self.active))
-            attempt = self._start(run, number, free)
+            attempt = self._start(run, number, free, log)
             if attempt is None:
                 self.unfinished.append(run.name)
                 self.progress.say(f"{run.name}  is at work in another process")
             else:
                 self.active.append(attempt)
 
-    def _start(self, run: SweepRun, number: int, slot: int) -> Attempt | None:
-        """None when somebody else has the run: its processes hold a lock on their log, for as long as one of them lives."""
+    def _start(self, run: SweepRun, number: int, slot: int, log: BinaryIO | None) -> Attempt | None:
+        """None when somebody else has the run. log: of its last attempt."""
         run.log.parent.mkdir(parents=True, exist_ok=True)
         write_recipe(run)
         command = command_of(run, self.resources.processes, self.cores)
         environment = os.environ | self._environment(slot)
-        with run.log.open("ab") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
-            except OSError:  # a file system without locks
-                pass
-            note_failure(run, None)
-            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} attempt {number}: {' '.join(command)}\n".encode())
-            log.flush()
-            # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on once
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                                       start_new_session=True)
-            return Attempt(run, number, slot, process, time.monotonic(), log.tell())
+        log = log or _locked(run.log)
+        if log is None:
+            return None
+        note_failure(run, None)
+        log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} attempt {number}: {' '.join(command)}\n".encode())
+        log.flush()
+        offset = log.seek(0, os.SEEK_END)
+        # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on once
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                                   start_new_session=True)
+        return Attempt(run, number, slot, process, time.monotonic(), log, offset)
 
     def _environment(self, slot: int) -> dict[str, str]:
         changed = {} if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _GRACE}
@@ -182,11 +180,13 @@ class Runner:
             self.progress.say(f"{run.name}  stopped after {took}")
         else:
             self._failed(attempt, first_error(run.log, attempt.offset, status), took)
+        if all(run is not other for other, *_ in self.waiting):
+            attempt.log.close()
 
     def _failed(self, attempt: Attempt, error: str, took: str) -> None:
         run = attempt.run
         if attempt.number <= self.resources.retries and attempt.process.returncode != _REFUSED:
-            self.waiting.append((run, attempt.number + 1))
+            self.waiting.append((run, attempt.number + 1, attempt.log))
             self.progress.say(f"{run.name}  failed after {took} and will be tried again: {error}")
             return
         note_failure(run, error)
@@ -223,6 +223,20 @@ def run_here(sweep: Sweep, runs: list[SweepRun], index: int) -> int:
         if first:
             note_failure(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """The log of a run, or None when somebody else has it: a lock on it is held until the run is not tried again, by us, and as long
+    as one of its processes lives. A lock of each attempt's own would be refused while the one before is on its way out."""
+    log = path.open("ab")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return log
 
 
 def kill(process: subprocess.Popen) -> None:

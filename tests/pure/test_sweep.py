@@ -315,6 +315,35 @@ def test_a_signal_while_a_process_is_being_started_reaches_it(root, tmp_path, mo
     assert states(tmp_path / "out") == {"seed=0": "waiting", "seed=1": "waiting"}
 
 
+# the first time it is killed, and leaves a process that has its log; the second time it is refused
+KILLED = "echo >> {tries}; [ $(wc -l < {tries}) = 2 ] && exit 2; sleep 100 & echo $! > {left}; kill -9 $$"
+
+
+def test_what_a_killed_run_leaves_for_a_moment_does_not_keep_it_from_being_tried_again(root, tmp_path, monkeypatch, capsys):
+    tries, left = tmp_path / "tries", tmp_path / "left"
+    monkeypatch.setattr(local, "command_of", lambda *_: ["bash", "-c", KILLED.format(tries=tries, left=left)])
+    try:
+        assert sweep(write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0]}})) == 1
+        assert tries.read_text() == "\n\n"
+        said = capsys.readouterr().err
+        assert "will be tried again: ended by signal 9 (SIGKILL)" in said and "at work in another" not in said
+    finally:
+        os.kill(int(left.read_text()), signal.SIGKILL)
+
+
+def test_what_a_run_says_before_the_sweep_knows_of_its_process_counts(root, tmp_path, monkeypatch, capsys):
+    def start(*words, **options):
+        process = popen(*words, **options)
+        process.wait()
+        return process
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(local, "command_of", lambda *_: ["bash", "-c", "echo dfl: not like this; exit 2"])
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert sweep(write(tmp_path, {"recipe": recipe(root), "grid": {"seed": [0]}})) == 1
+    assert ": not like this, left" in capsys.readouterr().err
+
+
 def test_cores_and_gpus_are_shared_out(root, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "num_cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
