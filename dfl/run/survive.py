@@ -6,6 +6,7 @@ a round has the same living at all of them; who is living is recorded with each 
 runs such a record.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ from dfl.transport.handshake import check_contents, contents, settings
 from dfl.transport.mail import Address
 from dfl.transport.members import FaultError, FinishedError, LeftOutError, ViewChange
 from dfl.transport.packet import Packet
-from dfl.transport.stopping import StopSignal
+from dfl.transport.stopping import ECHO_SECONDS, StopSignal
 from dfl.transport.survivors import Survivors
 
 HAND_OVER = "state for who comes"
+# between two looks at whether this process is told to stop as well
+LOOK_SECONDS = 0.01
 
 
 class Left(BaseException):
@@ -295,6 +298,16 @@ class Process:
         if not line["round"]:
             return
         self.coming = {}
+        if self.transport.agree(int(self.stop.received > 0), most=1):
+            self._leave_or_stop()
+
+    def _leave_or_stop(self) -> None:
+        """Somebody was told to stop. What comes soon after that is the same wish: those who are told one after the other stop
+        together, at this round."""
+        until = time.monotonic() + ECHO_SECONDS
+        while not self.stop.received and time.monotonic() < until:
+            self.transport.check()
+            time.sleep(LOOK_SECONDS)
         if not self.transport.agree(int(not self.stop.received), most=1):
             raise AllStop
         if self.stop.received:

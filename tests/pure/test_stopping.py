@@ -1,5 +1,6 @@
 """Signals: which ask for a stop, which end a process at once, and when local training stops in the middle of a round."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -7,9 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from dfl.run import survive
+from dfl.run.survive import AllStop, Left, Process
 from dfl.transport.stopping import ECHO_SECONDS, FINISH_SECONDS, Halt, Stopped, StopSignal
 
 
@@ -185,3 +189,39 @@ def test_a_signal_on_the_way_into_what_is_left_at_once_is_not_lost():
                 raise AssertionError
     finally:
         stop.restore()
+
+
+class Survivor:
+    """A process of a run that survives, with another that has been told to stop already where `other`. It is told itself after so
+    many looks at what has arrived."""
+
+    def __init__(self, told_at: int | None, other: bool):
+        self.looks, self.told_at, self.other, self.coming, self.asked = 0, told_at, other, {}, 0
+        self.stop = SimpleNamespace(received=signal.SIGTERM if told_at == 0 else 0)
+        self.transport, self.record, self.run = self, self, SimpleNamespace(peers=SimpleNamespace(ids=[0]))
+        self.alive = [0, 1]
+
+    def round(self, line):
+        pass
+
+    def check(self):
+        self.looks += 1
+        if self.looks == self.told_at:
+            self.stop.received = signal.SIGTERM
+
+    def agree(self, value, most):
+        self.asked += 1
+        return max(value, int(self.other) if self.asked == 1 else int(not self.other))
+
+    def _leave_or_stop(self):
+        Process._leave_or_stop(self)
+
+
+@pytest.mark.parametrize("told_at, other, ends", [(0, True, AllStop), (3, True, AllStop), (None, True, None), (0, False, Left),
+                                                  (None, False, None)])
+def test_survivors_that_are_told_one_after_the_other_stop_at_the_same_round(told_at, other, ends, monkeypatch):
+    monkeypatch.setattr(survive, "ECHO_SECONDS", 0.2 if told_at is None else 60.0)
+    one = Survivor(told_at, other)
+    with pytest.raises(ends) if ends else contextlib.nullcontext():
+        Process._record(one, {"round": 1})
+    assert one.asked == 1 if not ends and not other else 2
