@@ -96,7 +96,8 @@ class Process:
         self.transport, self.mail, seeds = make(config, self.place, self.worker, about, known)
         try:
             self._assemble(loaded)
-            join(self.mail, self.transport, self.place, self.worker, seeds, config)
+            with stop.at_once():
+                join(self.mail, self.transport, self.place, self.worker, seeds, config)
             done = self._rounds()
         except BaseException as error:
             self.transport.leave(error)

@@ -54,7 +54,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False,
 def _train_here(config: Config, worker: Worker | None, topology, resume: bool, overwrite: bool, callbacks: Sequence[Callback],
                 stop: StopSignal) -> int:
     if config.membership.mode == "survive":
-        return train_on(config, worker, topology, resume, overwrite, stop)
+        try:
+            return train_on(config, worker, topology, resume, overwrite, stop)
+        except Stopped as asked:
+            print(f"{asked} before it joined the others; --resume begins, or goes on", file=sys.stderr, flush=True)
+            return STOPPED
     runtime = start(config, worker)
     if runtime.team is not None:
         runtime.team.watch(runtime.transport.leave)

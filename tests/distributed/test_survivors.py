@@ -1,7 +1,9 @@
 """A run that goes on without the processes that it loses, whichever they are, down to one, and that is run again from its record."""
 
+import os
 import random
 import signal
+import socket
 
 import pytest
 from members import Group
@@ -151,3 +153,31 @@ def test_who_diverges_goes_with_a_line_and_the_others_go_on(place, tmp_path):
         assert "going on without process 2 (peer 2, host " in run.said(0) and "diverged in round 6" in run.said(0), run.everything()
         assert run.lines(0)[5]["alive"] == [0, 1, 2] and run.lines(0)[6]["alive"] == [0, 1]
         check_records(run, [0, 1])
+
+
+def _told_while_it_loads(tree, env, log, resume):
+    from members import _work
+
+    from dfl.run import survive
+    load = survive.load
+
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*args)
+
+    survive.load = told
+    _work(tree, env, log, resume)
+
+
+@pytest.mark.parametrize("when", ["while it loads", "while it waits for the others"])
+def test_who_is_told_to_stop_before_it_has_joined_stops_at_once_with_a_line(place, tmp_path, when):
+    with group(place, tmp_path, 2, peers=2) as run:
+        run.start(0, **({"work": _told_while_it_loads} if when == "while it loads" else {}))
+        if when == "while it waits for the others":
+            with socket.create_server(("127.0.0.1", run.ports[1])) as other:
+                other.settimeout(60)
+                other.accept()[0].close()  # it calls
+            run.kill(0, signal.SIGTERM)
+        assert run.wait(0, 60) == 75, run.everything()
+        assert "dfl: " not in run.said(0) and "Traceback" not in run.said(0), run.everything()
+        assert "stopped by SIGTERM before it joined the others" in run.said(0)
