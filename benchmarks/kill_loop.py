@@ -15,7 +15,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import tiny_runs
+from ports import free_ports
 from safetensors.torch import load_file
 
 from dfl.store.checkpoints import latest
@@ -53,9 +53,7 @@ class Forked:
     def __init__(self, num: int, argv: list[str], log: Path):
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "dfl.run.train"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        [port] = free_ports(1)
         self.logs = [log.with_suffix(f".{rank}") for rank in range(num)]
         self.processes = []
         for rank, path in enumerate(self.logs):

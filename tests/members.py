@@ -1,27 +1,19 @@
 """Processes of a run with `membership: survive`, each started by itself as a service manager would, on one machine."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
+from ports import free_ports
 from processes import begin
 from tiny_runs import train_worker
 
 from dfl import config as configuration
 from dfl.config.recipes import parse_overrides
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports on the loopback interface that nobody listens at now."""
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [one.getsockname()[1] for one in found]
 
 
 def tree_of(words: list[str]) -> dict:

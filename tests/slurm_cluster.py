@@ -9,11 +9,12 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 CONFIGURATION = """\
@@ -85,7 +86,7 @@ def start(folder: Path, nodes: int = 4, proctrack: str = "linuxproc", lost_after
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)  # munge lets everybody come to its socket
-    ports = _free_ports(nodes + 1)
+    ports = free_ports(nodes + 1)
     lines = [_NODE.format(k=k, port=port) for k, port in enumerate(ports[1:], 1)]
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, port=ports[0], user=getpass.getuser(), proctrack=proctrack,
                                                             lost_after=lost_after, nodes="\n".join(lines)))
@@ -163,14 +164,6 @@ def _read(pid: int, name: str) -> str:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _daemon(folder: Path, *words: str) -> None:

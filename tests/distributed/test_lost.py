@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from members import free_ports
+from ports import free_ports
 from processes import distributed, ring_exchange, run_processes
 
 from dfl.transport import Distributed, notes

@@ -20,6 +20,7 @@ from tiny_runs import rows_of
 from dfl.store.checkpoints import latest
 from dfl.store.runs import read_run
 
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]  # a start of torchrun takes ten CPU seconds for each of its processes
 TESTS = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+from ports import free_ports
 
 from dfl.store.checkpoints import latest
 from dfl.store.records import read_lines
@@ -187,9 +188,7 @@ class Started:
     def __init__(self, arguments: list[list[str]], folder: Path):
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "dfl.run.train"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        [port] = free_ports(1)
         self.logs = [folder / f"log.{rank}" for rank in range(len(arguments))]
         self.processes = [context.Process(target=kill_loop._work, args=(rank, len(arguments), port, argv, str(path)))
                           for rank, (argv, path) in enumerate(zip(arguments, self.logs, strict=True))]
@@ -241,9 +240,7 @@ def test_a_process_that_never_comes_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     config = tiny_runs.make_config(folder / "bert", folder / "data.csv", tmp_path / "run", timeout=0.5)
     with pytest.raises(ConnectionError, match=r"process 0 on .* did not meet the other 1 at 127.0.0.1:\d+: "):
         runtime.start(config)

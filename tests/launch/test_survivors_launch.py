@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import workplace
 import yaml
-from members import free_ports
+from ports import free_ports
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 ROOT = workplace.ROOT
