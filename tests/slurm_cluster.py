@@ -153,6 +153,11 @@ def _variables(pid: int) -> list[str]:
     return _read(pid, "environ").split("\0")
 
 
+def variables(pid: int) -> dict[str, str]:
+    """The environment of a process; none when it has ended."""
+    return dict(one.split("=", 1) for one in _variables(pid) if "=" in one)
+
+
 def words(pid: int) -> list[str]:
     """The command line of a process; none when it has ended."""
     return _read(pid, "cmdline").replace("\0", " ").split()

@@ -7,11 +7,22 @@ prepare() {
     if [ -x "${VENV:-.venv}/bin/python" ]; then PATH=$(realpath "${VENV:-.venv}")/bin:$PATH; fi
 }
 
+# Run the words given, as a step whose number the job did not have before it was last requeued. Where a step takes longer than a message may
+# to end, Slurm tells its nodes to end it once more a minute later, by its number alone: that would be the step of the requeued job.
+with_new_number() {
+    local before=$((${SLURM_RESTART_COUNT:-0} % 4))
+    while [ "$before" -gt 0 ]; do
+        srun --nodes=1 --ntasks=1 true || true
+        before=$((before - 1))
+    done
+    exec "$@"
+}
+
 # Run the words given as a step of the job, and leave with its status. The job goes back to the queue when the warning of --signal stops
 # it, or when one of its processes is killed (128 + the signal's number; a run's own errors are smaller), but not when it would come
 # here again and again.
 run_step() {
-    "$@" &
+    with_new_number "$@" &
     local step=$! status=0 signalled='' warned='' ended='' why=''
     # srun passes SIGUSR1 on to every node; the run stops after its step and saves. Slurm's own SIGTERM (scancel, pre-emption) has reached the
     # step already, and what becomes of the job then is Slurm's to say.

@@ -133,13 +133,18 @@ def workers(slurm) -> list[int]:
 
 @pytest.mark.parametrize("victim", ["a process of the run", "torchrun"])
 def test_killed_and_requeued(slurm, place, victim):
-    """SIGKILL on one of two nodes: the job goes back to the queue by itself, and nothing is lost."""
+    """SIGKILL on one of two nodes: the job goes back to the queue by itself, and nothing is lost.
+
+    Its step has another number then: to end the first one Slurm tells a node again a minute later that took longer than a message may.
+    """
     output = f"runs/killed {victim}"
     job = slurm.submit("--nodes", "2", TRAIN, "my.yaml", "--output", output, DFL_LEAST="0")
     slurm.reach(job, output, 12)
     agents = [pid for pid in slurm_cluster.job_processes(slurm.state) if slurm_cluster.words(pid)[1:2] == ["launch/torchrun.py"]]
     assert len(workers(slurm)) == len(agents) == 2
     os.kill(workers(slurm)[1] if victim == "a process of the run" else agents[1], signal.SIGKILL)
+    workplace.wait_for(lambda: len(workers(slurm)) == 2 and slurm.job(job)["Restarts"] == "1", 120, lambda: slurm.log(job))
+    assert {slurm_cluster.variables(pid)["SLURM_STEP_ID"] for pid in workers(slurm)} == {"1"}
     log = slurm.finish(job)
     assert slurm.job(job)["Restarts"] == "1" and log.count("dfl: a process was killed (status 137)") == 1
     assert log.count("4 peers on 2 process(es)") == 2
