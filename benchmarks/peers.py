@@ -1,8 +1,10 @@
 """The same job side by side: ours, plain gloo, gloo's all-reduce, Decent-DP, hivemind, Flower.
 
-    python benchmarks/peers.py [SYSTEM ...]
+    python benchmarks/peers.py [SYSTEM ...]           # results/peers.json
+    python benchmarks/peers.py --exchange [SYSTEM ...]  # results/peers_exchange.json: no forward and backward pass
 
-Eight processes on a ring, five local steps, 1.18 MB a message (`side_by_side/job.py`). Foreign systems are installed into
+Eight processes on a ring, five local steps, 1.18 MB a message (`side_by_side/job.py`); with `--exchange` what a round costs
+beside them, but for an optimiser's step that has no gradient. Foreign systems are installed into
 environments of their own beside this one's torch, under $DFL_RIVALS or the cache folder; what does not install, or does not end, is
 left out with the reason. Every run has a network namespace of its own where that is allowed, whose loopback counts the bytes.
 Repetitions take turns, so that a busy moment of the machine hits all.
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PEERS, REPEATS = int(os.environ.get("PEERS", 8)), int(os.environ.get("REPEATS", 3))
 WARM, ROUNDS, SECONDS = 4, 30, 400
 FOREIGN = {"decent_dp": "decent-dp==0.2.3", "hivemind": "hivemind==1.1.12", "flower": "flwr==1.42.0"}
+COUPLED = ("decent_dp", "ours_every_step")  # their exchange is a part of every step
 NAMES = ("nothing", "plain_gloo", "ours", "ours_measured", "all_reduce", "decent_dp", "ours_every_step", "flower", "hivemind")
 SHARED = ("torch", "numpy", "transformers", "peft", "tokenizers", "safetensors")
 
@@ -34,11 +37,15 @@ class NoFigureError(Exception):
     """Why a system has no figures."""
 
 
-def main(names: list[str]) -> None:
+def main(words: list[str]) -> None:
     from stamp import write
-    unknown = set(names) - set(NAMES)
+    exchange = "--exchange" in words
+    allowed = [name for name in NAMES if not exchange or name not in COUPLED]
+    names = [word for word in words if word != "--exchange"] or allowed
+    unknown = set(names) - set(allowed)
     if unknown:
-        sys.exit(f"peers.py: {sorted(unknown)} not known; allowed: {', '.join(NAMES)}")
+        sys.exit(f"peers.py: {sorted(unknown)} not known here; allowed: {', '.join(allowed)}")
+    os.environ["LOCAL_STEPS"] = str(0 if exchange else 5)
     runs, missing = {name: [] for name in names}, {}
     for _ in range(REPEATS):
         for name in names:
@@ -49,8 +56,8 @@ def main(names: list[str]) -> None:
                 except NoFigureError as failed:
                     missing[name] = str(failed)
                     print(name, "left out:", failed, flush=True)
-    write("peers", {"peers": PEERS, "rounds": ROUNDS, "warm": WARM, "repeats": REPEATS, "foreign": FOREIGN,
-                    "job": "side_by_side/job.py", "own_network": bool(namespace())},
+    write("peers_exchange" if exchange else "peers", {"peers": PEERS, "rounds": ROUNDS, "warm": WARM, "repeats": REPEATS,
+                    "foreign": FOREIGN, "job": "side_by_side/job.py", "own_network": bool(namespace())},
           {"systems": table({name: found for name, found in runs.items() if found}), "left_out": missing})
 
 
@@ -152,4 +159,4 @@ def environment(name: str) -> Path:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--start"]:
         sys.exit(start(*sys.argv[2:]))
-    main(sys.argv[1:] or list(NAMES))
+    main(sys.argv[1:])

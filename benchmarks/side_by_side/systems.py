@@ -18,8 +18,11 @@ def meet() -> None:
 
 
 def local(job: Job) -> None:
+    """With no steps the optimiser's alone, which some hang their exchange on; without a gradient it changes nothing."""
     for _ in range(LOCAL_STEPS):
         job.step()
+    if LOCAL_STEPS == 0:
+        job.optimizer.step()
 
 
 def nothing(job: Job, rank: int) -> Iterator[None]:
@@ -55,12 +58,12 @@ def all_reduce(job: Job, rank: int) -> Iterator[None]:
 
 def ours(job: Job, rank: int) -> Iterator[None]:
     """dfl.Gossip around the loop: plain averaging on the same ring, and nothing measured beside it."""
-    yield from _gossip(job, LOCAL_STEPS, measure={"every": 0, "layers": 0})
+    yield from _gossip(job, max(1, LOCAL_STEPS), measure={"every": 0, "layers": 0})
 
 
 def ours_measured(job: Job, rank: int) -> Iterator[None]:
     """The same by the defaults: every fifth round sums over all peers, for the disagreement."""
-    yield from _gossip(job, LOCAL_STEPS)
+    yield from _gossip(job, max(1, LOCAL_STEPS))
 
 
 def ours_every_step(job: Job, rank: int) -> Iterator[None]:
