@@ -57,6 +57,7 @@ class ZenohMail:
         self.book: dict[int, Address] = {process: (host, self._listen[1])}
         self._start = secrets.token_hex(8)  # of this start of the process
         self._lines: dict[int, Line] = {}
+        self._there: dict[int, str] = {}  # the start of each process whose token came last and has not gone
         self._numbers = itertools.count(1)
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._seen: SimpleQueue[_Seen | None] = SimpleQueue()
@@ -176,7 +177,7 @@ class ZenohMail:
     def _hello(self, line: Line) -> bytes:
         """challenge: the names that both ends have drawn. Without the other's there is no proof yet."""
         tree = self.admission.hello(_challenge(line.start, line.mine), self.book[self.process])
-        tree |= {"start": self._start, "line": line.mine.hex(), "number": line.number, "received": line.theirs.hex(),
+        tree |= {"start": self._start, "to": line.start, "line": line.mine.hex(), "number": line.number, "received": line.theirs.hex(),
                  "book": {str(other): at for other, at in self.book.items()}}
         return HEAD.pack(HELLO, NO_LINE, 0, 0) + json.dumps(tree).encode()
 
@@ -205,12 +206,16 @@ class ZenohMail:
 
     def _handle_token(self, seen: _Seen, line: Line | None) -> None:
         if seen.there:
+            self._there[seen.process] = seen.start
             if line is None:
                 self._begin(seen.process, seen.start)
             elif line.start != seen.start:
                 self._lost(seen.process, line, "gone", "it was started again", seen.start)
-        elif line is not None and line.start == seen.start:
-            self._lost(seen.process, line, "gone", "its connection closed")
+            return
+        if self._there.get(seen.process) == seen.start:
+            del self._there[seen.process]
+        if line is not None and line.start == seen.start:
+            self._lost(seen.process, line, "gone", "its connection closed", self._there.get(seen.process, ""))
 
     def _handle_hello(self, process: int, kind: int, data: bytes) -> None:
         tree = json.loads(data) if len(data) <= MAX_HELLO else None
@@ -225,6 +230,8 @@ class ZenohMail:
         start, number = tree["start"], tree["number"]
         if len(theirs) != 8 or not isinstance(start, str) or not isinstance(number, int):
             raise ValueError("no hello")
+        if tree["to"] != self._start:
+            return  # for an earlier start of this process: no proof for this one
         line = self._lines.get(process)
         if line is not None and line.start == start and number < line.newest:
             return  # of a connection that has ended: two connections' hellos may overtake each other

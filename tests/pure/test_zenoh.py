@@ -19,7 +19,7 @@ pytest.importorskip("cryptography", reason="needs cryptography: pip install 'dfl
 
 from dfl.transport import zenoh_line, zenoh_session  # noqa: E402
 from dfl.transport.zenoh_line import HEAD, Line  # noqa: E402
-from dfl.transport.zenoh_mail import ZenohMail  # noqa: E402
+from dfl.transport.zenoh_mail import ZenohMail, _Seen  # noqa: E402
 from dfl.transport.zenoh_session import alive_key, key_of, open_session  # noqa: E402
 
 
@@ -142,6 +142,33 @@ def test_two_whose_beginnings_cross_meet(mails):
     assert one.events.get(timeout=5)[:2] == ("gone", 0) and zero.events.get(timeout=5)[:2] == ("gone", 1)
     meet(zero, one)
     nothing_comes(one, zero)
+
+
+def test_a_hello_to_an_earlier_start_of_a_process_is_no_reason_to_refuse_who_says_it(mails):
+    """Who has not learnt yet that a process was started again proves to the earlier start that it knows the secret."""
+    zero, one = mails(0), mails(1)
+    meet(zero, one)
+    late = Line(one._session, key_of(0, 1), "an earlier start", next(one._numbers), 0)
+    one._session.put(key_of(0, 1), one._hello(late))
+    late.close()
+    nothing_comes(zero, one)
+    assert zero.connected() == [1] and one.connected() == [0] and not one.refusals
+
+
+def test_a_late_hello_of_an_earlier_start_of_a_process_leaves_nobody_waiting_for_ever(mails):
+    """It comes over another link than the news of the later start, so that these may overtake it."""
+    zero, one = mails(0), mails(1)
+    meet(zero, one)
+    with zero._lock:
+        now, zero._start = zero._start, "an earlier start"
+        late, zero._start = zero._hello(zero._lines[1]), now
+    one._seen.put(_Seen(0, data=late))
+    one._seen.put(_Seen(0, "an earlier start", False))  # and then its token goes
+    assert one.events.get(timeout=5)[:2] == ("gone", 0)
+    meet(zero, one)
+    until(lambda: one._lines[0].start == zero._start)
+    zero.send(1, b"here")
+    until(lambda: zero.connected() == [1] and zero.send(1, b"here") is None and one.events.qsize() > 0)
 
 
 HARM = {"200 GB": lambda line: HEAD.pack(zenoh_line.PIECE, line, 1, 200 * 10**9) + b"x",
