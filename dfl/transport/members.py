@@ -20,7 +20,7 @@ from torch import Tensor
 from dfl.transport import frames
 from dfl.transport.mail import Event, Mail
 from dfl.transport.view import Known, Member, Settling, of_one_run
-from dfl.transport.watch import held_up_by
+from dfl.transport.watch import LARGEST_GAP, held_up_by
 
 # what a message is, and the start of the process that sends it
 _HEAD = struct.Struct("<BI")
@@ -145,13 +145,16 @@ class Members:
         LeftOutError where the others go on without this one. Who lives and does not come within the time-out is left behind.
         """
         self._settling.info, told = info, 0.0
-        until = time.monotonic() + self.timeout
+        at = time.monotonic()
+        until = at + self.timeout
         while True:
             if time.monotonic() > told + AGAIN_SECONDS:
                 told = time.monotonic()
                 self._tell_all()
             self.connect()
             self._take(0.02)
+            before, at = at, time.monotonic()
+            until += _gap(before, at)
             self._ends()
             self._look_for_silent()
             if self.me not in self._settling.known.members():
@@ -242,7 +245,7 @@ class Members:
 
     def end(self, step: "Step", deadline: float, watch, waiter) -> tuple[list[int], bool]:
         """Wait for all that is received, or ViewChange."""
-        places = step.places
+        places, at = step.places, time.monotonic()
         while missing := [q for q, place in places.items() if place not in self._inbox.get(q, {})]:
             self.mail.awaited = tuple(missing)
             if time.monotonic() > deadline:
@@ -250,6 +253,8 @@ class Members:
                     self.accuse(q, f"lives, but did not answer for {self.timeout:g} s")
             self._take(0.05)
             self.check()
+            before, at = at, time.monotonic()
+            deadline += _gap(before, at)
         self.mail.awaited = ()
         self.check()
         for q, place in places.items():
@@ -400,6 +405,11 @@ class Members:
             self.mail.close()
 
     abort = close
+
+
+def _gap(before: float, now: float) -> float:
+    """Seconds of a gap in our own time between two looks, as where a job was suspended: the others of it were, too, and not late."""
+    return max(0.0, now - before - LARGEST_GAP)
 
 
 def _state(known: Known, info: Any, again: bool = False) -> bytes:

@@ -14,7 +14,7 @@ POLL_SECONDS = 0.25  # until a wish to stop is known everywhere
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # longer than anything holds up a live process: a thread of it needs only the interpreter, now and then
 # a gap in our own time (the machine slept, Ctrl-Z) is none in which another was silent
-_LARGEST_GAP = 1.0
+LARGEST_GAP = 1.0
 
 
 def no_life() -> str:
@@ -98,7 +98,7 @@ class Watch:
     def silent(self) -> list[int]:
         """Those among the awaited that have shown no life for SILENT_SECONDS; asked again and again, about twice a second."""
         now = self.clock()
-        gap, self._at = min(now - self._at, _LARGEST_GAP), now
+        gap, self._at = min(now - self._at, LARGEST_GAP), now
         answered = self._count(-1, self.answers, gap)
         if not answered:  # then nobody's beats can be seen; -1 stands for the store
             late = self._quiet[-1] >= SILENT_SECONDS and self.holder is not None and self.holder != self.rank

@@ -7,12 +7,15 @@ import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dfl import config as configuration
 from dfl.run.build import check
 from dfl.run.joining import _where, differs
+from dfl.transport import frames
 from dfl.transport.hello import Admission
 from dfl.transport.mail import Event, Life, RefusedError
 from dfl.transport.members import FinishedError, Members
@@ -338,3 +341,34 @@ def test_an_address_where_somebody_else_answers_is_called_again(posts, said, mon
             while one._dialer._next[address] == float("inf"):
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
+
+
+@pytest.mark.parametrize("what", ["a step", "settling"])
+def test_a_job_that_was_suspended_for_longer_than_the_time_out_holds_nobody_for_late(what, monkeypatch, capsys):
+    """All of its processes were: who goes on first is no judge of the others."""
+    now, mail = [1000.0], Silence()
+    monkeypatch.setattr("dfl.transport.members.time", SimpleNamespace(monotonic=lambda: now[0]))
+    members = Members(mail, 0, 2, timeout=20.0)
+    members.connect = members._look_for_lost = lambda: None
+    known = Known().with_joined(Member(0), Member(1))
+    mail.events.put(Event("message", 1, told(known)))
+    members._take(0.0)
+    members.members, members._changed = known.members(), False
+    late = iter([told(known, {"at": 3}) if what == "settling" else struct.pack("<BI8sQ", 4, 0, b"", 1) + bytes(frames.HEADER)])
+    take, looks = members._take, iter(range(10**6))
+
+    def suspended(seconds: float) -> None:
+        look = next(looks)
+        now[0] += 1000.0 if look == 1 else 1.0
+        if look == 6:
+            mail.events.put(Event("message", 1, next(late)))
+        take(0.0)
+
+    members._take = suspended
+    if what == "settling":
+        assert members.settle({"at": 3}) == {0: {"at": 3}, 1: {"at": 3}}
+    else:
+        members._view = bytes(8)
+        step = members.begin({}, {1: torch.zeros(frames.HEADER, dtype=torch.uint8)})
+        assert members.end(step, now[0] + 20.0, None, None) == ([], False)
+    assert capsys.readouterr().err == ""
