@@ -144,7 +144,7 @@ class Process:
                 pass
             except FaultError as fault:
                 self.transport.accuse(fault)
-            self._again, self.transport.group.ending = True, False
+            self._again = True
             if self.stop.received and joined:
                 self._go_back(self._progress())
                 return self._stopped("this process")
@@ -174,6 +174,8 @@ class Process:
         infos = self.transport.settle({"progress": progress, "checkpoints": checkpoints, "came": self.came, "changes": changes})
         told = read(infos, dict(enumerate(self.transport.hosts)), self.config.train.rounds)
         plan = plan_of(told, self.place.rank)
+        if plan.round < self.config.train.rounds:  # else others may have left already with the word that all have ended
+            self.transport.group.ending = False
         before = came_before(plan, told)
         if progress is None and not plan.start:  # what it has missed
             for t, alive in next(one.changes for one in told.values() if one.progress is not None):

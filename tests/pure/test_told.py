@@ -1,11 +1,13 @@
 """What members tell of themselves when they settle: nonsense is its teller's fault, and of the rest all make the same plan."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from dfl.run import survive
 from dfl.run.told import Plan, Told, plan_of, read
-from dfl.transport.members import FaultError
+from dfl.transport.members import FaultError, FinishedError, ViewChange
 
 HOSTS, ROUNDS = {0: [0, 1], 1: [2], 2: [3]}, 40
 AT_WORK = {"progress": 7, "checkpoints": [], "came": None, "changes": [[0, [0, 1, 2, 3]], [5, [0, 1, 2]]]}
@@ -68,3 +70,37 @@ def test_who_would_take_the_others_back_further_than_a_round_is_at_fault(progres
 def test_nobody_finds_itself_at_fault_nor_one_that_is_ahead():
     assert plan_of(at(7, 40, 7), 0).round == 7
     assert plan_of(at(0, 7), 0).round == 0
+
+
+class AtTheEnd:
+    """A process that has come to the end, where the members change in the last agreement."""
+
+    def __init__(self):
+        self.transport, self.group, self.stop, self.run = self, SimpleNamespace(ending=False), SimpleNamespace(received=0), self
+        self._again, self.completed, self.ended_well, self.hooks = False, 5, False, None
+        self.settled: list[bool] = []
+
+    def agree(self, value, most):
+        raise ViewChange
+
+    def _progress(self):
+        return 5
+
+    def _settle(self, progress):
+        self.settled.append(self.group.ending)
+        if len(self.settled) > 1:
+            raise FinishedError
+
+    def _save(self):
+        pass
+
+    def _ended(self):
+        return True
+
+
+def test_the_word_that_all_have_ended_may_come_behind_the_loss_of_another(monkeypatch):
+    """Else who says it, and has left, would be held for a liar."""
+    monkeypatch.setattr(survive, "run_rounds", lambda run, hooks: True)
+    one = AtTheEnd()
+    one._again = True
+    assert survive.Process._rounds(one) is True and one.settled == [False, True]
