@@ -54,7 +54,10 @@ def run_processes(function, num_processes: int, *args, timeout: float = 60.0, lo
     context = _server()
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
-        given = [(queue, function, rank, num_processes, f"{folder}/store", not lost, args) for rank in range(num_processes)]
+        # who is stopped may have locked the file of a store just then, for all: as torchrun's, it is held by somebody else here
+        held = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if lost else None
+        store = held.port if held else f"{folder}/store"
+        given = [(queue, function, rank, num_processes, store, not lost, args) for rank in range(num_processes)]
         workers = [context.Process(target=_work, args=one, daemon=True) for one in given]
         for worker in workers:
             worker.start()
@@ -76,12 +79,14 @@ def _receive(queue, workers, timeout: float):
     return queue.get()
 
 
-def _work(queue, function, rank: int, size: int, store: str, all_stay: bool, args) -> None:
+def _work(queue, function, rank: int, size: int, store: str | int, all_stay: bool, args) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
-                                timeout=timedelta(seconds=30))
+        if isinstance(store, int):
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        met = dist.TCPStore("127.0.0.1", store, is_master=False) if isinstance(store, int) else dist.FileStore(store, size)
+        dist.init_process_group("gloo", store=met, rank=rank, world_size=size, timeout=timedelta(seconds=30))
         result = function(rank, *args)
         if all_stay:
             dist.barrier()

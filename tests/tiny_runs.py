@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import tiny_models
 import torch
 import yaml
 
+import dfl
 from dfl import config as configuration
 from dfl.engine.gossip import Gossip
 from dfl.run import build
@@ -93,6 +96,15 @@ def local_phase(run, t=0, plans=None, executor=None, peers=None):
 def plans(peers, trains: frozenset[str]) -> list[Plan]:
     """The same for all hosted peers: train these groups."""
     return [Plan(trains, frozenset())] * len(peers.ids)
+
+
+class StopsItself(dfl.Callback):
+    """Gets SIGSTOP when two rounds are recorded. Who looks at the records from outside and sends it would now and then find the run
+    at its end."""
+
+    def on_round_end(self, run, control, record):
+        if run.round == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class StopAfter:

@@ -23,6 +23,7 @@ from dfl.store.records import read_lines
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 ROUNDS = 6
+STOPS = "--callbacks=[tiny_runs:StopsItself]"
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,9 @@ def test_of_two_that_start_at_once_one_wins_and_the_other_is_refused(root, strai
 def test_a_living_run_cannot_be_replaced_nor_resumed(root, straight, tmp_path, processes):
     """It is refused with the process that is at work, whatever is asked for, and ends as if nobody had asked."""
     output = tmp_path / "run"
-    job = kill_loop.Forked(1, words(root, output, seed=1), tmp_path / "living.log")
-    wait_for_round(output, 1)
-    os.kill(job.processes[0].pid, signal.SIGSTOP)  # so that it is still there when the others have asked
+    job = kill_loop.Forked(1, words(root, output, STOPS, seed=1), tmp_path / "living.log")
+    wait_for_round(output, 2)
+    wait_until(lambda: state(job.processes[0].pid) == "T")
     try:
         for number, more in enumerate([(), ("--resume",), ("--overwrite",)]):
             asked = kill_loop.Forked(processes, words(root, output, *more, seed=2), tmp_path / f"{number}.log")
@@ -96,10 +97,14 @@ def test_a_living_run_cannot_be_replaced_nor_resumed(root, straight, tmp_path, p
     is_the_run_of(output, straight, 1)
 
 
-def wait_for_round(output: Path, rounds: int, seconds: float = 120) -> None:
+def wait_for_round(output: Path, rounds: int) -> None:
+    wait_until(lambda: kill_loop.rounds_of(output) >= rounds)
+
+
+def wait_until(condition, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
-    while kill_loop.rounds_of(output) < rounds:
-        assert time.monotonic() < until, "the run does not begin"
+    while not condition():
+        assert time.monotonic() < until, "it does not come"
         time.sleep(0.01)
 
 
@@ -126,9 +131,9 @@ def test_after_the_kill_of_a_launcher_a_successor_goes_on_at_once_and_no_worker_
     output = tmp_path / "run"
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "dfl"]
     command = [*torchrun, *words(root, output, "--resume", seed=1)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
     with (tmp_path / "log").open("wb") as log:
-        first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        first = subprocess.Popen([*command, STOPS], cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         wait_for_round(output, 2)
         workers = kill_loop.children(first.pid)
         assert len(workers) == 2
@@ -144,7 +149,11 @@ def test_after_the_kill_of_a_launcher_a_successor_goes_on_at_once_and_no_worker_
 
 
 def alive(pid: int) -> bool:
+    return state(pid) not in ("Z", None)
+
+
+def state(pid: int) -> str | None:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return None
