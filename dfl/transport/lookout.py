@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from dfl.transport.stopping import last_words
 from dfl.transport.watch import Watch
 
 # between two looks at who is silent
@@ -55,6 +56,6 @@ class Lookout:
 
 
 def end_process(text: str) -> None:
-    """At once, from a thread; no print: the main thread may hold the stream's lock."""
-    os.write(2, f"\ndfl: {text}\n".encode())
+    """At once, from a thread."""
+    last_words(text)
     os._exit(1)

@@ -6,11 +6,12 @@ workers and kills them after 30 s; the others it passes on with `--signals-to-ha
 """
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # What comes within this time of the first signal is the same wish. Slurm signals every process of a step, and launchers pass on what
 # they get, some tenths of a second later; an impatient person presses Ctrl-C several times. Much longer, and who really wants to leave
@@ -123,10 +124,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def _leave(number: int) -> None:
-    # no print: another thread may hold the stream's lock
-    text = f"\ndfl: left at once at a second {signal.Signals(number).name}; what was done since the last checkpoint is lost\n"
-    os.write(2, text.encode())
+    last_words(f"left at once at a second {signal.Signals(number).name}; what was done since the last checkpoint is lost")
     os._exit(128 + number)
+
+
+def last_words(text: str) -> None:
+    """To standard error, where that takes it at once: nobody waits for the lock of the stream, nor for a reader, if there is one."""
+    with suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"\ndfl: {text}\n".encode())
 
 
 class Halt:

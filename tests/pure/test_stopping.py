@@ -58,7 +58,9 @@ def test_a_warning_is_not_the_first_of_two():
 LEAVES = """
 import ctypes, sys, threading, time
 from dfl.transport import stopping
-stopping.ECHO_SECONDS = 0.3
+stopping.ECHO_SECONDS = 0
+hear = stopping.StopSignal.hear
+stopping.StopSignal.hear = lambda *heard: (hear(*heard), print("heard", flush=True))
 stop = stopping.StopSignal()
 print("ready", flush=True)
 {wait}
@@ -78,13 +80,33 @@ def test_a_second_one_leaves_within_a_second_whatever_the_process_does(how):
     try:
         assert job.stdout.readline() == "ready\n"
         job.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        assert job.poll() is None
+        assert job.stdout.readline() == "heard\n" and job.poll() is None
         second = time.monotonic()
         job.send_signal(signal.SIGINT)
         assert job.wait(10) == 128 + signal.SIGINT
         assert time.monotonic() - second < 1.0
         assert "dfl: left at once at a second SIGINT" in job.stderr.read() and job.stdout.read() == ""
+    finally:
+        job.kill()
+
+
+UNREAD = {"full": "os.set_blocking(2, False)\nwhile True:\n    try:\n        os.write(2, bytes(4096))\n"
+                  "    except BlockingIOError:\n        break\nos.set_blocking(2, True)",
+          "closed": "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 2)"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", UNREAD)
+def test_a_second_one_leaves_also_where_nobody_reads_the_line(how):
+    """As of a pager that waits for a key, or one that has ended."""
+    code = LEAVES.format(wait=f"import os\n{UNREAD[how]}\nprint('unread', flush=True)\ntime.sleep(60)")
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert [job.stdout.readline() for _ in range(2)] == ["ready\n", "unread\n"]
+        job.send_signal(signal.SIGTERM)
+        assert job.stdout.readline() == "heard\n"
+        job.send_signal(signal.SIGINT)
+        assert job.wait(30) == 128 + signal.SIGINT
     finally:
         job.kill()
 
