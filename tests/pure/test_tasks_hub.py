@@ -1,5 +1,7 @@
 """Data sets in the formats of the library datasets, from folders: no network is asked."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny_models
@@ -85,3 +87,26 @@ def test_rows_without_a_label_are_named(saved):
     _, test, _ = hub.load(DataConfig(source="hub", name=saved, valid="test"))
     with pytest.raises(ValueError, match="data.label = 'label': line 3 of .*saved .test. has no label"):
         encode_labels(test, "label", ["pos", "neg"])
+
+
+CHATS = [[{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]
+         for word in ("good", "bad", "film", "graph") * 4]
+PAIRS = {"prompt": [chat[:1] for chat in CHATS], "chosen": [chat[1:] for chat in CHATS],
+         "rejected": [[{"role": "assistant", "content": "no"}] for _ in CHATS]}
+
+
+@pytest.mark.parametrize("task, columns, words", [
+    ("causal_lm", {"messages": CHATS}, {"messages": "messages"}),
+    ("causal_lm", {"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"]}, {"prompt": "prompt", "response": "completion"}),
+    ("preference", PAIRS, {"prompt": "prompt"})], ids=["messages", "prompt and completion", "preferences"])
+def test_conversations_are_those_of_a_file_of_lines(tmp_path, task, columns, words):
+    """Lists of structures come from a set as from JSON: the same tokens, and the same of them learnt."""
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ModelConfig(name=str(tiny_models.save(tmp_path / "gpt2", "gpt2")), task=task)
+    words = words | {"template": "plain", "max_length": 64}
+    saved = load(model, DataConfig(source="hub", name=str(tmp_path / "saved"), **words), seed=0)
+    lines = load(model, DataConfig(source="file", train=str(tmp_path / "rows.jsonl"), **words), seed=0)
+    read = [[{name: list(part) for name, part in feature.items()} for feature in one.train.features] for one in (saved, lines)]
+    assert read[0] == read[1] and len(read[0]) > 10
