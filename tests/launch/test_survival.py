@@ -65,8 +65,21 @@ def test_torchrun_starts_killed_workers_again_and_they_meet(folder, tmp_path):
 # -- signals ----------------------------------------------------------------------------------------------------------------
 
 
-# never stops in the middle of a round, however slow the machine, so that there is time for a second signal
-FINISHES = "import sys; from dfl import cli; from dfl.transport import stopping; stopping.FINISH_SECONDS = 1e9; sys.exit(cli.main())"
+# never stops in the middle of a round, however slow the machine, so that there is time for a second signal; tells $HEARD, a
+# descriptor, when it has heard one: each SIGINT at the same time, a SIGTERM a minute later
+FINISHES = """
+import os, signal, sys
+from dfl import cli
+from dfl.transport import stopping
+
+def hears(stop, number, now):
+    hear(stop, number, 60.0 * (number == signal.SIGTERM))
+    os.write(int(os.environ["HEARD"]), b".")
+
+stopping.FINISH_SECONDS, hear = 1e9, stopping.StopSignal.hear
+stopping.StopSignal.hear = hears
+sys.exit(cli.main())
+"""
 # a part of the start takes a minute, unless a signal comes
 SLOW = """
 import importlib, sys, time
@@ -137,22 +150,21 @@ def test_the_status_tells_a_killed_process_from_a_refused_run(folder, tmp_path):
 
 
 def test_a_second_signal_ends_a_process_at_once_and_costs_its_round(folder, tmp_path):
-    tree = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "train__local_steps": 300,
+    tree = {"method": "{name: tad, T: 2}", "train__state": "carried", "train__rounds": 3, "train__local_steps": 100,
             "checkpoint__every": 1, "model__layers": 1}
     words = {name: ["train", *tiny_runs.arguments(folder / "bert", folder / "data.csv", tmp_path / name, **tree), "--resume"]
              for name in ("run", "straight")}
-    job = subprocess.Popen([sys.executable, "-c", FINISHES, *words["run"]], cwd=ROOT, env=ENVIRONMENT, text=True,
-                           stderr=subprocess.PIPE)
-    wait_until(lambda: latest(tmp_path / "run") is not None)
-    for _ in range(10):  # within half a second: one wish
+    heard, tell = os.pipe()
+    job = subprocess.Popen([sys.executable, "-c", FINISHES, *words["run"]], cwd=ROOT, env=ENVIRONMENT | {"HEARD": str(tell)},
+                           text=True, stderr=subprocess.PIPE, pass_fds=[tell])
+    os.close(tell)
+    wait_until(lambda: latest(tmp_path / "run") is not None, 240)
+    for _ in range(10):  # one wish
         job.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    time.sleep(0.7)
-    assert job.poll() is None
-    second = time.monotonic()
+        assert os.read(heard, 1) == b"."
     job.send_signal(signal.SIGTERM)
     said = job.communicate(timeout=10)[1]
-    assert time.monotonic() - second < 1.0
+    os.close(heard)
     assert job.returncode == 128 + signal.SIGTERM and "dfl: left at once at a second SIGTERM" in said
     saved, recorded = (int(latest(tmp_path / "run").name[-5:]), kill_loop.rounds_of(tmp_path / "run"))
     assert saved >= recorded - 1
