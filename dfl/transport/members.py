@@ -169,13 +169,18 @@ class Members:
                 until = time.monotonic() + self.timeout
 
     def _will_answer(self) -> bool:
-        """Whether another accuses somebody who shows life here: for one patience more, as the machine may be busy, and of a liar whom
-        two put out at once each would else lose the other."""
+        """Whether another accuses somebody who may answer: for one patience more, as the machine may be busy, and of a liar whom two
+        put out at once each would else lose the other. Of somebody who shows life here, where the other is a member; where it is
+        none, it may be a liar, and all that are not silent have that long."""
         known, life = self._settling.known, self.mail.life
         if time.monotonic() > self._accused_at + life.patience:
             return False
-        open_ones = {one.of for one in known.accused - known.denied if self.me not in one and not {one.by, one.of} & known.out}
-        return any(life.shown(member.process) for member in open_ones if member.process in self.mail.connected())
+        members, connected = known.members(), self.mail.connected()
+        mine = {one.of for one in known.accused if one.by == self.me}
+        open_ones = [one for one in known.accused - known.denied
+                     if self.me not in one and one.of not in mine and not {one.by, one.of} & known.out]
+        return any(one.of.process in connected and life.shown(one.of.process) if one.by in members else
+                   not life.silent(one.of.process) for one in open_ones)
 
     def _settled(self) -> dict[int, dict[str, Any]]:
         infos: dict[int, Any] = {member.process: info for member, info in self._settling.infos().items()}

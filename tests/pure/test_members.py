@@ -177,11 +177,14 @@ def test_a_member_that_lies_is_put_out_and_the_others_go_on(lie, capsys):
     assert said.startswith("dfl: going on without process 1: sent what no member sends") and "Traceback" not in said
 
 
-def test_who_is_accused_by_a_liar_and_lives_is_waited_for():
-    """Longer than it takes who is idle to answer: 1 is in the middle of a step."""
+@pytest.mark.parametrize("ticks", [0, 3])
+def test_who_is_accused_by_a_liar_and_lives_is_waited_for(ticks):
+    """Longer than it takes who is idle to answer: 1 is in the middle of a step; also where it has been quiet for a while."""
     mail = Silence()
     members = Members(mail, 0, 3, timeout=20.0)
     mail.connected = lambda: [1]  # 2 is cut off
+    mail.life._quiet[1] = ticks * mail.life.tick
+    mail.life.begin = lambda process: None
     known = Known().with_joined(Member(0), Member(1), Member(2))
     mail.events.put(Event("message", 1, told(known)))
     mail.events.put(Event("message", 2, told(known.accuse(Member(2), Member(1)))))
