@@ -4,7 +4,7 @@
     python benchmarks/evidence.py list --out DIR       # every cell that can be run now, and what is done
     python benchmarks/evidence.py collect --out DIR    # results/evidence.json from what is done
     python benchmarks/evidence.py restore --out DIR    # the cells of results/evidence.json into DIR: another machine goes on
-    python benchmarks/evidence.py page               # the page, and the tables of README.md, from results/evidence.json
+    python benchmarks/evidence.py page               # the page, and the tables of two README.md, from results/evidence.json
 
 Killed and started again it goes on: with the cells that are not done, and within a cell from the last checkpoint of its
 run.
@@ -24,7 +24,7 @@ from evidence.grid import PHASES, plan
 from dfl.run.description import describe_run
 
 RESULTS = Path(__file__).parent / "results" / "evidence.json"
-README = Path(__file__).parent / "README.md"
+DOCUMENTS = (Path(__file__).parent / "README.md", Path(__file__).parent.parent / "README.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,8 +90,9 @@ def write_page(args: argparse.Namespace) -> int:
     found = json.loads(RESULTS.read_text())["cells"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(page.html(found))
-    README.write_text(tables.with_tables(README.read_text(), found))
-    print(f"written: {args.output}, {README}")
+    for document in DOCUMENTS:
+        document.write_text(tables.with_tables(document.read_text(), found))
+    print(f"written: {args.output}, {', '.join(map(str, DOCUMENTS))}")
     return 0
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from dfl.report.markdown import row as markdown_row
-from dfl.report.statistics import estimate
+from dfl.report.statistics import LEAST_VALUES, estimate
 from evidence import findings, grid
 from evidence.findings import Found, Place, Verdict
 
@@ -146,11 +146,24 @@ def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Seq
 
 def with_tables(document: str, found: Found) -> str:
     """A document with the text between its `<!-- evidence: NAME -->` marks made anew from the cells."""
-    made = {"results": lambda: table(COLUMNS, result_rows(found)) if reported(found) else "No cell is reported yet.",
+    made = {"short": lambda: short(found),
+            "results": lambda: table(COLUMNS, result_rows(found)) if reported(found) else "No cell is reported yet.",
             "verdicts": lambda: verdict_table(found),
             "rates": lambda: table(["data", "method", "rates of A, B tried: validation accuracy"], rate_rows(found)),
             "missing": lambda: f"Missing so far: {gaps(found)}." if gaps(found) else "Nothing of the grid is missing."}
     return MARKS.sub(lambda match: match[1] + "\n" + made[match[2]]() + "\n" + match[3], document)
+
+
+def short(found: Found) -> str:
+    """A line for each expectation that is decided: the verdict, and what the methods with an interval come to there."""
+    lines = []
+    for task, p in ((task, p) for task in grid.TASKS for p in PROBABILITIES):
+        verdict, place = findings.expectation(found, task, p), Place(task, p)
+        if verdict.verdict != findings.UNDECIDED:
+            values = {method: [findings.test(cell) for cell in cells_of(found, place, method)] for method in methods_at(found, place)}
+            figures = [f"`{method}` {show(known)}" for method, known in values.items() if len(known) >= LEAST_VALUES]
+            lines.append(f"- {verdict.claim}: **{verdict.verdict}** ({verdict.why}); {', '.join(figures)}")
+    return "\n".join(lines) or "- Nothing is decided yet."
 
 
 def verdict_table(found: Found) -> str:
