@@ -78,17 +78,17 @@ def history(run: Path, given: Sequence[Path] = ()) -> History:
 
 
 def _end(records: Mapping[int, Mapping[int, dict[str, Any]]], process: int) -> tuple[bool, int, int, int]:
-    """Less for those that the run ended with: nobody who was there with it went on from its last round, most of those that were there
-    have recorded that round as it has, not without it or others, and it is far."""
+    """Less for those that the run ended with: nobody who was there with it went on from its last round, as it was or, where no more
+    have recorded it so, done again without others; most of those that were there have recorded it as it has; and it is far."""
     last = max(records[process])
     alive = records[process][last]["alive"]
     went_on = any(max(lines, default=-1) > last and last in lines and lines[last]["alive"] == alive for lines in records.values())
-    agree = 0
-    for lines in records.values():
-        hosted = lines[max(lines)]["hosted"] if lines else []
-        # who has not come so far was there, for all that is known
-        agree += bool(hosted) and set(hosted) <= set(alive) and lines.get(last, {"alive": alive})["alive"] == alive
-    return went_on, -agree, -last, process
+    there = [lines for lines in records.values() if lines and (hosted := lines[max(lines)]["hosted"]) and set(hosted) <= set(alive)]
+    alike = [last in lines and lines[last]["alive"] == alive for lines in there]
+    again = [last in lines and lines[last]["alive"] != alive for lines in there]
+    further = sum(did and max(lines) > last for did, lines in zip(again, there, strict=True))
+    # who has not come so far was there, for all that is known
+    return went_on or further >= sum(alike), sum(again) - len(there), -last, process
 
 
 def _way_to(order: Sequence[int], records: Mapping[int, Mapping[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:

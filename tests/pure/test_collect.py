@@ -55,3 +55,13 @@ def test_a_run_that_lost_one_after_the_other_ends_with_the_last(tmp_path):
     write(tmp_path, 2, (0, 5, [0, 1, 2]), (6, 7, [1, 2]), (8, 20, [2]))
     first, alive = told(tmp_path)
     assert first == 2 and [len(alive[t]) for t in (5, 6, 8)] == [3, 2, 1]
+
+
+def test_who_did_a_round_again_without_those_that_were_killed_in_it_is_the_end(tmp_path):
+    """One of the three had recorded it already; the two others say nothing of it."""
+    write(tmp_path, 0, (0, 1, [0, 1, 2, 3]))
+    write(tmp_path, 1, (0, 0, [0, 1, 2, 3]))
+    write(tmp_path, 2, (0, 0, [0, 1, 2, 3]))
+    write(tmp_path, 3, (0, 0, [0, 1, 2, 3]), (1, 30, [3]))
+    first, alive = told(tmp_path)
+    assert first == 3 and alive[0] == [0, 1, 2, 3] and alive[1] == alive[30] == [3]
