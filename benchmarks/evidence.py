@@ -80,9 +80,10 @@ def collect(args: argparse.Namespace) -> int:
 
 def restore(args: argparse.Namespace) -> int:
     done, known = runner.stored(args.out), json.loads(RESULTS.read_text())["cells"]
-    for name in known.keys() - done.keys():
+    missing = known.keys() - done.keys()
+    for name in missing:
         runner.keep(args.out, name, known[name])
-    print(f"restored: {len(known.keys() - done.keys())} cells to {args.out}, beside {len(done)} that were there")
+    print(f"restored: {len(missing)} cells to {args.out}, beside {len(done)} that were there")
     return 0
 
 

@@ -12,13 +12,14 @@ from dfl.config import resolve
 from dfl.run import build
 
 PEERS, LOCAL_STEPS, BATCH, LR = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_STEPS"]), 8, 2e-3
+EVERY = max(1, LOCAL_STEPS)  # steps of the optimiser in a round
 RECIPE = {
     "peers": PEERS, "seed": 0, "method": "lora", "topology": "ring", "partition": "iid", "baseline": None, "threads": 1,
     "model": {"name": "minilm", "task": "sequence_classification", "layers": 2, "dropout": 0.0, "head_std": 0.1},
     "data": {"source": "docstrings", "max_length": 40, "max_train": 4000, "max_valid": 300},
     # 96 x (384 + 384) numbers for two matrices of two layers: 1.18 MB, as LoRA of rank 8 on a model of 100 M
     "lora": {"rank": 96, "alpha": 192, "targets": ["query", "value"], "head": "frozen"},
-    "train": {"local_steps": max(1, LOCAL_STEPS), "batch_size": BATCH, "lr": LR}, "eval": {"every": 0},
+    "train": {"local_steps": EVERY, "batch_size": BATCH, "lr": LR}, "eval": {"every": 0},
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from job import LOCAL_STEPS, LR, PEERS, Job
+from job import EVERY, LOCAL_STEPS, LR, PEERS, Job
 
 GROUP_SECONDS = 60.0  # for hivemind, whose peers look for each other in every round
 
@@ -58,12 +58,12 @@ def all_reduce(job: Job, rank: int) -> Iterator[None]:
 
 def ours(job: Job, rank: int) -> Iterator[None]:
     """dfl.Gossip around the loop: plain averaging on the same ring, and nothing measured beside it."""
-    yield from _gossip(job, max(1, LOCAL_STEPS), measure={"every": 0, "layers": 0})
+    yield from _gossip(job, EVERY, measure={"every": 0, "layers": 0})
 
 
 def ours_measured(job: Job, rank: int) -> Iterator[None]:
     """The same by the defaults: every fifth round sums over all peers, for the disagreement."""
-    yield from _gossip(job, max(1, LOCAL_STEPS))
+    yield from _gossip(job, EVERY)
 
 
 def ours_every_step(job: Job, rank: int) -> Iterator[None]:

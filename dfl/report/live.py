@@ -305,7 +305,9 @@ def _between_frames() -> Iterator[Callable[[float], bool]]:
         heard.append(number)
 
     def interrupted_within(seconds: float) -> bool:
-        return bool(heard or select.select([reader], [], [], seconds)[0])
+        if select.select([reader], [], [], seconds)[0]:
+            os.read(reader, 64)  # other signals of this process are told there as well
+        return bool(heard)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

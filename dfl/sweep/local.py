@@ -178,20 +178,21 @@ class Runner:
         elif self.stops or status == STOPPED:
             self.unfinished.append(run.name)
             self.progress.say(f"{run.name}  stopped after {took}")
-        else:
-            self._failed(attempt, first_error(run.log, attempt.offset, status), took)
-        if all(run is not other for other, *_ in self.waiting):
-            attempt.log.close()
+        elif self._failed(attempt, first_error(run.log, attempt.offset, status), took):
+            return  # its log is the next attempt's
+        attempt.log.close()
 
-    def _failed(self, attempt: Attempt, error: str, took: str) -> None:
+    def _failed(self, attempt: Attempt, error: str, took: str) -> bool:
+        """Whether it will be tried again."""
         run = attempt.run
         if attempt.number <= self.resources.retries and attempt.process.returncode != _REFUSED:
             self.waiting.append((run, attempt.number + 1, attempt.log))
             self.progress.say(f"{run.name}  failed after {took} and will be tried again: {error}")
-            return
+            return True
         note_failure(run, error)
         self.failed[run.name] = run, error
         self.progress.ended(f"{run.name}  failed after {took}: {error}")
+        return False
 
     def _conclude(self) -> None:
         if self.failed:

@@ -145,16 +145,13 @@ class Members:
         LeftOutError where the others go on without this one. Who lives and does not come within the time-out is left behind.
         """
         self._settling.info, told = info, 0.0
-        at = time.monotonic()
-        until = at + self.timeout
+        deadline = _Deadline(time.monotonic() + self.timeout)
         while True:
             if time.monotonic() > told + AGAIN_SECONDS:
                 told = time.monotonic()
                 self._tell_all()
             self.connect()
             self._take(0.02)
-            before, at = at, time.monotonic()
-            until += _gap(before, at)
             self._ends()
             self._look_for_silent()
             if self.me not in self._settling.known.members():
@@ -163,10 +160,10 @@ class Members:
             self.mail.awaited = tuple(missing)
             if not missing and time.monotonic() > self._accused_at + ANSWER_SECONDS and not self._will_answer():
                 return self._settled()
-            if missing and time.monotonic() > until:
+            if deadline.passed() and missing:
                 for process in missing:
                     self.accuse(process, f"did not settle with the others within {self.timeout:g} s")
-                until = time.monotonic() + self.timeout
+                deadline = _Deadline(time.monotonic() + self.timeout)
 
     def _will_answer(self) -> bool:
         """Whether another accuses somebody who may answer: for one patience more, as the machine may be busy, and of a liar whom two
@@ -250,16 +247,14 @@ class Members:
 
     def end(self, step: "Step", deadline: float, watch, waiter) -> tuple[list[int], bool]:
         """Wait for all that is received, or ViewChange."""
-        places, at = step.places, time.monotonic()
+        places, late = step.places, _Deadline(deadline)
         while missing := [q for q, place in places.items() if place not in self._inbox.get(q, {})]:
             self.mail.awaited = tuple(missing)
-            if time.monotonic() > deadline:
+            if late.passed():
                 for q in held_up_by(missing, self.rank, lambda process: self.mail.waits.get(process, ())):
                     self.accuse(q, f"lives, but did not answer for {self.timeout:g} s")
             self._take(0.05)
             self.check()
-            before, at = at, time.monotonic()
-            deadline += _gap(before, at)
         self.mail.awaited = ()
         self.check()
         for q, place in places.items():
@@ -412,9 +407,17 @@ class Members:
     abort = close
 
 
-def _gap(before: float, now: float) -> float:
-    """Seconds of a gap in our own time between two looks, as where a job was suspended: the others of it were, too, and not late."""
-    return max(0.0, now - before - LARGEST_GAP)
+class _Deadline:
+    """A time that every gap in our own time between two looks moves, as where a job was suspended: the others of it were, too, and are
+    not late."""
+
+    def __init__(self, at: float):
+        self._at, self._looked = at, time.monotonic()
+
+    def passed(self) -> bool:
+        before, self._looked = self._looked, time.monotonic()
+        self._at += max(0.0, self._looked - before - LARGEST_GAP)
+        return self._looked > self._at
 
 
 def _state(known: Known, info: Any, again: bool = False) -> bytes:

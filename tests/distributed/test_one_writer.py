@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import workplace
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -85,7 +86,7 @@ def test_a_living_run_cannot_be_replaced_nor_resumed(root, straight, tmp_path, p
     output = tmp_path / "run"
     job = kill_loop.Forked(1, words(root, output, STOPS, seed=1), tmp_path / "living.log")
     wait_for_round(output, 2)
-    wait_until(lambda: state(job.processes[0].pid) == "T")
+    workplace.wait_for(lambda: state(job.processes[0].pid) == "T", 120, lambda: "it does not stop itself")
     try:
         for number, more in enumerate([(), ("--resume",), ("--overwrite",)]):
             asked = kill_loop.Forked(processes, words(root, output, *more, seed=2), tmp_path / f"{number}.log")
@@ -98,14 +99,7 @@ def test_a_living_run_cannot_be_replaced_nor_resumed(root, straight, tmp_path, p
 
 
 def wait_for_round(output: Path, rounds: int) -> None:
-    wait_until(lambda: kill_loop.rounds_of(output) >= rounds)
-
-
-def wait_until(condition, seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it does not come"
-        time.sleep(0.01)
+    workplace.wait_for(lambda: kill_loop.rounds_of(output) >= rounds, 120, lambda: f"{output} has no round {rounds}")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
