@@ -67,7 +67,7 @@ def read(output: Path) -> list[dict]:
 
 def disagreement(x: Tensor, layout) -> dict[str, float]:
     """Of rows x (N, D): the root mean square of the products' norms, and how much of it is distance from their mean."""
-    gram = scaled_product_gram(x, layout=layout)
+    gram = scaled_product_gram(x, layout)
     size = float(gram.diagonal().mean())
     away = size - float(gram.mean())
     return {"product": max(size, 0.0) ** 0.5, "disagreement": (max(away, 0.0) / size) ** 0.5 if size > 0 else 0.0}

@@ -15,6 +15,8 @@ SPLITS = ("balanced", "left")
 CRITERIA = ("A", "B", "joint")
 # a singular direction below this fraction of the largest is numerically null in float32
 _NULL = 1e-6
+# rows up to which a product takes less time than its pieces
+_SMALL = 64
 # below this the nearest orthogonal matrix hangs on rounding errors
 _SINGULAR = 1e-3
 
@@ -146,18 +148,49 @@ class Grams(NamedTuple):
     b: Tensor
     a: Tensor
 
+    def of(self, some: Tensor) -> "Grams":
+        """The tables of some of the pairs, by their numbers (K,)."""
+        return Grams(*(table.index_select(-4, some).index_select(-2, some) for table in self))
+
 
 def gram_tables(a: Tensor, b: Tensor) -> Grams:
     """The tables of pairs a (J, ..., R, I), b (J, ..., O, R): two GEMMs of (J R) x (J R)."""
     num, rank = a.shape[0], a.shape[-2]
-    rows = a.double().movedim(0, -3).flatten(-3, -2)
-    columns = b.double().mT.movedim(0, -3).flatten(-3, -2)
+    columns, rows = _side_by_side(b.mT), _side_by_side(a)
     return Grams(*((f @ f.mT).unflatten(-1, (num, rank)).unflatten(-3, (num, rank)) for f in (columns, rows)))
 
 
 def products(grams: Grams) -> Tensor:
     """<B_j A_j, B_l A_l>_F: (..., J, J)."""
     return (grams.b * grams.a).sum((-3, -1))
+
+
+def inner_products(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+    """<B_j A_j, B'_k A'_k>_F (..., J, K) of pairs a (J, ..., R, I), b (J, ..., O, R) and others (K, ..., R', I), (K, ..., O, R')."""
+    columns, rows = (_side_by_side(one) @ _side_by_side(other).mT for one, other in ((b.mT, other_b.mT), (a, other_a)))
+    sizes = (len(a), a.shape[-2]), (len(other_a), other_a.shape[-2])
+    return (columns * rows).unflatten(-1, sizes[1]).sum(-1).unflatten(-2, sizes[0]).sum(-2)
+
+
+def product_gram(a: Tensor, b: Tensor) -> Tensor:
+    """<B_j A_j, B_l A_l>_F (..., J, J) of pairs a (J, ..., R, I), b (J, ..., O, R), where they are large each once."""
+    num = len(a)
+    if num == 1 or num * a.shape[-2] <= _SMALL:
+        return inner_products(a, b, a, b)
+    first, second = slice(num // 2), slice(num // 2, num)
+    across = inner_products(a[first], b[first], a[second], b[second])
+    return torch.cat([torch.cat([product_gram(a[first], b[first]), across], -1),
+                      torch.cat([across.mT, product_gram(a[second], b[second])], -1)], -2)
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    """The rows (J, ..., R, I) of J matrices below each other, float64: (..., J R, I)."""
+    return rows.double().movedim(0, -3).flatten(-3, -2)
+
+
+def squared_norms(a: Tensor, b: Tensor) -> Tensor:
+    """||B A||_F² (...) of pairs a (..., R, I), b (..., O, R)."""
+    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1))
 
 
 def inner(table: Tensor) -> Tensor:
@@ -178,6 +211,13 @@ def factor_error(grams: Grams, p: Tensor, q: Tensor, weights: Tensor) -> Tensor:
     mixed = torch.einsum("...a,...axy,...axy->...", weights, half_b, half_a)
     target = torch.einsum("...u,...ua,...a->...", weights, products(grams), weights)
     return (mean - 2 * mixed + target).clamp_min(0)
+
+
+def singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """All of left @ right (..., min(M, O, I)), descending, for left (..., O, M) and right (..., M, I): `truncate` without its
+    vectors, which take most of its time."""
+    core = _triangle(left.double()) @ _triangle(right.double().mT).mT
+    return svd(core)[1] if batched(core) else torch.linalg.svdvals(core)
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ R_weak and R_strong are the mismatches of products and of factors that the aggre
 import torch
 from torch import Tensor
 
-from dfl.adapters.layout import scalings, stack_a, stack_b
-from dfl.adapters.lowrank import gram_tables, procrustes, products, truncate, weighted_sum
-from dfl.metrics.measures import Seen, apart, of_receivers
+from dfl.adapters.layout import stack_a, stack_b
+from dfl.adapters.lowrank import inner_products, procrustes, product_gram, singular_values, squared_norms, weighted_sum
+from dfl.metrics.measures import Seen, apart, of_receivers, scaled_pairs
 from dfl.transport.base import Transport
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -44,23 +44,17 @@ def diagnose(transport: Transport, look: Seen, num_peers: int) -> dict[str, dict
 
 def _of_products(look: Seen, pairs, links: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """(P, L) each; what is of links is summed up for each receiver."""
-    num, others = len(look.before), look.whole.like(pairs)
-    a = torch.cat([stack_a(look.whole_before, others), stack_a(look.whole_after, others)]).double()
-    b = torch.cat([stack_b(look.whole_before, others), stack_b(look.whole_after, others)]).double()
-    b = b * scalings(others, look.before)[:, None, None]
-    table = products(gram_tables(a, b))  # (L, J + P, J + P)
-
-    def norms(coefficients: Tensor) -> Tensor:  # (K, J + P) -> (K, L)
-        return torch.einsum("kj,ljm,km->kl", coefficients, table, coefficients).clamp_min(0).sqrt()
-
-    weights, (receivers, senders) = look.weights, links
-    after = torch.eye(len(look.after), dtype=torch.float64, device=a.device)
-    before = torch.eye(num, dtype=torch.float64, device=a.device)
-    target = norms(torch.cat([weights, torch.zeros_like(after)], 1))
-    error = norms(torch.cat([weights, -after], 1)) / target.clamp_min(_TINY)
-    weak = norms(torch.cat([-before[senders], after[receivers]], 1))
-    return {"aggregation_error": error, "tail_energy": _tail(a[:num], b[:num], weights, pairs[0].rank),
-            "r_weak": _summed(weak, receivers, len(after))}
+    others, weights, (receivers, senders) = look.whole.like(pairs), look.weights, links
+    a, b = scaled_pairs(look.whole_before, others)
+    new_a, new_b = scaled_pairs(look.whole_after, others)
+    table, with_after = product_gram(a, b), inner_products(new_a, new_b, a, b)  # (L, J, J), (L, P, J)
+    after = squared_norms(new_a, new_b)  # (P, L)
+    mixed = torch.einsum("ij,ljm,im->il", weights, table, weights)
+    error = mixed - 2 * torch.einsum("ij,lij->il", weights, with_after) + after
+    weak = table.diagonal(dim1=1, dim2=2).T[senders] - 2 * with_after.permute(1, 2, 0)[receivers, senders] + after[receivers]
+    target = mixed.clamp_min(0).sqrt().clamp_min(_TINY)
+    return {"aggregation_error": error.clamp_min(0).sqrt() / target, "tail_energy": _tail(a, b, weights, pairs[0].rank),
+            "r_weak": _summed(weak.clamp_min(0).sqrt(), receivers, len(after))}
 
 
 def _tail(a: Tensor, b: Tensor, weights: Tensor, rank: int) -> Tensor:
@@ -68,7 +62,7 @@ def _tail(a: Tensor, b: Tensor, weights: Tensor, rank: int) -> Tensor:
     parts = []
     for row in weights:
         received = row.nonzero().flatten()
-        squared = truncate(*weighted_sum(row[received], a[received], b[received]), 1).spectrum.square()
+        squared = singular_values(*weighted_sum(row[received], a[received], b[received])).square()
         parts.append(squared[:, rank:].sum(1) / squared.sum(1).clamp_min(_TINY))
     return torch.stack(parts)
 

@@ -4,14 +4,14 @@ A process looks at its own peers and at those that they receive from; what is of
 come from Gram tables of low-rank pairs: nothing of size O x I is formed. They are scaled as ΔW is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfl.adapters.layout import GROUPS, Layout, join, join_rows, scalings, stack_a, stack_b
-from dfl.adapters.lowrank import gram_tables, products
+from dfl.adapters.layout import GROUPS, Layout, Pair, join, join_rows, scalings, stack_a, stack_b
+from dfl.adapters.lowrank import factor_error, gram_tables, inner_products, product_gram, squared_norms
 from dfl.metrics.products import mean_row, squared_product_distance
 from dfl.transport.base import Transport
 
@@ -61,12 +61,12 @@ def measure(transport: Transport, look: Seen, num_peers: int) -> dict[str, float
     whole = mean if look.whole_after is look.after else mean_row(transport, look.whole_after, num_peers)
     centred = look.after - mean.to(look.after.dtype)
     squares = [centred[:, cut].square().sum(1, dtype=torch.float64) for cut in columns.values()]
-    parts = [(*cross_terms(part), aggregation_errors(part)) for part in (of_receivers(look, rows) for rows in apart(look.weights))]
+    parts = [mixing_errors(of_receivers(look, rows)) for rows in apart(look.weights)]
     rest = [torch.cat(values) for values in zip(*parts, strict=True)]
     means = (transport.total(torch.stack([*squares, *rest], 1)) / num_peers).tolist()
     found = dict(zip(columns, (value ** 0.5 for value in means), strict=False))
     found["product_distance"] = squared_product_distance(transport, look.whole_after, whole, look.whole, num_peers) ** 0.5
-    return found | dict(zip(("cross_term", "cross_term_relative", "aggregation_error"), means[len(columns):], strict=True))
+    return found | dict(zip(MixingErrors._fields, means[len(columns):], strict=True))
 
 
 def apart(weights: Tensor) -> list[range]:
@@ -103,51 +103,65 @@ def of_receivers(look: Seen, rows: range) -> Seen:
                 before if same else look.whole_before[columns], after if same else look.whole_after[mine], look.whole)
 
 
-def scaled_product_gram(*rows: Tensor, layout: Layout, spread: Callable[[Tensor], Tensor] = lambda factors: factors) -> Tensor:
-    """<ΔW_j, ΔW_l>_F over all layers for the rows (J, D), one set of rows after the other: (J, J) float64.
+def scaled_product_gram(x: Tensor, layout: Layout) -> Tensor:
+    """<ΔW_j, ΔW_l>_F over all layers for the rows (J, D): (J, J) float64. Layers of one shape at a time, so that a float64 copy of
+    all rows is never there."""
+    return torch.stack([product_gram(*scaled_pairs(x, pairs)).sum(0) for pairs in layout.shapes()]).sum(0)
 
-    `spread` maps the factors (J, L, ...) of the layers of one shape to those of other pairs, linearly in j. Layers of one shape at
-    a time, so that a float64 copy of all rows is never there.
+
+def scaled_pairs(x: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """A (J, L, R, I) and B (J, L, O, R), float64, of which B A is ΔW."""
+    return stack_a(x, pairs).double() * scalings(pairs, x)[:, None, None], stack_b(x, pairs).double()
+
+
+class MixingErrors(NamedTuple):
+    """Of each receiver, (P,): the norm of the cross term, the same over ||sum_j w_ij ΔW_j||_F, and the aggregation error
+    ||sum_j w_ij ΔW_j - ΔW_i'||_F, what it holds after the round against product consensus."""
+
+    cross_term: Tensor
+    cross_term_relative: Tensor
+    aggregation_error: Tensor
+
+
+def mixing_errors(look: Seen) -> MixingErrors:
+    mixed, error = _of_whole(look)
+    if look.whole_before is not look.before:  # the cross term is of the factors alone
+        mixed = _squared(look.weights, scaled_product_gram(look.before, look.layout))
+    cross, size = cross_terms(look), mixed.clamp_min(0).sqrt()
+    relative = torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
+    return MixingErrors(cross, relative, error.clamp_min(0).sqrt())
+
+
+def _of_whole(look: Seen) -> tuple[Tensor, Tensor]:
+    """||sum_j w_ij ΔW_j||² and ||sum_j w_ij ΔW_j - ΔW_i'||² of each receiver (P,)."""
+    found = []
+    for pairs in look.whole.shapes():
+        before, after = scaled_pairs(look.whole_before, pairs), scaled_pairs(look.whole_after, pairs)
+        mixed = _squared(look.weights, product_gram(*before).sum(0))
+        across = (look.weights * inner_products(*after, *before).sum(0)).sum(1)
+        found.append(torch.stack([mixed, mixed - 2 * across + squared_norms(*after).sum(1)]))
+    mixed, error = torch.stack(found).sum(0)
+    return mixed, error
+
+
+def _squared(weights: Tensor, gram: Tensor) -> Tensor:
+    """||sum_j w_ij ΔW_j||_F² (P,) for weights (P, J) and the products' inner products."""
+    return torch.einsum("ij,jl,il->i", weights, gram, weights)
+
+
+def cross_terms(look: Seen) -> Tensor:
+    """||C_i||_F of each receiver (P,): C_i = sum_j w_ij B_j A_j - (sum_j w_ij B_j)(sum_j w_ij A_j) from the rows before mixing.
+
+    It does not change when one matrix is taken from every B_j and one from every A_j, so those of one peer are: no cancellation when
+    peers agree, and the table of inner products is of the others alone.
     """
-    total = None
-    for pairs in layout.shapes():
-        scaling = scalings(pairs, rows[0])[:, None, None]
-        a = spread(torch.cat([stack_a(x, pairs) for x in rows]).double() * scaling)
-        b = spread(torch.cat([stack_b(x, pairs) for x in rows]).double())
-        table = products(gram_tables(a, b)).sum(0)
-        total = table if total is None else total + table
-    return total
-
-
-def _norms(gram: Tensor, coefficients: Tensor) -> Tensor:
-    """||sum_j c_ij ΔW_j||_F for coefficients (I, J)."""
-    return torch.einsum("ij,jl,il->i", coefficients, gram, coefficients).clamp_min(0).sqrt()
-
-
-def cross_terms(look: Seen) -> tuple[Tensor, Tensor]:
-    """||C_i||_F of each receiver (P,), and the same over ||sum_j w_ij ΔW_j||_F.
-
-    C_i = sum_j w_ij B_j A_j - (sum_j w_ij B_j)(sum_j w_ij A_j) from the rows before mixing. It does not change when one matrix is
-    taken from every B_j and one from every A_j, so means are taken off first: no cancellation when peers agree.
-    """
-    x, weights = look.before, look.weights
-
-    def centred_and_mixed(factors: Tensor) -> Tensor:
-        centred = factors - factors.mean(0)
-        return torch.cat([centred, torch.tensordot(weights, centred, 1)])
-
-    plain = scaled_product_gram(x, layout=look.layout)
-    gram = scaled_product_gram(x, layout=look.layout, spread=centred_and_mixed)
-    cross = _norms(gram, torch.cat([weights, -_eye(len(weights), x)], 1))
-    size = _norms(plain, weights)
-    return cross, torch.where(size > 0, cross / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
-
-
-def aggregation_errors(look: Seen) -> Tensor:
-    """||sum_j w_ij ΔW_j - ΔW_i'||_F of each receiver (P,): what it holds after the round against product consensus."""
-    gram = scaled_product_gram(look.whole_before, look.whole_after, layout=look.whole)
-    return _norms(gram, torch.cat([look.weights, -_eye(len(look.after), look.after)], 1))
-
-
-def _eye(num: int, like: Tensor) -> Tensor:
-    return torch.eye(num, dtype=torch.float64, device=like.device)
+    others, weights = look.before[1:], look.weights[:, 1:]
+    found = look.before.new_zeros(len(weights), dtype=torch.float64)
+    received = [row.nonzero().flatten() for row in weights]
+    for pairs in look.layout.shapes() if len(others) else ():
+        first, pair = scaled_pairs(look.before[:1], pairs), scaled_pairs(others, pairs)
+        grams = gram_tables(*(factors - of_first for factors, of_first in zip(pair, first, strict=True)))
+        for i, (row, known) in enumerate(zip(weights, received, strict=True)):
+            coefficients = row[known]
+            found[i] += factor_error(grams.of(known), coefficients, coefficients, coefficients).sum()
+    return found.sqrt()

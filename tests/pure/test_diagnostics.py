@@ -8,7 +8,7 @@ from one_round import build, gossip
 import topologies
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.metrics.layers import diagnose
-from dfl.metrics.measures import aggregation_errors, seen
+from dfl.metrics.measures import mixing_errors, seen
 from dfl.transport import InProcess
 
 NUM = 6
@@ -68,7 +68,7 @@ def test_product_rules_err_by_the_tail_and_residuals_not_at_all():
     look = seen(x, out, w, range(NUM), LAYOUT, none, kept, rule.residual)
     for error in diagnose(InProcess(), look, NUM)["aggregation_error"].values():
         assert error < 1e-6
-    assert aggregation_errors(look).max() < 1e-6
+    assert mixing_errors(look).aggregation_error.max() < 1e-6
 
 
 def test_peers_that_receive_from_nobody():

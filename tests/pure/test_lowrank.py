@@ -13,15 +13,19 @@ from dfl.adapters.lowrank import (
     factor_error,
     gram_tables,
     inner,
+    inner_products,
     procrustes,
+    product_gram,
     product_norm,
     products,
     refactor,
+    singular_values,
+    squared_norms,
     truncate,
     weighted_sum,
 )
 from dfl.metrics.consensus import consensus
-from dfl.metrics.measures import aggregation_errors, cross_terms, measure, seen
+from dfl.metrics.measures import measure, mixing_errors, seen
 from dfl.transport import InProcess
 
 SHAPES = [(6, 5, 2, 3), (5, 9, 3, 1), (4, 4, 4, 5), (12, 3, 1, 4)]  # O, I, R, J; also J R > min(O, I)
@@ -75,6 +79,17 @@ def test_gram_is_the_dense_one():
     np.testing.assert_allclose(products(gram_tables(a, b)).sum(0), dense @ dense.T, atol=1e-10)
 
 
+@pytest.mark.parametrize(("num", "rank"), [(1, 3), (5, 3), (7, 20)])  # the last in pieces
+def test_inner_products_without_the_tables_are_the_dense_ones(num, rank):
+    a, b = (torch.randn(num, 2, *size, dtype=torch.float64) for size in ((rank, 9), (8, rank)))
+    other_a, other_b = (torch.randn(4, 2, *size, dtype=torch.float64) for size in ((5, 9), (8, 5)))
+    dense, others = b @ a, other_b @ other_a
+    torch.testing.assert_close(product_gram(a, b), torch.einsum("jloi,mloi->ljm", dense, dense))
+    torch.testing.assert_close(inner_products(a, b, other_a, other_b), torch.einsum("jloi,mloi->ljm", dense, others))
+    torch.testing.assert_close(squared_norms(a, b), dense.square().sum((-2, -1)))
+    torch.testing.assert_close(singular_values(b, a), torch.linalg.svdvals(dense)[..., :min(rank, 8)])
+
+
 def rows(num=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     factors = {name: (torch.randn(num, 2, i, dtype=torch.float64, generator=generator),
@@ -106,17 +121,17 @@ def test_cross_term_has_its_three_forms():
             spread = [np.sqrt(np.einsum("j,jor->", w[i], (f - m) ** 2)) for f, m in ((b, mean_b), (a, mean_a))]
             assert np.linalg.norm(one) <= spread[0] * spread[1]
     look = seen(x, torch.from_numpy(w) @ x, w, range(len(x)), layout)
-    absolute, relative = (float(values.mean()) for values in cross_terms(look))
+    absolute, relative, error = (float(values.mean()) for values in mixing_errors(look))
     assert absolute == pytest.approx(np.sqrt(direct).mean(), abs=1e-10)
     assert relative == pytest.approx((np.sqrt(direct) / np.sqrt(size)).mean(), abs=1e-10)
-    assert float(aggregation_errors(look).mean()) == pytest.approx(absolute, abs=1e-7)
+    assert error == pytest.approx(absolute, abs=1e-7)
 
 
 @pytest.mark.parametrize("equal", ["A", "B"])
 def test_cross_term_vanishes_when_one_factor_is_shared(equal):
     layout, x, _ = rows()
     x[:, layout.groups[equal]] = x[0, layout.groups[equal]]
-    assert cross_terms(seen(x, x, mixing(), range(len(x)), layout))[0].max() < 1e-12
+    assert mixing_errors(seen(x, x, mixing(), range(len(x)), layout)).cross_term.max() < 1e-12
 
 
 def test_distances_and_scaling():

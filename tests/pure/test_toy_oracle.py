@@ -10,7 +10,7 @@ from toy import LR, PEERS, STEPS, SideBySide, Toy, Toys
 import topologies
 from dfl import simulate
 from dfl.adapters.layout import pack
-from dfl.metrics.measures import aggregation_errors, seen
+from dfl.metrics.measures import mixing_errors, seen
 
 ROUNDS = 150
 SEEDS = range(5)
@@ -68,7 +68,7 @@ def deviation(before: dict, after: dict, p: float, t: int) -> float:
     """Mean over seeds of what round t, mixing `before` into `after`, leaves each peer apart from product consensus."""
     looks = [seen(pack(old)[1], pack(new)[1], graph(p, seed).matrix(t), range(len(pack(old)[1])), pack(old)[0])
              for seed, old, new in zip(SEEDS, toys().apart(before), toys().apart(after), strict=True)]
-    return np.mean([float(aggregation_errors(look).mean()) for look in looks])
+    return np.mean([float(mixing_errors(look).aggregation_error.mean()) for look in looks])
 
 
 @pytest.mark.long
