@@ -19,7 +19,7 @@ from dfl.adapters.kinds import KINDS, Kind
 from dfl.adapters.layout import Pair, a_view, b_view, head_view, make_layout
 from dfl.adapters.peft_layers import ADAPTER
 from dfl.adapters.ranks import Ranks
-from dfl.transport.shards import in_parts, mine, part_like, put_away, whole
+from dfl.transport.shards import in_parts, mine, part_like, put_away, sharded, whole
 
 
 class Found(NamedTuple):
@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def find(model: nn.Module) -> Found:
     """ValueError for a model without LoRA, and for what no row has a place for: other adapters, several ranks, layers that are not
     linear."""
-    put_away(model)
+    put_away(sharded(model))
     layers = [(_short(name), module) for name, module in model.named_modules()
               if isinstance(module, BaseTunerLayer) and ADAPTER in getattr(module, "lora_A", {})]
     if not layers:
@@ -128,17 +128,16 @@ def _own_b(x: Tensor, pair: Pair, rank: int) -> Tensor:
     return b_view(x, pair)[:, :rank]
 
 
-def read(parameters: Sequence[Parameter], row: Tensor) -> None:
-    """Copy the parameters into a row (D,); by all processes that hold them in parts together."""
-    for one in parameters:
-        one.of(row).copy_(whole(one.parameter.detach()))
+def read(parameters: Sequence[Parameter], views: list[Tensor]) -> None:
+    """Copy the parameters into their parts of a row; by all processes that hold them in parts together."""
+    torch._foreach_copy_(views, [whole(one.parameter.detach()) for one in parameters])
 
 
-def write(parameters: Sequence[Parameter], row: Tensor) -> None:
-    """Copy a row (D,) into the parameters, in place: views and optimisers keep them."""
+def write(parameters: Sequence[Parameter], views: list[Tensor]) -> None:
+    """Copy their parts of a row into the parameters, in place: views and optimisers keep them."""
     with torch.no_grad():
-        for one in parameters:
-            mine(one.parameter).copy_(part_like(one.of(row), one.parameter))
+        torch._foreach_copy_([mine(one.parameter) for one in parameters],
+                             [part_like(view, one.parameter) for one, view in zip(parameters, views, strict=True)])
 
 
 @contextmanager

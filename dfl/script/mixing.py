@@ -34,7 +34,7 @@ from dfl.store.records import finite
 from dfl.training.base import AfterStep, DivergenceError, all_finite
 from dfl.training.masks import stretch
 from dfl.transport.handshake import check_settings, model_digest
-from dfl.transport.shards import mine, part_like, put_away
+from dfl.transport.shards import mine, part_like
 
 # what the peers tell each other before a round, of which the largest counts: all are done; none trains on, and one has steps that
 # it has not mixed; somebody trains on; peer _DIVERGED + its id is not finite
@@ -158,7 +158,8 @@ class Mixing:
             self._kept = {} if plan.mask is None else self.moments.keep()
         self._trained = plan
         self._out = None if plan.mask is None else ~plan.mask.to(self.row.x.device)
-        self.row.read()
+        if plan.mask is not None or plan.stretch is not None:
+            self.row.read()
         self._held = self.row.x[0].clone() if plan.mask is not None else None
         if new:
             self._begun = self.row.x[0].clone() if plan.stretch is not None else None
@@ -168,7 +169,7 @@ class Mixing:
     def prepare(self) -> None:
         """What does not train in this round asks for no gradient."""
         trains = self.plan.trains
-        put_away(self.row.adapted.model)
+        self.row.put_away()
         for one in self.parameters:
             one.parameter.requires_grad_(one.group in trains)
             if one.group not in trains:

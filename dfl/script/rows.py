@@ -12,7 +12,7 @@ from dfl.script.adapters import Parameter, read, write
 from dfl.script.moments import Moments
 from dfl.training.hosted import common_scale
 from dfl.transport.base import FREE
-from dfl.transport.shards import put_away
+from dfl.transport.shards import put_away, sharded
 
 
 class ScriptPeer:
@@ -27,13 +27,19 @@ class ScriptPeer:
         self.parameters, self.moments, self.train = parameters, moments, config.train
         self.num_steps = config.train.local_steps
         self.x = empty_rows(1, self.layout.size, device=device, before=FREE)
+        self._views = [one.of(self.x[0]) for one in parameters]
+        self._sharded = sharded(adapted.model)
 
     def read(self) -> None:
-        read(self.parameters, self.x[0])
+        read(self.parameters, self._views)
 
     def write(self) -> None:
-        put_away(self.adapted.model)
-        write(self.parameters, self.x[0])
+        self.put_away()
+        write(self.parameters, self._views)
+
+    def put_away(self) -> None:
+        """What a pass has put together of a model in parts goes."""
+        put_away(self._sharded)
 
     @property
     def scale(self) -> tuple[float, ...] | None:

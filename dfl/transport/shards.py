@@ -2,6 +2,7 @@
 2304.11277): put together, and cut again. A plain tensor is its own only part.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,28 +20,36 @@ def mine(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All of it, from all processes that hold a part, which call this together."""
-    if not isinstance(tensor, DTensor):
-        return tensor
+    return _gathered(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _gathered(tensor: DTensor) -> Tensor:
     return _on_mesh(tensor.detach(), tensor).full_tensor()  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def part_like(value: Tensor, tensor: Tensor) -> Tensor:
     """This process's part of `value`, which all have whole, cut as `tensor` is, on its device. Nobody is asked."""
-    if not isinstance(tensor, DTensor):
-        return value.to(tensor.device)
+    return _cut(value, tensor) if isinstance(tensor, DTensor) else value.to(tensor.device)
+
+
+@torch.no_grad()
+def _cut(value: Tensor, tensor: DTensor) -> Tensor:
     parts: Any = distribute_tensor(_on_mesh(value, tensor), tensor.device_mesh, tensor.placements, src_data_rank=None)
     return parts.to_local().to(tensor.device)
 
 
-def put_away(model: nn.Module) -> None:
+def sharded(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters FSDP puts together for a pass."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def put_away(modules: Iterable[FSDPModule]) -> None:
     """What FSDP has put together for a pass goes: the model has its parts again, and the next pass reads them anew."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in modules:
+        module.reshard()
 
 
 def num_holders(tensor: Tensor) -> int:

@@ -120,6 +120,18 @@ def test_the_model_is_the_script_s_alone_again():
     assert all(not torch.equal(before[name], value) for name, value in own_loop.factors(net).items())
 
 
+def test_a_mix_does_not_walk_through_the_model(monkeypatch):
+    """It has thousands of modules, and a mix may come behind every step."""
+    net, seen = own_loop.model(), []
+    optimizer = own_loop.adamw(net)
+    with dfl.Gossip(net, optimizer, 1, method="tad") as gossip:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "named_modules", lambda module, *_, **__: seen.append(module) or iter(()))
+            for number in range(3):
+                own_loop.step(net, optimizer, 0, number)
+        assert gossip.rounds == 3 and not seen
+
+
 def test_a_factor_that_does_not_train_keeps_its_values_whoever_turns_its_gradients_on():
     """A trainer that switches the adapter off for a reference model turns all gradients on again behind it."""
     net, before = own_loop.model(), own_loop.factors(own_loop.model())
