@@ -108,7 +108,7 @@ def start(name: str, python: str, port: str, folder: str) -> int:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(PEERS), "LOCAL_WORLD_SIZE": str(PEERS), "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": port, "FLOWER_PORT": port, "HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0",
-                        "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+                        "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT), "RUN_FOLDER": folder}
     servers = []
     if name == "flower":
         words = [python, str(HERE / "flower.py"), port, str(WARM + ROUNDS + 1), str(PEERS)]

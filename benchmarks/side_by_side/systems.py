@@ -62,8 +62,8 @@ def ours(job: Job, rank: int) -> Iterator[None]:
 
 
 def ours_measured(job: Job, rank: int) -> Iterator[None]:
-    """The same by the defaults: every fifth round sums over all peers, for the disagreement."""
-    yield from _gossip(job, EVERY)
+    """The same with a run folder, by the defaults: records, and in every fifth round sums over all peers, for the disagreement."""
+    yield from _gossip(job, EVERY, output=os.path.join(os.environ["RUN_FOLDER"], "run"))
 
 
 def ours_every_step(job: Job, rank: int) -> Iterator[None]:

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _GO, _SAVE, _STOP, _HALT, _DIVERGED = 0, 1, 2, 3, 4
 _SECONDS = ("local", "encode", "exchange", "mix")
 _COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "edges", "lost", "rejected", "rejected_sender", *Ledger._fields)
+_NO_LEDGER = [0.0] * len(Ledger._fields)
 _LARGEST = ("rounds", "seconds")  # of a ledger, the largest over peers counts; else their sum
 
 
@@ -346,7 +347,7 @@ def round_record(run: Run, t: int, pending: Pending, summed: Tensor) -> dict:
             **_hosted(run), "train_loss_peers": table[:, 0].tolist(),
             **{name: int(total[name]) for name in ("edges", "message_bytes", *SENT, "lost", "rejected")},
             "ledger": {name: _plain((most if name in _LARGEST else total)[name]) for name in Ledger._fields},
-            **_rejections(run, t, table), "seconds": {name: most[name] for name in _SECONDS},
+            **rejections(run, t, table), "seconds": {name: most[name] for name in _SECONDS},
             # what a rule measures itself, mean over peers (the truncation error of DeCAF)
             **{name: total[name] / num_peers for name in names[len(_COLUMNS):]}}
 
@@ -363,21 +364,18 @@ def _state_names(run: Run) -> list[str]:
 def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Report) -> Tensor:
     """By hosted peer, the columns _COLUMNS and what its rule measures itself; what is of the process stands at its first peer. The
     bytes sent are known after the evaluation."""
-    state_names = _state_names(run)
-    table = torch.zeros(len(run.peers.ids), len(_COLUMNS) + len(state_names), dtype=torch.float64)
-    table[:, 0] = losses.cpu()
-    table[:, _columns(_SECONDS)] = torch.tensor([local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s],
-                                                dtype=torch.float64)
-    table[0, _columns(("message_bytes", "edges", "lost"))] = torch.tensor(
-        [traffic.message_bytes, traffic.messages, traffic.lost], dtype=torch.float64)
-    number, first = _columns(("rejected", "rejected_sender"))
-    for receiver, sender in reversed(traffic.rejected):
-        row = run.peers.ids.index(receiver)
-        table[row, number] += 1
-        table[row, first] = sender + 1  # the first of them; zero: none
-    for row, peer in enumerate(run.peers.ids):
-        if peer in traffic.ledger:
-            table[row, _columns(Ledger._fields)] = torch.tensor(traffic.ledger[peer], dtype=torch.float64)
+    state_names, rejected = _state_names(run), dict[int, list[int]]()
+    for receiver, sender in traffic.rejected:
+        rejected.setdefault(receiver, []).append(sender)
+    seconds = [local_seconds, traffic.encode_s, traffic.exchange_s, traffic.mix_s]
+    of_process = [*[0.0] * len(SENT), traffic.message_bytes, traffic.messages, traffic.lost]
+    rows = []
+    for row, (peer, loss) in enumerate(zip(run.peers.ids, losses.tolist(), strict=True)):
+        senders = rejected.get(peer, [])
+        first = senders[0] + 1 if senders else 0  # the first of them; zero: none
+        rows.append([loss, *seconds, *(of_process if row == 0 else [0.0] * len(of_process)), len(senders), first,
+                     *traffic.ledger.get(peer, _NO_LEDGER), *[0.0] * len(state_names)])
+    table = torch.tensor(rows, dtype=torch.float64)
     states = [run.gossip.state["rule"][str(peer)] for peer in run.peers.ids]
     for column, name in enumerate(state_names, len(_COLUMNS)):
         table[:, column] = torch.stack([state[name] for state in states]).cpu()
@@ -392,7 +390,7 @@ def _columns(names: Sequence[str]) -> list[int]:
     return [_COLUMNS.index(name) for name in names]
 
 
-def _rejections(run: Run, t: int, table: Tensor) -> dict[str, object]:
+def rejections(run: Run, t: int, table: Tensor) -> dict[str, object]:
     """Whose messages the hosted peers have rejected: the first sender at each receiver. A warning names a sender once."""
     senders = table[:, _COLUMNS.index("rejected_sender")].long()
     for receiver, sender in zip(run.peers.ids, (senders - 1).tolist(), strict=True):

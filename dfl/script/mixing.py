@@ -88,9 +88,12 @@ class Mixing:
         resumed = state is not None
         if state is not None:
             self._load(state)
-        told = [json.loads(data) for data in transport.share(json.dumps(examples).encode())]
-        facts = dict(facts) if None in told else {"shards": {"examples": told, "classes": None}} | dict(facts)
+        told = [json.loads(data) for data in transport.share(json.dumps([examples, bool(output)]).encode())]
+        counts, self._recorded = [count for count, _ in told], any(kept for _, kept in told)
+        facts = dict(facts) if None in counts else {"shards": {"examples": counts, "classes": None}} | dict(facts)
         self._output = output
+        if not self._recorded:  # nobody would see it
+            self.run.config = from_dict(config.to_dict() | {"measure": {"every": 0, "layers": 0}})
         # of several processes of a peer the first alone writes
         self.records = Records(self.run, peer, found, facts, output if peer.speaks else None, resumed=resumed)
         self._begin_round(new=not resumed)
@@ -251,7 +254,8 @@ class Mixing:
         peers tells both."""
         run = self.run
         mine = torch.tensor([float(status), float(bool(self.evaluations))], dtype=torch.float64).expand(3, -1)
-        sums = mine.new_empty(3, 0) if run.pending is None else record_sums(run, run.pending)
+        unseen = run.pending is None or not self._recorded
+        sums = mine.new_empty(3, 0) if unseen else record_sums(run, run.pending)
         told = self.peer.transport.summary(torch.cat([mine, sums], 1))
         agreed, evaluated = map(int, told[2, :2].tolist())
         if agreed >= _DIVERGED:

@@ -19,15 +19,17 @@ class Moments:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Parameter], layout: Layout):
         self.optimizer, self.parameters, self.layout = optimizer, list(parameters), layout
+        self._looked_at: list[int] = []
+        self._holds: dict[str, dict] = {}  # the optimiser's group with the first parameter of A, B, ...
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each group now, of the first of its parameters that the optimiser has."""
-        of = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
-        found: dict[str, float] = {}
-        for one in self.parameters:
-            if id(one.parameter) in of:
-                found.setdefault(one.group, of[id(one.parameter)])
-        return found
+        groups = self.optimizer.param_groups
+        if self._looked_at != (now := [id(group) for group in groups]):  # others, from a state that was loaded
+            of = {id(p): group for group in groups for p in group["params"]}
+            self._holds = {one.group: of[id(one.parameter)] for one in reversed(self.parameters) if id(one.parameter) in of}
+            self._looked_at = now
+        return {name: float(group["lr"]) for name, group in self._holds.items()}
 
     def reset(self, groups: Iterable[str]) -> None:
         """Forget the moments of these groups: the next step makes new ones."""

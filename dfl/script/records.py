@@ -18,7 +18,7 @@ from dfl.config import from_dict
 from dfl.run.checkpoint import Checkpointer
 from dfl.run.description import describe_run
 from dfl.run.folder import check_continuation, check_shared, make_room, refuse, write_whole
-from dfl.run.loop import Run, round_record
+from dfl.run.loop import Run, rejections, round_record
 from dfl.script.adapters import Found
 from dfl.script.joining import Peer
 from dfl.store.directory import ENDED, all_records, marked, marker_id, records_of
@@ -87,6 +87,10 @@ class Records:
         if run.pending is None:
             if evaluation is not None and run.completed == 0:
                 self._write({"round": 0, **self._hosted(), "eval": evaluation})
+            return
+        if self.folder is None:
+            rejections(run, run.completed - 1, run.pending.table)
+            run.pending = None
             return
         record = round_record(run, run.completed - 1, run.pending, summed) | run.pending.found
         record["seconds"] |= {"measure": run.pending.measure_seconds, "evaluate": 0.0}

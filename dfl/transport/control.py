@@ -157,17 +157,21 @@ def _core(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def _in_pairs(values: list[Tensor], both) -> Tensor:
+def _in_pairs(told: list[Tensor], both) -> Tensor:
     """Values of processes put together in the order of recursive doubling: those beyond a power of two, neighbours, and so on."""
-    core = _core(len(values))
-    values = [both(values[k], values[k + core]) if k + core < len(values) else values[k] for k in range(core)]
+    core, values = _core(len(told)), torch.stack(told)
+    if core < len(told):
+        beyond = len(told) - core
+        values = torch.cat([both(values[:beyond], values[core:]), values[beyond:core]])
     while len(values) > 1:
-        values = [both(one, other) for one, other in zip(values[::2], values[1::2], strict=True)]
+        values = both(values[::2], values[1::2])
     return values[0]
 
 
 def _summary(one: Tensor, other: Tensor) -> Tensor:
-    return torch.stack([one[0] + other[0], torch.minimum(one[1], other[1]), torch.maximum(one[2], other[2])])
+    """Of (..., 3, K) each."""
+    (sums, least, most), (more, low, high) = one.unbind(-2), other.unbind(-2)
+    return torch.stack([sums + more, torch.minimum(least, low), torch.maximum(most, high)], -2)
 
 
 def _tensor(data: bytes) -> Tensor:

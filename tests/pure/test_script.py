@@ -132,6 +132,27 @@ def test_a_mix_does_not_walk_through_the_model(monkeypatch):
         assert gossip.rounds == 3 and not seen
 
 
+def test_what_nobody_records_is_not_measured(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("dfl.run.loop.measure", lambda *_: asked.append(1) or {})
+    own_loop.train(6, 1, measure__every=1)
+    assert not asked
+    own_loop.train(6, 1, measure__every=1, output=tmp_path / "run")
+    assert asked
+
+
+def test_rates_are_those_of_a_state_that_was_loaded():
+    net = own_loop.model()
+    optimizer = own_loop.adamw(net)
+    with dfl.Gossip(net, optimizer, 5) as gossip:
+        before = gossip._mixing.row.rates(0)
+        optimizer.param_groups[0]["lr"] *= 2
+        state = optimizer.state_dict()
+        state["param_groups"][0]["lr"] *= 2
+        optimizer.load_state_dict(state)
+        assert gossip._mixing.row.rates(0) == {name: pytest.approx(4 * rate) for name, rate in before.items()} != {}
+
+
 def test_a_factor_that_does_not_train_keeps_its_values_whoever_turns_its_gradients_on():
     """A trainer that switches the adapter off for a reference model turns all gradients on again behind it."""
     net, before = own_loop.model(), own_loop.factors(own_loop.model())
