@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfl.adapters.layout import GROUPS, Layout, Pair, join, join_rows, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import factor_error, gram_tables, inner_products, product_gram, squared_norms
-from dfl.metrics.products import mean_row, squared_product_distance
+from dfl.metrics.products import mean_row, product_table, squared_product_distance
 from dfl.transport.base import Transport
 
 FEW = 32  # peers whose products are compared pair by pair in one table
@@ -63,10 +63,12 @@ def measure(transport: Transport, look: Seen, num_peers: int) -> dict[str, float
     squares = [centred[:, cut].square().sum(1, dtype=torch.float64) for cut in columns.values()]
     parts = [mixing_errors(of_receivers(look, rows)) for rows in apart(look.weights)]
     rest = [torch.cat(values) for values in zip(*parts, strict=True)]
-    means = (transport.total(torch.stack([*squares, *rest], 1)) / num_peers).tolist()
-    found = dict(zip(columns, (value ** 0.5 for value in means), strict=False))
-    found["product_distance"] = squared_product_distance(transport, look.whole_after, whole, look.whole, num_peers) ** 0.5
-    return found | dict(zip(MixingErrors._fields, means[len(columns):], strict=True))
+    table = torch.stack([*squares, *rest], 1)
+    of_products = product_table(look.whole_after, whole, look.whole)
+    means, of_products = (transport.total(torch.cat([table, of_products], 1)) / num_peers).tensor_split([table.shape[1]])
+    found = dict(zip(columns, means.sqrt().tolist(), strict=False))
+    found["product_distance"] = squared_product_distance(of_products) ** 0.5
+    return found | dict(zip(MixingErrors._fields, means[len(columns):].tolist(), strict=True))
 
 
 def apart(weights: Tensor) -> list[range]:

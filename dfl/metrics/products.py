@@ -42,13 +42,9 @@ def _apart(x: Tensor, mean: Tensor, pairs: list[Pair]) -> Apart:
     return Apart(a, b, stack_a(x, pairs).double() - a, stack_b(x, pairs).double() - b)
 
 
-def squared_product_distance(transport: Transport, x: Tensor, mean: Tensor, layout: Layout, num_peers: int) -> float:
-    """mean_i ||ΔW_i - mean ΔW||_F² of the rows x (P, D) of all processes: disagreement that no change of basis hides.
-
-    mean: their `mean_row`. It is mean_i ||ΔW_i - scaled B A||² - ||M||². The first is exact. ||M||² is exact where both sides of a
-    layer are at most 64 long, else an unbiased estimate from 32 random directions on each side (Johnson-Lindenstrauss), a small part
-    of the whole where peers are near each other.
-    """
+def product_table(x: Tensor, mean: Tensor, layout: Layout) -> Tensor:
+    """What each of the rows x (P, D) adds to the distance of products, (P, 1 + K): `squared_product_distance` takes its mean over the
+    peers of all processes. mean: their `mean_row`."""
     squares, sketches = torch.zeros(len(x), dtype=torch.float64, device=x.device), []
     for pairs in layout.shapes():
         scaling, apart = scalings(pairs, x).double(), _apart(x, mean, pairs)
@@ -58,8 +54,17 @@ def squared_product_distance(transport: Transport, x: Tensor, mean: Tensor, layo
         outputs, inputs = left.shape[-2], right.shape[-1]
         sketch = (_directions(outputs, 0).to(x.device) @ apart.db) @ (apart.da @ _directions(inputs, 1).to(x.device).mT)
         sketches.append((sketch * scaling[:, None, None]).flatten(1))
-    sums = transport.total(torch.cat([squares[:, None], *sketches], 1)) / num_peers
-    return max(0.0, float(sums[0] - sums[1:].square().sum()))
+    return torch.cat([squares[:, None], *sketches], 1)
+
+
+def squared_product_distance(means: Tensor) -> float:
+    """mean_i ||ΔW_i - mean ΔW||_F² of all peers, from the mean (1 + K,) of `product_table`: disagreement that no change of basis hides.
+
+    It is mean_i ||ΔW_i - scaled B A||² - ||M||². The first is exact. ||M||² is exact where both sides of a layer are at most 64 long,
+    else an unbiased estimate from 32 random directions on each side (Johnson-Lindenstrauss), a small part of the whole where peers
+    are near each other.
+    """
+    return max(0.0, float(means[0] - means[1:].square().sum()))
 
 
 def _directions(length: int, side: int) -> Tensor:
