@@ -58,7 +58,7 @@ def product_table(x: Tensor, mean: Tensor, layout: Layout) -> Tensor:
 
 
 def squared_product_distance(means: Tensor) -> float:
-    """mean_i ||ΔW_i - mean ΔW||_F² of all peers, from the mean (1 + K,) of `product_table`: disagreement that no change of basis hides.
+    """mean_i ||ΔW_i - mean ΔW||_F² of all peers: disagreement that no change of basis hides. means: of `product_table`, (1 + K,).
 
     It is mean_i ||ΔW_i - scaled B A||² - ||M||². The first is exact. ||M||² is exact where both sides of a layer are at most 64 long,
     else an unbiased estimate from 32 random directions on each side (Johnson-Lindenstrauss), a small part of the whole where peers
