@@ -3,7 +3,9 @@
 **Learning.** The consensus model's metric over local steps s is a_c(s) = a_0 + (a_inf - a_0) (1 - exp(-(s / tau)^p)), a
 saturating curve that may begin slowly (p > 1) or go on for long (p < 1). A few noisy points do not fix tau, p and a_inf, so
 that all curves of a grid of (tau, p) stay, each with its best a_inf and the weight that its errors leave it (`fit_curve`);
-the prediction is their weighted median, its range the middle 80 % of the weight.
+the prediction is their weighted median, its range the middle 80 % of the weight. What no curve of the family knows, the probe
+itself tells: from its first points its later ones are predicted, and how far the steps to them were off, for as much further
+as they lie, widens the range (`foresight`).
 
 **Disagreement.** x_i, the deviation of peer i's product from the mean of all, answers training linearly: in a local phase
 it moves by
@@ -41,6 +43,8 @@ import numpy as np
 SHAPES = (0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)  # p
 RANGE = (0.1, 0.9)  # of the weight of all curves
 _SLOWEST = 10  # the largest time constant, in probes
+_FIRST = 4  # points from which others are predicted at least, the start among them
+_NORMAL = 1.2816  # standard deviations to either side that hold RANGE of a normal distribution
 _FINEST = 1e-3  # errors below this share of what a curve rises by are none: no curve is so exact
 
 
@@ -58,9 +62,34 @@ class Curve(NamedTuple):
         """(K, T) at steps (T,)."""
         return self.start + (self.end - self.start)[:, None] * _risen(steps, self.tau, self.shape)
 
+    def steps_to(self, value: float) -> np.ndarray:
+        """The steps to a value above the start, (K,); inf where a curve ends below."""
+        rise = self.end - self.start
+        share = np.divide(value - self.start, rise, out=np.full_like(rise, np.inf), where=rise > 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(share < 1, self.tau * (-np.log1p(-share)) ** (1 / self.shape), np.inf)
+
     def reaches(self, target: float) -> float:
         """The weight of the curves whose end is beyond the target."""
         return float(self.weight[self.end > target].sum())
+
+
+def foresight(steps: Sequence[float], values: Sequence[float], best: float = math.inf) -> float:
+    """How far predictions from the first half of the points, or more of them, were off at the later ones: the root mean square of
+    log(predicted over true steps), over that of log(true steps over those that were fitted). 0 where there are too few points.
+
+    A prediction `f` times as far as what was measured is taken to be off by a factor of exp(foresight log f), one standard deviation.
+    Only points above all that were fitted count; a curve that never comes there is off by the slowest of `fit_curve`.
+    """
+    off, ahead = 0.0, 0.0
+    for known in range(max(_FIRST, len(steps) // 2), len(steps)):
+        curve = fit_curve(steps[:known], values[:known], best)
+        for step, value in zip(steps[known:], values[known:], strict=True):
+            if value > max(values[:known]):
+                predicted = _quantile(curve.steps_to(value), curve.weight, 0.5)
+                off += math.log(min(predicted, _SLOWEST * step) / step) ** 2
+                ahead += math.log(step / steps[known - 1]) ** 2
+    return math.sqrt(off / ahead) if ahead else 0.0
 
 
 def _risen(steps: np.ndarray, tau: np.ndarray, shape: np.ndarray) -> np.ndarray:
@@ -182,14 +211,28 @@ class Reach(NamedTuple):
     best: float
 
 
-def reach(curve: Curve, kappa: float, distances: np.ndarray, local_steps: float, target: float) -> Reach:
-    """The first round after which the mean over peers is at the target. distances: Xi^2 after each round, (T,)."""
+def reach(curve: Curve, kappa: float, distances: np.ndarray, local_steps: float, target: float, error: float = 0.0) -> Reach:
+    """The first round after which the mean over peers is at the target. distances: Xi^2 after each round, (T,); error: the probe's
+    `foresight`, which widens the range where the target lies beyond what was measured."""
     steps = local_steps * np.arange(1, len(distances) + 1)
     values = curve.start + (curve.at(steps) - curve.start) * np.exp(-kappa * distances)[None]
     there = values >= target
     first = np.where(there.any(1), there.argmax(1) + 1.0, math.inf)
     low, high = (_quantile(first, curve.weight, share) for share in RANGE)
-    return Reach(_quantile(first, curve.weight, 0.5), low, high, _quantile(values.max(1), curve.weight, 0.5))
+    middle = _quantile(first, curve.weight, 0.5)
+    if math.isfinite(middle):
+        low, high = widened(middle, low, high, error, middle * local_steps / curve.seen)
+    return Reach(middle, low, high, _quantile(values.max(1), curve.weight, 0.5))
+
+
+def widened(middle: float, low: float, high: float, error: float, ahead: float) -> tuple[float, float]:
+    """The range of rounds with the probe's own error, `ahead` times as far as it saw; both are taken to be independent. What was seen
+    had not come to the target."""
+    more = _NORMAL * error * math.log(max(1.0, ahead))
+    if more == 0:
+        return low, high
+    return (max(middle / ahead, math.floor(middle * math.exp(-math.hypot(math.log(middle / low), more)))),
+            math.ceil(middle * math.exp(math.hypot(math.log(high / middle), more))) if math.isfinite(high) else high)
 
 
 def _quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:

@@ -32,6 +32,7 @@ class Seen:
                              f"{'more' if found.higher else 'less'}")
         best = 0.0 if not found.higher else 1.0 if max(map(abs, [*consensus, *peers])) <= 1 else math.inf
         self.curve = model.fit_curve(found.steps, consensus, best)
+        self.foresight = model.foresight(found.steps, consensus, best)
         self.answer = model.response(found.moments)
         self.step_seconds = found.step_seconds if ask.step_seconds is None else ask.step_seconds
         topology: Any = found.run.topology
@@ -43,7 +44,7 @@ class Seen:
 
     def reach(self, distances: Any) -> model.Reach:
         """Rounds to the target with this disagreement after each."""
-        return model.reach(self.curve, self.kappa, distances, self.probed.local_steps, self.target)
+        return model.reach(self.curve, self.kappa, distances, self.probed.local_steps, self.target, self.foresight)
 
     def facts(self) -> dict[str, Any]:
         one = self.probed
@@ -52,6 +53,7 @@ class Seen:
                 "steps": one.steps, "consensus": one.consensus, "peers": one.peers, "disagreement": one.distances,
                 "step_seconds_measured": one.step_seconds, "step_seconds": self.step_seconds, "move_rms": one.rms,
                 "phi": self.answer.phi, "beta": self.answer.beta, "noise": list(self.answer.noise), "kappa": self.kappa,
+                "foresight": self.foresight,
                 "measured_over_modelled": self.scale, "weight_that_ends_beyond_the_target": self.curve.reaches(self.target)}
 
 

@@ -1,6 +1,8 @@
 """The numbers of a plan against closed forms and simulated peers: disagreement, curves, the cost of disagreement, ranks."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,41 @@ def test_noise_widens_the_range_and_leaves_the_middle():
     exact = math.ceil(-60 * math.log(1 - 0.5 / 0.6) / 10)
     assert sharp.rounds == pytest.approx(exact, abs=1) and sharp.high - sharp.low <= noisy.high - noisy.low
     assert noisy.low <= exact <= noisy.high
+
+
+def test_a_curve_takes_as_many_steps_as_it_says():
+    curve = model.fit_curve([0, 10, 20, 30], [0.2, 0.3, 0.38, 0.43], best=1.0)
+    steps = curve.steps_to(0.4)
+    there = np.isfinite(steps)
+    assert there.any() and not there[curve.end <= 0.4].any()
+    np.testing.assert_allclose([curve.at([step])[k, 0] for k, step in enumerate(steps) if there[k]], 0.4, rtol=1e-9)
+
+
+def test_what_the_probe_itself_did_not_foresee_widens_the_range():
+    steps = np.arange(0, 130, 10)
+    known = 0.2 + 0.6 * (1 - np.exp(-steps / 60))
+    other = 0.2 + 0.05 * np.sqrt(steps)  # rises on as no curve of the family does
+    assert model.foresight(steps, known, 1.0) < 0.05 < model.foresight(steps, other, 1.0)
+    assert model.foresight(steps[:4], other[:4], 1.0) == 0.0 == model.foresight(steps, 0.5 - other, 1.0)
+    curve, error, truth = model.fit_curve(steps, other, 1.0), model.foresight(steps, other, 1.0), 12**2 / 10
+    narrow, wide = (model.reach(curve, 0.0, np.zeros(400), 10, 0.8, size) for size in (0.0, error))
+    assert wide.rounds == narrow.rounds and wide.low <= narrow.low <= narrow.high <= wide.high
+    assert wide.low <= truth <= wide.high and not narrow.low <= truth <= narrow.high
+    near = [model.reach(curve, 0.0, np.zeros(400), 10, 0.6, size) for size in (0.0, error)]
+    assert near[0] == near[1]  # within what was measured
+
+
+def test_ranges_hold_what_committed_runs_took():
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "plan.json").read_text())["results"]
+    probes = {(one["method"]["name"], one["local_steps"]): one for one in found["probes"]}
+    held = 0
+    for run in found["runs"]:
+        probe, local_steps = probes[run["fields"]["method"], run["fields"]["train.local_steps"]], run["fields"]["train.local_steps"]
+        assert probe["better"] == "lower"
+        error, middle = model.foresight(probe["steps"], [-loss for loss in probe["consensus"]], 0.0), run["planned"]["rounds"]
+        low, high = model.widened(middle, *run["range"], error, middle * local_steps / probe["steps"][-1])
+        held += low <= run["took"]["rounds"] <= high
+    assert 0.8 * len(found["runs"]) <= held
 
 
 def test_a_target_beyond_the_end_is_not_reached():
