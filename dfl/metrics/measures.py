@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import GROUPS, Layout, Pair, join, join_rows, scalings, stack_a, stack_b
 from dfl.adapters.lowrank import factor_error, gram_tables, inner_products, product_gram, squared_norms
 from dfl.metrics.products import mean_row, product_table, squared_product_distance
@@ -159,7 +160,7 @@ def cross_terms(look: Seen) -> Tensor:
     """
     others, weights = look.before[1:], look.weights[:, 1:]
     found = look.before.new_zeros(len(weights), dtype=torch.float64)
-    received = [row.nonzero().flatten() for row in weights]
+    received = [uploaded([j for j, used in enumerate(row) if used], weights, torch.int64) for row in weights.tolist()]
     for pairs in look.layout.shapes() if len(others) else ():
         first, pair = scaled_pairs(look.before[:1], pairs), scaled_pairs(others, pairs)
         grams = gram_tables(*(factors - of_first for factors, of_first in zip(pair, first, strict=True)))

@@ -127,6 +127,12 @@ def test_cross_term_has_its_three_forms():
     assert error == pytest.approx(absolute, abs=1e-7)
 
 
+def test_peers_that_receive_from_nobody_have_no_errors_of_mixing():
+    layout, x, _ = rows()
+    found = mixing_errors(seen(x, x, torch.eye(len(x)), range(len(x)), layout))
+    assert all(float(value.max()) < 1e-7 for value in found)
+
+
 @pytest.mark.parametrize("equal", ["A", "B"])
 def test_cross_term_vanishes_when_one_factor_is_shared(equal):
     layout, x, _ = rows()

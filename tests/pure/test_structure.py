@@ -41,7 +41,7 @@ PURE_MODULES = {
     "adapters/peft_layers": {"adapters.layout", "config"},
     "adapters/kinds": {"adapters.cores", "adapters.peft_layers", "config", "plugins"},
     "metrics/products": {"adapters.batched", "adapters.layout", "seeds", "transport.base"},
-    "metrics/measures": {"adapters.layout", "adapters.lowrank", "metrics.products", "transport.base"},
+    "metrics/measures": {"adapters.batched", "adapters.layout", "adapters.lowrank", "metrics.products", "transport.base"},
     "metrics/layers": {"adapters.layout", "adapters.lowrank", "metrics.measures", "transport.base"},
     "training/moments": {"adapters.layout", "adapters.lowrank"},
     "training/masks": {"adapters.layout"},
