@@ -1,6 +1,7 @@
 """Seconds and megabytes to a given accuracy, by rule, trigger and codec, each changed alone and some together.
 
     DFL_DATA=... python benchmarks/to_accuracy.py run --out DIR      # goes on where it was interrupted; a few minutes a cell
+    python benchmarks/to_accuracy.py restore --out DIR               # the committed cells into DIR: another machine goes on
     DFL_DATA=... python benchmarks/to_accuracy.py collect --out DIR  # a stamped JSON
     python benchmarks/to_accuracy.py table                           # the README's table from it
 
@@ -61,6 +62,15 @@ def reached(curve: list[dict], target: float = TARGET) -> dict[str, float] | Non
     return None
 
 
+def restore(out: Path) -> None:
+    """The committed cells where `run` looks for them: another machine goes on."""
+    for name, seeds in json.loads((RESULTS / "to_accuracy.json").read_text())["results"]["curves"].items():
+        for seed, found in seeds.items():
+            out.mkdir(parents=True, exist_ok=True)
+            if not (stored := stored_at(out, name, int(seed))).exists():
+                stored.write_text(json.dumps(found, indent=1))
+
+
 def collect(out: Path) -> None:
     found: dict[str, dict] = {}
     for name, seed in cells():
@@ -87,4 +97,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    command(__doc__, "runs/to_accuracy", run=run, collect=collect, table=table)
+    command(__doc__, "runs/to_accuracy", run=run, restore=restore, collect=collect, table=table)

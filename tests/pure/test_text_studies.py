@@ -33,6 +33,14 @@ def test_the_tables_are_of_the_committed_results(made):
     assert made.table() in documents.text("benchmarks/README.md")
 
 
+def test_another_machine_goes_on_from_the_committed_cells(tmp_path, monkeypatch):
+    to_accuracy.restore(tmp_path)
+    kept = {}
+    monkeypatch.setattr(to_accuracy, "write", lambda name, about, results: kept.update(results))
+    to_accuracy.collect(tmp_path)
+    assert kept == json.loads((ROOT / "benchmarks" / "results" / "to_accuracy.json").read_text())["results"]
+
+
 @pytest.mark.parametrize("speed", stragglers.SPEEDS)
 def test_shares_are_of_the_depths_that_a_run_has(speed):
     """A backward pass counts as it is planned, of all rounds and peers."""
