@@ -4,6 +4,8 @@ R_weak and R_strong are the mismatches of products and of factors that the aggre
 2025, arXiv 2508.01348), here between what a peer holds after the round and what its neighbours sent.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,19 +29,21 @@ def diagnose(transport: Transport, look: Seen, num_peers: int) -> dict[str, dict
     """
     parts = [(part, _links(part)) for part in (of_receivers(look, rows) for rows in apart(look.weights))]
     numbers = torch.cat([torch.bincount(links[0], minlength=len(part.after)) for part, links in parts]).double()[:, None]
-    found: dict[str, dict[str, float]] = {}
-    for pairs in look.layout.shapes():
-        made = [_of_products(part, pairs, links) | _of_factors(part, pairs, links) for part, links in parts]
-        values = {name: torch.cat([one[name] for one in made]) for name in made[0]}  # (P, L) each
-        table = torch.cat([values[name] for name in (*_OF_RECEIVERS, *_OF_LINKS)] + [numbers], 1)
-        sums = transport.total(table)
-        means = sums[:-1].view(-1, len(pairs)) / num_peers
-        means[len(_OF_RECEIVERS):] *= num_peers / sums[-1].clamp_min(1)
-        largest = torch.cat([values[name].amax(0) for name in _LARGEST])
-        largest = transport.summary(largest.expand(3, -1).contiguous().cpu())[2].view(-1, len(pairs))
-        for name, by_layer in zip((*_OF_RECEIVERS, *_OF_LINKS, *_LARGEST), [*means.tolist(), *largest.tolist()], strict=True):
-            found.setdefault(name, {}).update(zip((pair.name for pair in pairs), by_layer, strict=True))
-    return found
+    names, values = [pair.name for pairs in look.layout.shapes() for pair in pairs], _by_layer(look, parts)
+    sums = transport.total(torch.cat([values[name] for name in (*_OF_RECEIVERS, *_OF_LINKS)] + [numbers], 1))
+    means = sums[:-1].view(-1, len(names)) / num_peers
+    means[len(_OF_RECEIVERS):] *= num_peers / sums[-1].clamp_min(1)
+    largest = torch.cat([values[name].amax(0) for name in _LARGEST])
+    largest = transport.summary(largest.expand(3, -1).contiguous().cpu())[2].view(-1, len(names))
+    return {name: dict(zip(names, by_layer, strict=True)) for name, by_layer in
+            zip((*_OF_RECEIVERS, *_OF_LINKS, *_LARGEST), [*means.tolist(), *largest.tolist()], strict=True)}
+
+
+def _by_layer(look: Seen, parts: Sequence[tuple[Seen, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """(P, L) each, of all layers, those of one shape after the other."""
+    made = [[_of_products(part, pairs, links) | _of_factors(part, pairs, links) for part, links in parts]
+            for pairs in look.layout.shapes()]
+    return {name: torch.cat([torch.cat([one[name] for one in of_shape]) for of_shape in made], 1) for name in made[0][0]}
 
 
 def _of_products(look: Seen, pairs, links: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
