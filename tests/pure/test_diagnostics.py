@@ -6,9 +6,10 @@ import torch
 from one_round import build, gossip
 
 import topologies
+from dfl.adapters.batched import as_on_a_gpu
 from dfl.adapters.layout import a_view, b_view, empty_rows, make_layout
 from dfl.metrics.layers import diagnose
-from dfl.metrics.measures import mixing_errors, seen
+from dfl.metrics.measures import measure, mixing_errors, seen
 from dfl.transport import InProcess
 
 NUM = 6
@@ -69,6 +70,16 @@ def test_product_rules_err_by_the_tail_and_residuals_not_at_all():
     for error in diagnose(InProcess(), look, NUM)["aggregation_error"].values():
         assert error < 1e-6
     assert mixing_errors(look).aggregation_error.max() < 1e-6
+
+
+def test_a_gpu_finds_the_same():
+    x, out, w, _, _ = round_of("decaf")
+    look = seen(x, out, w, range(NUM), LAYOUT)
+    found, measured = diagnosed(x, out, w), measure(InProcess(), look, NUM)
+    with as_on_a_gpu():
+        assert measure(InProcess(), look, NUM) == pytest.approx(measured, rel=1e-9)
+        for name, by_layer in diagnosed(x, out, w).items():
+            assert by_layer == pytest.approx(found[name], rel=1e-7), name
 
 
 def test_peers_that_receive_from_nobody():
