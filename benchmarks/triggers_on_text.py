@@ -62,7 +62,8 @@ def summary(records: list[dict]) -> dict:
             curve.append({"round": record["round"], **counted, "seconds": sent.get("seconds", 0.0),
                           "accuracy": found["accuracy"]["mean"], "worst": found["accuracy"]["min"],
                           "consensus": found["consensus"]["accuracy"]})
-    return {"final": curve[-1], "saved": 1 - counted["messages"] / counted["due"], "curve": curve}
+    saved = 1 - counted["messages"] / counted["due"] if counted["due"] else 0.0  # who trains alone has none due
+    return {"final": curve[-1], "saved": saved, "curve": curve}
 
 
 def collect(out: Path) -> None:

@@ -33,6 +33,13 @@ def test_the_tables_are_of_the_committed_results(made):
     assert made.table() in documents.text("benchmarks/README.md")
 
 
+def test_who_trains_alone_has_a_curve_and_saves_nothing():
+    records = [{"round": t, "ledger": {"seconds": float(t)}, "eval": {"accuracy": {"mean": 0.1 * t, "min": 0.0},
+                "consensus": {"accuracy": 0.2}}} for t in (0, 4)]
+    found = triggers.summary(records)
+    assert found["saved"] == 0 and to_accuracy.reached(found["curve"], 0.2) == {"rounds": 2.0, "seconds": 2.0, "MB": 0.0}
+
+
 def test_another_machine_goes_on_from_the_committed_cells(tmp_path, monkeypatch):
     to_accuracy.restore(tmp_path)
     kept = {}
