@@ -263,7 +263,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
-    method: Plugin = said(Plugin("tad"), "fills the slots of a round; what to choose: [dfl/rules](../rules/README.md)")
+    method: Plugin = said(Plugin("lora"), "fills the slots of a round; what to choose: [dfl/rules](../rules/README.md)")
     topology: Plugin = said(Plugin("ring"), "names and parameters: [topologies](../../topologies/README.md)")
     schedule: Plugin | None = said(
         None, "what trains and what is exchanged, round by round; null: as the method has it")

@@ -1,4 +1,4 @@
-"""What a recipe that names no method is told: which one is likelier to suit it, and what that rests on."""
+"""What a recipe that names no method is told: which one it gets, whether another is likelier to suit it, and what that rests on."""
 
 from dfl.config import Config
 
@@ -9,14 +9,11 @@ def advice(config: Config) -> str | None:
     """A line, or None where the recipe chooses itself."""
     if config.model_fields_set & {"method", "schedule", "rule"}:
         return None
-    name, reason = _likelier(config)
-    return f"no method is named, so it is {config.method.name}; {name} is likelier to suit: {reason} ({WHERE})"
-
-
-def _likelier(config: Config) -> tuple[str, str]:
+    named = f"no method is named, so it is {config.method.name}"
     if not isinstance(config.lora.rank, int):
-        return "carry", "ranks may differ, and it mixes products without padding; three seeds of the matrix toy"
-    if config.partition.name != "iid":
-        return "decaf", f"with partition = {config.partition.name} peers hold unlike examples; it was 12 points ahead of lora in " \
-                        "one grid with one seed, and tad was below lora in three of three pairs with rates searched for both"
-    return "lora", "examples are dealt alike, and no method was ever ahead of the cheapest there"
+        return f"{named}; carry is likelier to suit: ranks may differ, and it mixes products without padding; three seeds of the " \
+               f"matrix toy ({WHERE})"
+    if config.partition.name == "iid":
+        return f"{named}: examples are dealt alike, and no method was ever ahead of the cheapest there ({WHERE})"
+    return f"{named}: with partition = {config.partition.name} peers hold unlike examples, and where rates were searched for each, " \
+           f"neither tad nor decaf was ahead of it ({WHERE})"
