@@ -12,6 +12,7 @@ from dfl.transport.notes import note_key
 
 POLL_SECONDS = 0.25  # until a wish to stop is known everywhere
 BEAT_SECONDS = 5.0
+LEAVE_SECONDS = 1.0  # for what the thread asks of the store as it is told to end
 SILENT_SECONDS = 60.0  # longer than anything holds up a live process: a thread of it needs only the interpreter, now and then
 # a gap in our own time (the machine slept, Ctrl-Z) is none in which another was silent
 LARGEST_GAP = 1.0
@@ -41,12 +42,17 @@ class Watch:
         self._marks: dict[int, object] = {}
         self._at = 0.0
         self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="dfl-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="dfl-watch", daemon=True)
+        self._thread.start()
 
     def end(self) -> None:
+        """A thread that is inside the store when the interpreter ends would abort the process. One that hangs is not waited for."""
         self._ended.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(LEAVE_SECONDS)
 
     def _run(self) -> None:
         try:

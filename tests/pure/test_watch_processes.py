@@ -123,3 +123,30 @@ def test_a_process_is_not_ended_for_one_that_it_does_not_wait_for(always, monkey
         assert ended.wait(20) and said == ["lost [1]"]
     finally:
         found.end()
+
+
+def test_the_thread_is_out_of_the_store_when_a_watch_has_ended(monkeypatch):
+    """One that comes back from C++ into an interpreter that ends aborts the process."""
+    inside, left = threading.Event(), threading.Event()
+
+    class Slow(dist.HashStore):
+        def check(self, keys):
+            inside.set()
+            time.sleep(0.3)
+            left.set()
+            return False
+
+    watch = Watch(Slow(), 0, "run", lambda: False, None)
+    watch.start()
+    assert inside.wait(10)
+    watch.end()
+    assert left.is_set() and "dfl-watch" not in [thread.name for thread in threading.enumerate()]
+    monkeypatch.setattr("dfl.transport.watch.LEAVE_SECONDS", 0.05)
+    hanging = Watch(Slow(), 0, "run", lambda: False, None)
+    inside.clear()
+    hanging.start()
+    assert inside.wait(10)
+    started = time.monotonic()
+    hanging.end()
+    assert time.monotonic() - started < 0.25
+    hanging._thread.join(10)
