@@ -64,9 +64,9 @@ def reached(curve: list[dict], target: float = TARGET) -> dict[str, float] | Non
 
 def restore(out: Path) -> None:
     """The committed cells where `run` looks for them: another machine goes on."""
+    out.mkdir(parents=True, exist_ok=True)
     for name, seeds in json.loads((RESULTS / "to_accuracy.json").read_text())["results"]["curves"].items():
         for seed, found in seeds.items():
-            out.mkdir(parents=True, exist_ok=True)
             if not (stored := stored_at(out, name, int(seed))).exists():
                 stored.write_text(json.dumps(found, indent=1))
 

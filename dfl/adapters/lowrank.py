@@ -173,7 +173,7 @@ def inner_products(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Te
 
 
 def product_gram(a: Tensor, b: Tensor) -> Tensor:
-    """<B_j A_j, B_l A_l>_F (..., J, J) of pairs a (J, ..., R, I), b (J, ..., O, R), where they are large each once."""
+    """<B_j A_j, B_l A_l>_F (..., J, J) of pairs a (J, ..., R, I), b (J, ..., O, R), each pair once where they are large."""
     num = len(a)
     if num == 1 or num * a.shape[-2] <= _SMALL:
         return inner_products(a, b, a, b)

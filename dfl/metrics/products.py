@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfl.adapters.batched import qr
 from dfl.adapters.layout import Layout, Pair, scalings, stack_a, stack_b
+from dfl.adapters.lowrank import squared_norms
 from dfl.seeds import derive
 from dfl.transport.base import Transport
 
@@ -50,7 +51,7 @@ def product_table(x: Tensor, mean: Tensor, layout: Layout) -> Tensor:
         scaling, apart = scalings(pairs, x).double(), _apart(x, mean, pairs)
         left = torch.cat([apart.b.expand_as(apart.db), apart.db], -1)
         right = torch.cat([apart.da, apart.a + apart.da], -2)
-        squares += (((left.mT @ left) * (right @ right.mT)).sum((-1, -2)) * scaling.square()).sum(1)
+        squares += (squared_norms(right, left) * scaling.square()).sum(1)
         outputs, inputs = left.shape[-2], right.shape[-1]
         sketch = (_directions(outputs, 0).to(x.device) @ apart.db) @ (apart.da @ _directions(inputs, 1).to(x.device).mT)
         sketches.append((sketch * scaling[:, None, None]).flatten(1))

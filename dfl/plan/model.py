@@ -36,6 +36,7 @@ weights of curves and the bounded cost are ours.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ SHAPES = (0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)  # p
 RANGE = (0.1, 0.9)  # of the weight of all curves
 _SLOWEST = 10  # the largest time constant, in probes
 _FIRST = 4  # points from which others are predicted at least, the start among them
-_NORMAL = 1.2816  # standard deviations to either side that hold RANGE of a normal distribution
+_NORMAL = NormalDist().inv_cdf(RANGE[1])  # standard deviations to either side that hold RANGE of a normal distribution
 _FINEST = 1e-3  # errors below this share of what a curve rises by are none: no curve is so exact
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfl.adapters.batched import uploaded
 from dfl.adapters.layout import Layout, Pair, a_view, b_view, scalings, stack_a, stack_b
-from dfl.adapters.lowrank import refactor, truncate
+from dfl.adapters.lowrank import refactor, squared_norms, truncate
 from dfl.plugins import check_count
 from dfl.rules.pairs import Received, pair_gossip, write_slots
 from dfl.slots import Round, Rule, State
@@ -117,7 +117,7 @@ def norm_weights(layout: Layout, received: Received) -> Tensor:
     squares = torch.zeros_like(received.weights)
     for pairs in layout.shapes():
         a, b = (f.double() for f in received.factors(pairs))
-        squares = squares + ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0) @ scalings(pairs, a).square()
+        squares = squares + squared_norms(a, b).clamp_min(0) @ scalings(pairs, a).square()
     shares = received.weights * squares.sqrt()
     total = shares.sum()
     return torch.where(total > 0, shares / torch.where(total > 0, total, torch.ones_like(total)), received.weights)

@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _GO, _SAVE, _STOP, _HALT, _DIVERGED = 0, 1, 2, 3, 4
 _SECONDS = ("local", "encode", "exchange", "mix")
 _COLUMNS = ("train_loss", *_SECONDS, *SENT, "message_bytes", "edges", "lost", "rejected", "rejected_sender", *Ledger._fields)
-_NO_LEDGER = [0.0] * len(Ledger._fields)
 _LARGEST = ("rounds", "seconds")  # of a ledger, the largest over peers counts; else their sum
 
 
@@ -374,7 +373,7 @@ def _table(run: Run, losses: Tensor, local_seconds: float, traffic: Report) -> T
         senders = rejected.get(peer, [])
         first = senders[0] + 1 if senders else 0  # the first of them; zero: none
         rows.append([loss, *seconds, *(of_process if row == 0 else [0.0] * len(of_process)), len(senders), first,
-                     *traffic.ledger.get(peer, _NO_LEDGER), *[0.0] * len(state_names)])
+                     *traffic.ledger.get(peer, Ledger()), *[0.0] * len(state_names)])
     table = torch.tensor(rows, dtype=torch.float64)
     states = [run.gossip.state["rule"][str(peer)] for peer in run.peers.ids]
     for column, name in enumerate(state_names, len(_COLUMNS)):

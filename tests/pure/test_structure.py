@@ -40,7 +40,7 @@ PURE_MODULES = {
     "adapters/cores": {"adapters.layout"},
     "adapters/peft_layers": {"adapters.layout", "config"},
     "adapters/kinds": {"adapters.cores", "adapters.peft_layers", "config", "plugins"},
-    "metrics/products": {"adapters.batched", "adapters.layout", "seeds", "transport.base"},
+    "metrics/products": {"adapters.batched", "adapters.layout", "adapters.lowrank", "seeds", "transport.base"},
     "metrics/measures": {"adapters.batched", "adapters.layout", "adapters.lowrank", "metrics.products", "transport.base"},
     "metrics/layers": {"adapters.layout", "adapters.lowrank", "metrics.measures", "transport.base"},
     "training/moments": {"adapters.layout", "adapters.lowrank"},

@@ -126,27 +126,32 @@ def test_a_process_is_not_ended_for_one_that_it_does_not_wait_for(always, monkey
 
 
 def test_the_thread_is_out_of_the_store_when_a_watch_has_ended(monkeypatch):
-    """One that comes back from C++ into an interpreter that ends aborts the process."""
-    inside, left = threading.Event(), threading.Event()
-
+    """One that comes back from C++ into an interpreter that ends aborts the process. One that hangs there is not waited for."""
     class Slow(dist.HashStore):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.free, self.left = threading.Event(), threading.Event(), threading.Event()
+
         def check(self, keys):
-            inside.set()
-            time.sleep(0.3)
-            left.set()
+            self.inside.set()
+            self.free.wait(60)
+            self.left.set()
             return False
 
-    watch = Watch(Slow(), 0, "run", lambda: False, None)
-    watch.start()
-    assert inside.wait(10)
+    def begun() -> Watch:
+        watch = Watch(Slow(), 0, "run", lambda: False, None)
+        watch.start()
+        assert watch.store.inside.wait(60)
+        return watch
+
+    watch = begun()
+    monkeypatch.setattr("dfl.transport.watch.LEAVE_SECONDS", 60)
+    threading.Timer(0.3, watch.store.free.set).start()
     watch.end()
-    assert left.is_set() and "dfl-watch" not in [thread.name for thread in threading.enumerate()]
+    assert watch.store.left.is_set() and not watch._thread.is_alive()
+    hanging = begun()
     monkeypatch.setattr("dfl.transport.watch.LEAVE_SECONDS", 0.05)
-    hanging = Watch(Slow(), 0, "run", lambda: False, None)
-    inside.clear()
-    hanging.start()
-    assert inside.wait(10)
-    started = time.monotonic()
     hanging.end()
-    assert time.monotonic() - started < 0.25
-    hanging._thread.join(10)
+    assert not hanging.store.left.is_set() and hanging._thread.is_alive()
+    hanging.store.free.set()
+    hanging._thread.join(60)
