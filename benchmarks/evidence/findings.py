@@ -172,23 +172,6 @@ def expectation(found: Found, task: str, p: float) -> Verdict:
     return Verdict(claim, sparse(points, ahead), why)
 
 
-def saving(found: Found, place: Place, one: str, other: str) -> Verdict:
-    """That `one` sends at most half of the bytes of `other` and is no more than a point below it."""
-    points = differences(found, place, one, other)
-    claim = f"{place.task}, p = {place.p:g}: {one} at half the bytes of {other}"
-    sent = [of_place(found, place, method, lambda cell: cell.get("message_bytes", 0)) for method in (one, other)]
-    seeds = sent[0].keys() & sent[1].keys()
-    whole = sum(sent[1][seed] for seed in seeds)
-    share = sum(sent[0][seed] for seed in seeds) / whole if whole else None
-    why = text(points) if share is None else f"{100 * share:.0f} % of the bytes; {text(points)}"
-    known = estimate(points, scale=100.0)
-    if share is None or known is None or known.half is None:
-        return Verdict(claim, UNDECIDED, why)
-    lost = known.mean + known.half < -1
-    verdict = "refuted" if share > 0.5 or lost else "held" if known.mean - known.half >= -1 else UNDECIDED
-    return Verdict(claim, verdict, why)
-
-
 def last_phase(found: Found, place: Place, method: str, after_b: int, after_a: int) -> Verdict:
     """That a run which ends after a phase of A is ahead of one which ends with B, on validation, of the same run."""
     def gain(cell: dict) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from evidence import findings
 
 TASKS = ("trec6", "sst2")
-P_RATES, SEED_RATES, ROUNDS_RATES, ROUNDS = 0.1, 100, 30, 90
+P_RATES, SEED_RATES, ROUNDS_RATES, ROUNDS, ROUNDS_CLAIMS = 0.1, 100, 30, 90, 30
 SEEDS, MOST_SEEDS = 3, 5
 # the field of a recipe that names the method
 METHOD_FIELD = "method"
@@ -34,6 +34,14 @@ class Entry(NamedTuple):
     rates: str | None = None
 
 
+GRAPHS: dict[str, dict[str, Any]] = {
+    "ring": {"topology": "ring", "trigger": {"name": "periodic", "every": 2}},
+    "one-peer": {"topology": "one_peer_exponential"},
+    "base2": {"topology": {"name": "base_graph", "k": 1}},
+    # the matchings of a complete graph are alike: equal probabilities are the optimum, and need no solver
+    "matcha": {"topology": {"name": "matcha", "base": "complete", "budget": 1 / 9, "optimise": False}},
+    "matching": {"topology": "random_matching"},
+}
 METHODS: dict[str, Entry] = {
     "lora": Entry("lora"),
     "ffa": Entry("ffa"),
@@ -44,16 +52,16 @@ METHODS: dict[str, Entry] = {
     "tad15": Entry("tad", {"T": 15}),
     "tad": Entry("tad"),
     "decaf": Entry("decaf", {"gauge": "own"}),
-    "flora_na": Entry("flora_na"),
-    "fedrot": Entry("fedrot"),
+    "flora_na": Entry("flora_na", rates="lora"),
+    "fedrot": Entry("fedrot", rates="lora"),
     "local": Entry("local", rates="lora"),
     # unequal ranks
-    "carry": Entry("carry", overrides={"lora.rank": RANKS}),
-    "fedhl": Entry("fedhl", overrides={"lora.rank": RANKS}),
-    "hetlora": Entry("hetlora", overrides={"lora.rank": RANKS}),
-    "decaf-ranks": Entry("decaf", {"gauge": "own"}, {"lora.rank": RANKS}),
+    "carry": Entry("carry", overrides={"lora.rank": RANKS}, rates="lora"),
+    "fedhl": Entry("fedhl", overrides={"lora.rank": RANKS}, rates="lora"),
+    "hetlora": Entry("hetlora", overrides={"lora.rank": RANKS}, rates="lora"),
+    "decaf-ranks": Entry("decaf", {"gauge": "own"}, {"lora.rank": RANKS}, rates="decaf"),
     # other adapters
-    "dora": Entry("dora", overrides={"lora.adapter": "dora"}),
+    "dora": Entry("dora", overrides={"lora.adapter": "dora"}, rates="lora"),
     "hira": Entry("hira", overrides={"lora.adapter": "hira"}),
     # ablations at p = 0.02
     "lora-half": Entry("lora", overrides={"train.local_steps": 10}, rates="lora"),
@@ -66,9 +74,8 @@ METHODS: dict[str, Entry] = {
     "decaf-alternating": Entry("decaf", {"gauge": "own"}, {"schedule": {"name": "alternate", "T": 5}}, rates="tad5"),
     **{f"{of}-ratio{ratio}": Entry(name, params, {"train.lr_ratio.B": ratio}, rates=of)
        for of, name, params in (("lora", "lora", {}), ("tad5", "tad", {"T": 5})) for ratio in (1, 10, 100)},
-    # event triggers, at p = 0.1
-    **{f"lora-event{least:g}": Entry("lora", overrides={"trigger": {"name": "event", "threshold": least}}, rates="lora")
-       for least in (0.003, 0.01, 0.03)},
+    # graphs with ten messages a round among ten peers (Base-2: 8.3), as many as the graph of p = 0.1 has (nine)
+    **{f"lora-{graph}": Entry("lora", overrides=overrides, rates="lora") for graph, overrides in GRAPHS.items()},
 }
 CORE = ("lora", "tad5", "ffa", "tad15", "decaf")
 DECIDING = ("lora", "ffa", "tad5", "tad15")
@@ -77,17 +84,23 @@ ABLATIONS = ("lora-half", "lora-balanced", "lora-carried", "tad5-carried", "tad1
              "decaf-alternating", *(f"{of}-ratio{ratio}" for of in ("lora", "tad5") for ratio in (1, 10, 100)))
 UNEQUAL = ("carry", "fedhl", "hetlora", "decaf-ranks")
 ADAPTERS = ("dora", "hira")
-EVENTS = tuple(method for method in METHODS if method.startswith("lora-event"))
-SKEWED, P_GRAPHS = ("lora", "flora_na", "decaf"), 0.2
-SKEWS = {"one": {"partition.fraction": 1.0}, "half": {"partition.fraction": 0.5}}
-GRAPHS = {"ring": "ring", "one-peer": "one_peer_exponential", "base2": {"name": "base_graph", "k": 1},
-          # the matchings of a complete graph are alike: equal probabilities are the optimum, and need no solver
-          "matcha": {"name": "matcha", "base": "complete", "budget": 0.2, "optimise": False}, "matching": "random_matching",
-          "p0.2": {"name": "edge_activation", "base": "complete", "p": 0.2}}
+
+
+class Setting(NamedTuple):
+    """Where one of the other claims is looked at: fields of the recipe beside the task's own, and what is compared."""
+
+    overrides: Mapping[str, Any]
+    methods: tuple[str, ...]
+
+
+P_CLAIMS = 0.1
+SKEWED = ("lora", "flora_na", "decaf")
+SKEWS = {"one": Setting({"partition.fraction": 1.0}, SKEWED), "half": Setting({"partition.fraction": 0.5}, SKEWED)}
+CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *(f"lora-{graph}" for graph in GRAPHS))), **SKEWS}
 
 
 class Cell(NamedTuple):
-    """One run. `setting`: what differs from the task's usual data and graph, by its name in SKEWS or GRAPHS; lr: the
+    """One run. `setting`: what differs from the task's usual data and graph, by its name in CLAIMS; lr: the
     rate of A, ratio: of B to it.
     """
 
@@ -114,8 +127,8 @@ class Cell(NamedTuple):
     def overrides(self) -> dict[str, Any]:
         """What the recipe of the task is given beside its own fields."""
         entry = METHODS[self.method]
-        setting = SKEWS.get(self.setting) or ({"topology": GRAPHS[self.setting]} if self.setting in GRAPHS else {})
-        graph = {} if "topology" in setting else {"topology.p": self.p}
+        setting = CLAIMS[self.setting].overrides if self.setting else {}
+        graph = {} if "topology" in entry.overrides else {"topology.p": self.p}
         return {METHOD_FIELD: {"name": entry.name, **entry.params}, **graph, "seed": self.seed,
                 "train.rounds": self.rounds, "train.lr": self.lr, "train.lr_ratio.B": self.ratio,
                 **REGIME, **setting, **entry.overrides}
@@ -149,14 +162,15 @@ def _rates(found: Found, task: str, methods) -> Iterator[Cell]:
                 yield Cell("rates", task, method, P_RATES, SEED_RATES, lr, ratio, ROUNDS_RATES)
 
 
-def _cells(found: Found, phase: str, task: str, methods, probabilities, seeds, setting: str = "") -> Iterator[Cell]:
+def _cells(found: Found, phase: str, task: str, methods, probabilities, seeds, rounds: int = ROUNDS,
+           setting: str = "") -> Iterator[Cell]:
     """Seed by seed, so that whole sets of pairs come first."""
     for seed in seeds:
         for p in probabilities:
             for method in methods:
                 chosen = rates(found, task, method)
                 if chosen is not None:
-                    yield Cell(phase, task, method, p, seed, *chosen, setting=setting)
+                    yield Cell(phase, task, method, p, seed, *chosen, rounds, setting)
 
 
 def _core(found: Found, task: str, seeds) -> Iterator[Cell]:
@@ -172,14 +186,9 @@ def _rest(found: Found) -> Iterator[Cell]:
 
 
 def _claims(found: Found) -> Iterator[Cell]:
-    seeds, phase, task = range(SEEDS), "claims", "trec6"
-    yield from _cells(found, phase, task, EVENTS, (0.1,), seeds)
-    for skew in SKEWS:
-        yield from _cells(found, phase, task, SKEWED, (0.1,), seeds, skew)
-    yield from _rates(found, task, (*UNEQUAL, *ADAPTERS))
-    yield from _cells(found, phase, task, (*UNEQUAL, *ADAPTERS), (0.1,), seeds)
-    for graph in GRAPHS:
-        yield from _cells(found, phase, task, ("lora",), (P_GRAPHS,), seeds, graph)
+    for name, setting in CLAIMS.items():
+        yield from _rates(found, "trec6", setting.methods)
+        yield from _cells(found, "claims", "trec6", setting.methods, (P_CLAIMS,), range(SEEDS), ROUNDS_CLAIMS, name)
 
 
 PHASES = {

@@ -101,8 +101,9 @@ def _bytes(found: Found) -> Section:
     chart = charts.lines("Accuracy over bytes",
                          "Peers' mean on validation against all messages sent until then; means over seeds.",
                          _over(found, by_bytes, "validation accuracy, %"), x="MB of messages", choose="data and p")
-    lines = [_line(name, colour, cells_of(found, Place("trec6", grid.P_GRAPHS, name), BASE), by_bytes)
-             for colour, name in enumerate(grid.GRAPHS)]
+    names = {BASE: "edge activation, p = 0.1"} | {f"{BASE}-{graph}": graph for graph in grid.GRAPHS}
+    lines = [_line(name, colour, cells_of(found, Place("trec6", grid.P_CLAIMS, "short"), method), by_bytes)
+             for colour, (method, name) in enumerate(names.items())]
     graphs = charts.lines("Topologies at equal bytes", "LoRA on TREC-6, peers' mean on validation; means over seeds.",
                           [charts.variant("trec6", "validation accuracy, %", lines, log=False)], x="MB of messages")
     return Section("What it cost", charts=[found for found in (chart, graphs) if found])

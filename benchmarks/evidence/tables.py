@@ -95,9 +95,8 @@ def verdicts(found: Found) -> list[Verdict]:
     cells.
     """
     expected = [findings.expectation(found, task, p) for task in grid.TASKS for p in PROBABILITIES]
-    saved = [findings.saving(found, Place("trec6", 0.1), method, BASE) for method in grid.EVENTS]
     parity = [findings.last_phase(found, Place(task, 0.02), "tad15", 75, 90) for task in grid.TASKS]
-    return expected + saved + parity + [
+    return expected + parity + [
         findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
         for place, one, other in orderings()]
 
@@ -115,17 +114,18 @@ def orderings() -> list[tuple[Place, str, str]]:
     varied = {method: grid.METHODS[method].rates for method in grid.ABLATIONS if "ratio" not in method}
     found += [(sparse, method, of) for method, of in (varied | {"decaf-alternating": "decaf"}).items()]
     found += [(place, method, "lora") for place in (sparse, some) for method in ("fedrot", "flora_na")]
-    found += [(Place("trec6", 0.1, skew), method, "lora") for skew in grid.SKEWS for method in ("flora_na", "decaf")]
-    found += [(some, "carry", method) for method in grid.UNEQUAL if method != "carry"]
-    return found + [(some, method, "lora") for method in grid.ADAPTERS]
+    for name, setting in grid.CLAIMS.items():
+        place = Place("trec6", grid.P_CLAIMS, name)
+        found += [(place, method, BASE) for method in setting.methods if method not in (BASE, *grid.UNEQUAL)]
+        found += [(place, "carry", method) for method in setting.methods if method in grid.UNEQUAL[1:]]
+    return found
 
 
 def gaps(found: Found) -> str:
     """What the protocol asks for and the cells lack, by task and group of methods; empty when nothing is missing."""
     wanted = [(task, methods, PROBABILITIES) for task in grid.TASKS for methods in (grid.CORE, (*grid.OTHERS, "local"))]
-    wanted += [("trec6", grid.ABLATIONS, (0.02,)), ("trec6", (*grid.UNEQUAL, *grid.ADAPTERS, *grid.EVENTS), (0.1,))]
-    wanted += [("trec6", grid.SKEWED, (0.1,), skew) for skew in grid.SKEWS]
-    wanted += [("trec6", (BASE,), (grid.P_GRAPHS,), graph) for graph in grid.GRAPHS]
+    wanted += [("trec6", grid.ABLATIONS, (0.02,))]
+    wanted += [("trec6", setting.methods, (grid.P_CLAIMS,), name) for name, setting in grid.CLAIMS.items()]
     return "; ".join(text for group in wanted if (text := _gaps_of(found, *group)))
 
 
