@@ -11,8 +11,8 @@ def advice(config: Config) -> str | None:
         return None
     named = f"no method is named, so it is {config.method.name}"
     if not isinstance(config.lora.rank, int):
-        return f"{named}; carry is likelier to suit: ranks may differ, and it mixes products without padding; three seeds of the " \
-               f"matrix toy ({WHERE})"
+        return f"{named}; carry is likelier to suit: ranks may differ, and it mixes products without padding; three seeds of " \
+               f"TREC-6 and of the matrix toy ({WHERE})"
     if config.partition.name == "iid":
         return f"{named}: examples are dealt alike, and no method was ever ahead of the cheapest there ({WHERE})"
     return f"{named}: with partition = {config.partition.name} peers hold unlike examples, and where rates were searched for each, " \
