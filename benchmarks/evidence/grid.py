@@ -95,8 +95,8 @@ class Setting(NamedTuple):
 
 P_CLAIMS = 0.1
 SKEWED = ("lora", "flora_na", "decaf")
-SKEWS = {"one": Setting({"partition.fraction": 1.0}, SKEWED), "half": Setting({"partition.fraction": 0.5}, SKEWED)}
-CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *(f"lora-{graph}" for graph in GRAPHS))), **SKEWS}
+CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *(f"lora-{graph}" for graph in GRAPHS))),
+          "one": Setting({"partition.fraction": 1.0}, SKEWED), "half": Setting({"partition.fraction": 0.5}, SKEWED)}
 
 
 class Cell(NamedTuple):
