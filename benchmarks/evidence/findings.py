@@ -89,8 +89,13 @@ def difference(found: Found, place: Place, one: str, other: str,
 
 def differences(found: Found, place: Place, one: str, other: str) -> list[float]:
     """One - other, seed by seed, in points of test accuracy."""
+    return list(gain_of(found, place, one, other).values())
+
+
+def gain_of(found: Found, place: Place, one: str, other: str) -> dict[int, float]:
+    """By seed that both have, one - other in points of test accuracy."""
     first, second = of_place(found, place, one), of_place(found, place, other)
-    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
 
 
 class Verdict(NamedTuple):
@@ -181,6 +186,22 @@ def last_phase(found: Found, place: Place, method: str, after_b: int, after_a: i
     points = [value for value in of_place(found, place, method, gain).values() if value is not None]
     claim = f"{place.task}, p = {place.p:g}: {method} after round {after_a} (A) > after {after_b} (B), validation"
     return ordering(claim, points)
+
+
+def growth(found: Found, more: Place, less: Place, one: str, other: str) -> Verdict:
+    """That `one` gains more on `other` at one place than at another, seed by seed."""
+    gains = [gain_of(found, place, one, other) for place in (more, less)]
+    points = [gains[0][seed] - gains[1][seed] for seed in sorted(gains[0].keys() & gains[1].keys())]
+    return ordering(f"{more.task}, p = {more.p:g}: {one} - {other} larger at {more.setting} than at {less.setting}", points)
+
+
+def frozen_share(line: dict) -> float | None:
+    """Of a line of diagnostics: the gradient of the frozen factor over that of the trained one; None where both are trained."""
+    trained = set(line["trained"].split("+")) & {"A", "B"}
+    if len(trained) != 1:
+        return None
+    (active,), (frozen,) = trained, {"A", "B"} - trained
+    return line[f"gradient_{frozen}"] / line[f"gradient_{active}"] if line[f"gradient_{active}"] else None
 
 
 def text(points: Sequence[float]) -> str:

@@ -10,10 +10,12 @@ from evidence.findings import UNDECIDED, Found, Place
 from evidence.tables import (
     BASE,
     COLUMNS,
+    MECHANISM,
     PROBABILITIES,
     cells_of,
     gaps,
     mean,
+    mechanism_rows,
     methods_at,
     name_of,
     places,
@@ -113,43 +115,18 @@ def by_bytes(cell: dict) -> list[tuple[float, float]]:
     return [(point["message_bytes"] / 1e6, 100 * point["mean"]) for point in cell["curve"]]
 
 
-def _frozen_share(line: dict) -> float | None:
-    """The gradient of the frozen factor over that of the trained one; None where both are trained."""
-    trained = set(line["trained"].split("+")) & {"A", "B"}
-    if len(trained) != 1:
-        return None
-    (active,), (frozen,) = trained, {"A", "B"} - trained
-    return line[f"gradient_{frozen}"] / line[f"gradient_{active}"] if line[f"gradient_{active}"] else None
-
-
 def _mechanism(found: Found) -> Section:
     made = []
     for title, y, read in (
             ("Disagreement of the products over their norm", "disagreement / norm", lambda line: line["disagreement"]),
-            ("Gradient of the frozen factor at the end of a phase", "frozen / trained", _frozen_share)):
+            ("Gradient of the frozen factor at the end of a phase", "frozen / trained", findings.frozen_share)):
         def curve(cell, read=read):
             return [(line["round"], value) for line in cell["diagnostics"] if (value := read(line)) is not None]
         made.append(charts.lines(title, "Means over seeds.", _over(found, curve, y), choose="data and p"))
-    rows = []
-    for place in places(found):
-        for method in methods_at(found, place):
-            cells = [cell for cell in cells_of(found, place, method) if cell.get("diagnostics")]
-            if cells:
-                last = [cell["diagnostics"][-1] for cell in cells]
-                shares = [share for line in last if (share := _frozen_share(line)) is not None]
-                rows.append([name_of(place), method, f"{mean(line['disagreement'] for line in last):.2f}",
-                             f"{mean(cell['last_third'].get('cross_term_relative', 0.0) for cell in cells):.3f}",
-                             f"{mean(shares):.2f}" if shares else "–", _own_gap(cells)])
-    table = Table("At the end", ["where", "method", "disagreement / product", "cross term / product (last third)",
-                                 "gradient, frozen / trained", "own data minus all"], rows,
+    table = Table("At the end", MECHANISM, mechanism_rows(found),
                   "The last column: validation accuracy on the peers' own distributions minus that on all examples, in "
                   "points.")
     return Section("Why", charts=[chart for chart in made if chart], tables=[table])
-
-
-def _own_gap(cells: Sequence[dict]) -> str:
-    gaps = [100 * (cell["final"]["own"] - cell["final"]["mean"]) for cell in cells if "own" in cell["final"]]
-    return f"{mean(gaps):+.1f}" if gaps else "–"
 
 
 def _rates(found: Found) -> Section:

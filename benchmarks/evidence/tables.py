@@ -14,6 +14,8 @@ from evidence.findings import Found, Place, Verdict
 BASE = "lora"
 PROBABILITIES = (0.02, 0.1, 0.5)
 COLUMNS = ["data", "p", "method", "rates of A, B", "peers' mean", "worst peer", "consensus", "minus LoRA", "MB sent"]
+MECHANISM = ["where", "method", "disagreement / product", "cross term / product (last third)",
+             "gradient, frozen / trained", "own data minus all"]
 MARKS = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(\n<!-- end of evidence -->)", re.S)
 
 
@@ -76,6 +78,27 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
+def mechanism_rows(found: Found) -> list[list[str]]:
+    """A row for each method at each place, where its cells looked into the factors: means over seeds, at the end."""
+    rows = []
+    for place in places(found):
+        for method in methods_at(found, place):
+            cells = [cell for cell in cells_of(found, place, method) if cell.get("diagnostics")]
+            if cells:
+                last = [cell["diagnostics"][-1] for cell in cells]
+                shares = [share for line in last if (share := findings.frozen_share(line)) is not None]
+                rows.append([name_of(place), method, f"{mean(line['disagreement'] for line in last):.2f}",
+                             f"{mean(cell['last_third'].get('cross_term_relative', 0.0) for cell in cells):.3f}",
+                             f"{mean(shares):.2f}" if shares else "–", own_gap(cells)])
+    return rows
+
+
+def own_gap(cells: Sequence[dict]) -> str:
+    """Validation accuracy on the peers' own distributions minus that on all examples, in points."""
+    gaps = [100 * (cell["final"]["own"] - cell["final"]["mean"]) for cell in cells if "own" in cell["final"]]
+    return f"{mean(gaps):+.1f}" if gaps else "–"
+
+
 def rate_rows(found: Found) -> list[list[str]]:
     """A row a method: every pair of rates with its score."""
     rows = []
@@ -96,9 +119,10 @@ def verdicts(found: Found) -> list[Verdict]:
     """
     expected = [findings.expectation(found, task, p) for task in grid.TASKS for p in PROBABILITIES]
     parity = [findings.last_phase(found, Place(task, 0.02), "tad15", 75, 90) for task in grid.TASKS]
-    return expected + parity + [
-        findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
-        for place, one, other in orderings()]
+    found_orderings = [findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
+                       for place, one, other in orderings()]
+    skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("one", "half")]
+    return expected + parity + found_orderings + [findings.growth(found, *skews, "flora_na", BASE)]
 
 
 def with_pairs(verdict: Verdict) -> bool:
@@ -111,7 +135,7 @@ def orderings() -> list[tuple[Place, str, str]]:
     found = [(place, "decaf", "lora") for place in both]
     found += [(place, tad, other) for place in both for tad in ("tad5", "tad15") for other in ("ffa", "rolora")]
     found += [(place, "tad15", "tad1") for place in both]
-    varied = {method: grid.METHODS[method].rates for method in grid.ABLATIONS if "ratio" not in method}
+    varied = {method: grid.METHODS[method].rates for method in grid.ABLATIONS}
     found += [(sparse, method, of) for method, of in (varied | {"decaf-alternating": "decaf"}).items()]
     found += [(place, method, "lora") for place in (sparse, some) for method in ("fedrot", "flora_na")]
     for name, setting in grid.CLAIMS.items():
@@ -149,6 +173,7 @@ def with_tables(document: str, found: Found) -> str:
     made = {"short": lambda: short(found),
             "results": lambda: table(COLUMNS, result_rows(found)) if reported(found) else "No cell is reported yet.",
             "verdicts": lambda: verdict_table(found),
+            "why": lambda: table(MECHANISM, mechanism_rows(found)),
             "rates": lambda: table(["data", "method", "rates of A, B tried: validation accuracy"], rate_rows(found)),
             "missing": lambda: f"Missing so far: {gaps(found)}." if gaps(found) else "Nothing of the grid is missing."}
     return MARKS.sub(lambda match: match[1] + "\n" + made[match[2]]() + "\n" + match[3], document)

@@ -239,6 +239,33 @@ def test_the_parity_of_the_last_phase_is_read_from_one_run():
     assert findings.last_phase({}, findings.Place("trec6", 0.02), "tad15", 75, 90).verdict == "not decided"
 
 
+def test_a_gain_that_grows_is_told_from_one_that_does_not():
+    found = {}
+    for setting, gains in (("one", (5, 6, 7)), ("half", (1, 2.1, 3.2))):
+        for seed, gain in enumerate(gains):
+            for method, accuracy in (("lora", 60 + 9 * seed), ("flora_na", 60 + 9 * seed + gain)):
+                cell = grid.Cell("claims", "trec6", method, 0.1, seed, 2e-3, 1, 30, setting)
+                found[cell.name] = result(cell, accuracy / 100)
+    one, half = (findings.Place("trec6", 0.1, setting) for setting in ("one", "half"))
+    said = findings.growth(found, one, half, "flora_na", "lora")
+    assert said.verdict == "held" and said.why.startswith("+4.0, +3.9, +3.8") and "larger at one than at half" in said.claim
+    assert findings.growth(found, half, one, "flora_na", "lora").verdict == "refuted"
+    assert any(verdict == said for verdict in tables.verdicts(found))
+
+
+def test_what_the_diagnostics_say_is_a_row_a_method():
+    found = cells_with({"lora": [60, 50], "tad5": [62]})
+    for cell in found.values():
+        cell["diagnostics"] = [{"disagreement": 0.9, "trained": "B"},
+                               {"disagreement": 0.4 + cell["seed"] / 10, "trained": "B" if cell["method"] == "tad5" else "A+B",
+                                "gradient_A": 0.1, "gradient_B": 0.4}]
+        cell["last_third"] = {"cross_term_relative": 0.02}
+        cell["final"] = cell["final"] | {"own": cell["final"]["mean"] + 0.1}
+    place = "trec6, p = 0.02"
+    assert tables.mechanism_rows(found) == [[place, "lora", "0.45", "0.020", "–", "+10.0"],
+                                            [place, "tad5", "0.40", "0.020", "0.25", "+10.0"]]
+
+
 def test_a_failed_cell_is_left_out_of_a_call_and_begun_again_in_the_next(tmp_path):
     begun = []
 
@@ -503,7 +530,7 @@ def test_the_page_draws_what_the_cells_say():
 
 @pytest.mark.parametrize("trained, share", [("B", 0.25), ("A+head", 4.0), ("A+B", None), ("A+B+M", None)])
 def test_the_frozen_factors_gradient_is_relative_to_the_trained_ones(trained, share):
-    assert page._frozen_share({"trained": trained, "gradient_A": 0.1, "gradient_B": 0.4}) == share
+    assert findings.frozen_share({"trained": trained, "gradient_A": 0.1, "gradient_B": 0.4}) == share
 
 
 def test_topologies_are_compared_over_bytes_and_rates_are_listed():
@@ -543,7 +570,7 @@ def test_tables_are_made_anew_between_their_marks():
 def test_the_documents_tables_are_those_of_the_committed_cells():
     path = ROOT / "benchmarks" / "results" / "evidence.json"
     found = json.loads(path.read_text())["cells"] if path.exists() else {}
-    for folder, count in (("benchmarks", 4), ("", 1)):
+    for folder, count in (("benchmarks", 5), ("", 1)):
         text = (ROOT / folder / "README.md").read_text()
         assert len(tables.MARKS.findall(text)) == text.count("<!-- evidence: ") == count
         assert tables.with_tables(text, found) == text
