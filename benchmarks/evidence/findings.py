@@ -6,7 +6,7 @@ Pure functions of the stored cells. Accuracy is in percent and differences in po
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from dfl.report.statistics import LEAST_VALUES, Estimate, estimate, paired
+from dfl.report.statistics import LEAST_VALUES, estimate
 
 LR, RATIOS, WIDER = 2e-3, (1, 4, 16), 64
 Point = tuple[float, float]
@@ -79,12 +79,6 @@ def of_place(found: Found, place: Place, method: str, read: Callable[[dict], flo
     """By seed, what `read` finds in the reported cells of a method."""
     return {cell["seed"]: read(cell) for cell in found.values() if cell["phase"] != "rates" and cell["method"] == method
             and (cell["task"], cell["p"], cell["setting"]) == place}
-
-
-def difference(found: Found, place: Place, one: str, other: str,
-               read: Callable[[dict], float] = test) -> Estimate | None:
-    """The mean of one - other over the seeds that both have, with its interval; None without a pair."""
-    return paired(of_place(found, place, one, read), of_place(found, place, other, read))
 
 
 def differences(found: Found, place: Place, one: str, other: str) -> list[float]:

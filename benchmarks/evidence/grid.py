@@ -42,6 +42,8 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "matcha": {"topology": {"name": "matcha", "base": "complete", "budget": 1 / 9, "optimise": False}},
     "matching": {"topology": "random_matching"},
 }
+# rows of LoRA on these graphs
+ON_GRAPHS = {f"lora-{graph}": graph for graph in GRAPHS}
 # LoRA's own search came to a ratio of 1, so that its row of ratio 1 is `lora` itself
 LORA_RATIOS, TAD_RATIOS = (10, 100), (1, 10, 100)
 METHODS: dict[str, Entry] = {
@@ -77,7 +79,7 @@ METHODS: dict[str, Entry] = {
     **{f"lora-ratio{ratio}": Entry("lora", {}, {"train.lr_ratio.B": ratio}, rates="lora") for ratio in LORA_RATIOS},
     **{f"tad5-ratio{ratio}": Entry("tad", {"T": 5}, {"train.lr_ratio.B": ratio}, rates="tad5") for ratio in TAD_RATIOS},
     # graphs with ten messages a round among ten peers (Base-2: 8.3), as many as the graph of p = 0.1 has (nine)
-    **{f"lora-{graph}": Entry("lora", overrides=overrides, rates="lora") for graph, overrides in GRAPHS.items()},
+    **{method: Entry("lora", overrides=GRAPHS[graph], rates="lora") for method, graph in ON_GRAPHS.items()},
 }
 CORE = ("lora", "tad5", "ffa", "tad15", "decaf")
 DECIDING = ("lora", "ffa", "tad5", "tad15")
@@ -98,7 +100,7 @@ class Setting(NamedTuple):
 
 P_CLAIMS = 0.1
 SKEWED = ("lora", "flora_na", "decaf")
-CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *(f"lora-{graph}" for graph in GRAPHS))),
+CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *ON_GRAPHS)),
           "one": Setting({"partition.fraction": 1.0}, SKEWED), "half": Setting({"partition.fraction": 0.5}, SKEWED)}
 
 

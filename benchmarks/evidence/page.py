@@ -103,7 +103,7 @@ def _bytes(found: Found) -> Section:
     chart = charts.lines("Accuracy over bytes",
                          "Peers' mean on validation against all messages sent until then; means over seeds.",
                          _over(found, by_bytes, "validation accuracy, %"), x="MB of messages", choose="data and p")
-    names = {BASE: "edge activation, p = 0.1"} | {f"{BASE}-{graph}": graph for graph in grid.GRAPHS}
+    names = {BASE: "edge activation, p = 0.1"} | grid.ON_GRAPHS
     lines = [_line(name, colour, cells_of(found, Place("trec6", grid.P_CLAIMS, "short"), method), by_bytes)
              for colour, (method, name) in enumerate(names.items())]
     graphs = charts.lines("Topologies at equal bytes", "LoRA on TREC-6, peers' mean on validation; means over seeds.",
