@@ -121,7 +121,7 @@ def verdicts(found: Found) -> list[Verdict]:
     parity = [findings.last_phase(found, Place(task, 0.02), "tad15", 75, 90) for task in grid.TASKS]
     found_orderings = [findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
                        for place, one, other in orderings()]
-    skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("one", "half")]
+    skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half")]
     return expected + parity + found_orderings + [findings.growth(found, *skews, "flora_na", BASE)]
 
 
@@ -147,13 +147,14 @@ def orderings() -> list[tuple[Place, str, str]]:
 
 def gaps(found: Found) -> str:
     """What the protocol asks for and the cells lack, by task and group of methods; empty when nothing is missing."""
-    wanted = [(task, methods, PROBABILITIES) for task in grid.TASKS for methods in (grid.CORE, (*grid.OTHERS, "local"))]
+    wanted: list[tuple] = [(task, methods, PROBABILITIES) for task in grid.TASKS for methods in (grid.CORE, (*grid.OTHERS, "local"))]
     wanted += [("trec6", grid.ABLATIONS, (0.02,))]
-    wanted += [("trec6", setting.methods, (grid.P_CLAIMS,), name) for name, setting in grid.CLAIMS.items()]
+    wanted += [("trec6", setting.methods, (grid.P_CLAIMS,), name, setting.seeds) for name, setting in grid.CLAIMS.items()]
     return "; ".join(text for group in wanted if (text := _gaps_of(found, *group)))
 
 
-def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Sequence[float], setting: str = "") -> str:
+def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Sequence[float], setting: str = "",
+             wanted: int = grid.SEEDS) -> str:
     seeds = {(method, p): len(findings.of_place(found, Place(task, p, setting), method))
              for method in methods for p in probabilities}
     task = f"{task} ({setting})" if setting else task
@@ -161,8 +162,8 @@ def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Seq
         return f"all of {', '.join(methods)} on {task}"
     lacking: dict[tuple[str, ...], list[str]] = {}
     for method in methods:
-        short = tuple(f"{p:g}" + (f" ({num} of {grid.SEEDS} seeds)" if num else "") for p in probabilities
-                      if (num := seeds[method, p]) < grid.SEEDS)
+        short = tuple(f"{p:g}" + (f" ({num} of {wanted} seeds)" if num else "") for p in probabilities
+                      if (num := seeds[method, p]) < wanted)
         lacking.setdefault(short, []).append(method)
     return "; ".join(f"{', '.join(names)} on {task} at p = {', '.join(short)}"
                      for short, names in lacking.items() if short)

@@ -140,7 +140,8 @@ def test_the_other_claims_are_looked_at_after_as_many_steps_as_rates_are():
     25 in three rounds of Base-2's.
     """
     claims = {cell.name: cell for cell in grid.plan(everything(), ("claims",)) if cell.phase == "claims"}.values()
-    assert {(cell.rounds, cell.p) for cell in claims} == {(30, 0.1)} and {cell.seed for cell in claims} == {0, 1, 2}
+    steps = {cell.rounds * cell.overrides()["train.local_steps"] for cell in claims}
+    assert steps == {600} and {(cell.p, cell.seed) for cell in claims} == {(0.1, 0), (0.1, 1), (0.1, 2)}
     messages = {}
     for cell in claims:
         if (cell.setting, cell.seed) == ("short", 0) and cell.method in ("lora", *grid.ON_GRAPHS):
@@ -241,15 +242,15 @@ def test_the_parity_of_the_last_phase_is_read_from_one_run():
 
 def test_a_gain_that_grows_is_told_from_one_that_does_not():
     found = {}
-    for setting, gains in (("one", (5, 6, 7)), ("half", (1, 2.1, 3.2))):
+    for setting, gains in (("short", (5, 6, 7)), ("half", (1, 2.1, 3.2))):
         for seed, gain in enumerate(gains):
             for method, accuracy in (("lora", 60 + 9 * seed), ("flora_na", 60 + 9 * seed + gain)):
                 cell = grid.Cell("claims", "trec6", method, 0.1, seed, 2e-3, 1, 30, setting)
                 found[cell.name] = result(cell, accuracy / 100)
-    one, half = (findings.Place("trec6", 0.1, setting) for setting in ("one", "half"))
-    said = findings.growth(found, one, half, "flora_na", "lora")
-    assert said.verdict == "held" and said.why.startswith("+4.0, +3.9, +3.8") and "larger at one than at half" in said.claim
-    assert findings.growth(found, half, one, "flora_na", "lora").verdict == "refuted"
+    short, half = (findings.Place("trec6", 0.1, setting) for setting in ("short", "half"))
+    said = findings.growth(found, short, half, "flora_na", "lora")
+    assert said.verdict == "held" and said.why.startswith("+4.0, +3.9, +3.8") and "larger at short than at half" in said.claim
+    assert findings.growth(found, half, short, "flora_na", "lora").verdict == "refuted"
     assert any(verdict == said for verdict in tables.verdicts(found))
 
 
