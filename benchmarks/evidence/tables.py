@@ -11,7 +11,7 @@ from dfl.report.statistics import LEAST_VALUES, estimate
 from evidence import findings, grid
 from evidence.findings import Found, Place, Verdict
 
-BASE = "lora"
+BASE, RING = "lora", "lora-ring"
 PROBABILITIES = (0.02, 0.1, 0.5)
 COLUMNS = ["data", "p", "method", "rates of A, B", "peers' mean", "worst peer", "consensus", "minus LoRA", "MB sent"]
 MECHANISM = ["where", "method", "disagreement / product", "cross term / product (last third)",
@@ -142,6 +142,7 @@ def orderings() -> list[tuple[Place, str, str]]:
         place = Place("trec6", grid.P_CLAIMS, name)
         found += [(place, method, BASE) for method in setting.methods if method not in (BASE, *grid.UNEQUAL)]
         found += [(place, "carry", method) for method in setting.methods if method in grid.UNEQUAL[1:]]
+        found += [(place, method, RING) for method in setting.methods if method in grid.ON_GRAPHS and method != RING]
     return found
 
 

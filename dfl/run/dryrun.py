@@ -39,7 +39,7 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
         examples, parts = ready(config, topology, device, place)
         prepared = examples.prepared
         data = tasks.summary_lines(tasks.summarise(prepared.kind.name, prepared.train, prepared.valid, config.data))
-    told = [*_code(config), *filter(None, [advice(config)]), *missing]
+    told = [*_code(config), *advice(config), *missing]
     return "".join([*_comments(told), yaml.safe_dump(config.to_dict(), sort_keys=False),
                     *_comments(data), *_comments(memory_lines(parts, device, place) if parts else [])])
 

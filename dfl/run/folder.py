@@ -277,7 +277,7 @@ class Recording:
         if run.completed == 0:
             self.console.say(shards)
         self.console.say(_opening(config, run, runtime, loaded))
-        if told := advice(config):
+        for told in advice(config):
             self.console.say(told)
 
     def round(self, record: dict) -> None:

@@ -1,4 +1,4 @@
-"""A recipe that names no method is told which one is likelier to suit it; one that chooses is told nothing."""
+"""A recipe that names no method or no topology is told which one is likelier to suit it; one that chooses is told nothing."""
 
 import re
 from pathlib import Path
@@ -16,13 +16,22 @@ from dfl.run.train import train
     ({}, ": examples are dealt alike"), ({"partition": "dirichlet"}, ": with partition = dirichlet"),
     ({"peers": 4, "lora": {"rank": [4, 4, 8, 8]}}, "; carry is likelier to suit: ranks may differ")])
 def test_it_names_a_method_and_the_reason(tree, said):
-    told = advice(from_dict(tree))
+    (told,) = advice(from_dict({"topology": "ring"} | tree))
     assert told.startswith(f"no method is named, so it is lora{said}") and told.endswith(f"({WHERE})")
 
 
 @pytest.mark.parametrize("tree", [{"method": "tad"}, {"method": {"name": "lora"}}, {"schedule": "alternating"}])
 def test_who_chooses_is_told_nothing(tree):
-    assert advice(from_dict(tree)) is None
+    assert advice(from_dict(tree)) == []
+
+
+@pytest.mark.parametrize("tree, told", [
+    ({"partition": "dirichlet"}, True), ({}, False), ({"partition": "dirichlet", "peers": 3}, False),
+    ({"partition": "dirichlet", "topology": "ring"}, False)])
+def test_a_graph_is_suggested_where_examples_are_unlike(tree, told):
+    lines = advice(from_dict({"method": "lora"} | tree))
+    assert len(lines) == told
+    assert all(line.startswith("no topology is named, so it is ring; ") and line.endswith(f"({WHERE})") for line in lines)
 
 
 def test_what_it_rests_on_is_where_it_says():
