@@ -83,10 +83,10 @@ def of_place(found: Found, place: Place, method: str, read: Callable[[dict], flo
 
 def differences(found: Found, place: Place, one: str, other: str) -> list[float]:
     """One - other, seed by seed, in points of test accuracy."""
-    return list(gain_of(found, place, one, other).values())
+    return list(_by_seed(found, place, one, other).values())
 
 
-def gain_of(found: Found, place: Place, one: str, other: str) -> dict[int, float]:
+def _by_seed(found: Found, place: Place, one: str, other: str) -> dict[int, float]:
     """By seed that both have, one - other in points of test accuracy."""
     first, second = of_place(found, place, one), of_place(found, place, other)
     return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
@@ -184,7 +184,7 @@ def last_phase(found: Found, place: Place, method: str, after_b: int, after_a: i
 
 def growth(found: Found, more: Place, less: Place, one: str, other: str) -> Verdict:
     """That `one` gains more on `other` at one place than at another, seed by seed."""
-    gains = [gain_of(found, place, one, other) for place in (more, less)]
+    gains = [_by_seed(found, place, one, other) for place in (more, less)]
     points = [gains[0][seed] - gains[1][seed] for seed in sorted(gains[0].keys() & gains[1].keys())]
     return ordering(f"{more.task}, p = {more.p:g}: {one} - {other} larger at {more.setting} than at {less.setting}", points)
 

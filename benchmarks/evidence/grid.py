@@ -45,7 +45,10 @@ GRAPHS: dict[str, dict[str, Any]] = {
 # rows of LoRA on these graphs
 ON_GRAPHS = {f"lora-{graph}": graph for graph in GRAPHS}
 # LoRA's own search came to a ratio of 1, so that its row of ratio 1 is `lora` itself
-LORA_RATIOS, TAD_RATIOS = (10, 100), (1, 10, 100)
+WITH_RATIOS = {
+    **{f"lora-ratio{ratio}": Entry("lora", {}, {"train.lr_ratio.B": ratio}, rates="lora") for ratio in (10, 100)},
+    **{f"tad5-ratio{ratio}": Entry("tad", {"T": 5}, {"train.lr_ratio.B": ratio}, rates="tad5") for ratio in (1, 10, 100)},
+}
 METHODS: dict[str, Entry] = {
     "lora": Entry("lora"),
     "ffa": Entry("ffa"),
@@ -76,8 +79,7 @@ METHODS: dict[str, Entry] = {
     "lora-head": Entry("lora", overrides={"lora.head": "mixed"}, rates="lora"),
     "tad5-head": Entry("tad", {"T": 5}, {"lora.head": "mixed"}, rates="tad5"),
     "decaf-alternating": Entry("decaf", {"gauge": "own"}, {"schedule": {"name": "alternate", "T": 5}}, rates="tad5"),
-    **{f"lora-ratio{ratio}": Entry("lora", {}, {"train.lr_ratio.B": ratio}, rates="lora") for ratio in LORA_RATIOS},
-    **{f"tad5-ratio{ratio}": Entry("tad", {"T": 5}, {"train.lr_ratio.B": ratio}, rates="tad5") for ratio in TAD_RATIOS},
+    **WITH_RATIOS,
     # graphs with ten messages a round among ten peers (Base-2: 8.3), as many as the graph of p = 0.1 has (nine)
     **{method: Entry("lora", overrides=GRAPHS[graph], rates="lora") for method, graph in ON_GRAPHS.items()},
 }
@@ -85,8 +87,7 @@ CORE = ("lora", "tad5", "ffa", "tad15", "decaf")
 DECIDING = ("lora", "ffa", "tad5", "tad15")
 OTHERS = ("rolora", "tad1", "tad3", "tad", "flora_na", "fedrot")
 ABLATIONS = ("lora-half", "lora-balanced", "lora-carried", "tad5-carried", "tad15-carried", "lora-head", "tad5-head",
-             "decaf-alternating", *(f"lora-ratio{ratio}" for ratio in LORA_RATIOS),
-             *(f"tad5-ratio{ratio}" for ratio in TAD_RATIOS))
+             "decaf-alternating", *WITH_RATIOS)
 UNEQUAL = ("carry", "fedhl", "hetlora", "decaf-ranks")
 ADAPTERS = ("dora", "hira")
 

@@ -89,11 +89,11 @@ def mechanism_rows(found: Found) -> list[list[str]]:
                 shares = [share for line in last if (share := findings.frozen_share(line)) is not None]
                 rows.append([name_of(place), method, f"{mean(line['disagreement'] for line in last):.2f}",
                              f"{mean(cell['last_third'].get('cross_term_relative', 0.0) for cell in cells):.3f}",
-                             f"{mean(shares):.2f}" if shares else "–", own_gap(cells)])
+                             f"{mean(shares):.2f}" if shares else "–", _own_gap(cells)])
     return rows
 
 
-def own_gap(cells: Sequence[dict]) -> str:
+def _own_gap(cells: Sequence[dict]) -> str:
     """Validation accuracy on the peers' own distributions minus that on all examples, in points."""
     gaps = [100 * (cell["final"]["own"] - cell["final"]["mean"]) for cell in cells if "own" in cell["final"]]
     return f"{mean(gaps):+.1f}" if gaps else "–"
@@ -119,10 +119,10 @@ def verdicts(found: Found) -> list[Verdict]:
     """
     expected = [findings.expectation(found, task, p) for task in grid.TASKS for p in PROBABILITIES]
     parity = [findings.last_phase(found, Place(task, 0.02), "tad15", 75, 90) for task in grid.TASKS]
-    found_orderings = [findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
-                       for place, one, other in orderings()]
+    compared = [findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
+                for place, one, other in orderings()]
     skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half")]
-    return expected + parity + found_orderings + [findings.growth(found, *skews, "flora_na", BASE)]
+    return expected + parity + compared + [findings.growth(found, *skews, "flora_na", BASE)]
 
 
 def with_pairs(verdict: Verdict) -> bool:
