@@ -111,6 +111,14 @@ CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *ON_GRAP
           # with 20 local steps nothing is learnt of the classes of others: as many steps, in ten times the rounds
           "one-often": Setting({"partition.fraction": 1.0, "train.local_steps": 2, "eval.every": 150}, SKEWED,
                                10 * ROUNDS_CLAIMS)}
+# findings that came after results, to be asked of the other data: by setting the methods
+REPEATED = {"short": ("lora-ring", "lora-one-peer", "lora-base2")}
+
+
+def studies() -> list[tuple[str, str, Setting]]:
+    """(task, name of the setting, setting) of every small study."""
+    again = [("sst2", name, CLAIMS[name]._replace(methods=methods)) for name, methods in REPEATED.items()]
+    return [*(("trec6", name, setting) for name, setting in CLAIMS.items()), *again]
 
 
 class Cell(NamedTuple):
@@ -200,9 +208,9 @@ def _rest(found: Found) -> Iterator[Cell]:
 
 
 def _claims(found: Found) -> Iterator[Cell]:
-    for name, setting in CLAIMS.items():
-        yield from _rates(found, "trec6", setting.methods)
-        yield from _cells(found, "claims", "trec6", setting.methods, (P_CLAIMS,), range(setting.seeds), setting.rounds, name)
+    for task, name, setting in studies():
+        yield from _rates(found, task, setting.methods)
+        yield from _cells(found, "claims", task, setting.methods, (P_CLAIMS,), range(setting.seeds), setting.rounds, name)
 
 
 PHASES = {

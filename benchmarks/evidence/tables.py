@@ -138,9 +138,9 @@ def orderings() -> list[tuple[Place, str, str]]:
     varied = {method: grid.METHODS[method].rates for method in grid.ABLATIONS}
     found += [(sparse, method, of) for method, of in (varied | {"decaf-alternating": "decaf"}).items()]
     found += [(place, method, "lora") for place in (sparse, some) for method in ("fedrot", "flora_na")]
-    for name, setting in grid.CLAIMS.items():
-        place = Place("trec6", grid.P_CLAIMS, name)
-        found += [(place, method, BASE) for method in setting.methods if method not in (BASE, *grid.UNEQUAL)]
+    for task, name, setting in grid.studies():
+        place, with_base = Place(task, grid.P_CLAIMS, name), BASE in setting.methods
+        found += [(place, method, BASE) for method in setting.methods if with_base and method not in (BASE, *grid.UNEQUAL)]
         found += [(place, "carry", method) for method in setting.methods if method in grid.UNEQUAL[1:]]
         found += [(place, method, RING) for method in setting.methods if method in grid.ON_GRAPHS and method != RING]
     return found
@@ -150,7 +150,7 @@ def gaps(found: Found) -> str:
     """What the protocol asks for and the cells lack, by task and group of methods; empty when nothing is missing."""
     wanted: list[tuple] = [(task, methods, PROBABILITIES) for task in grid.TASKS for methods in (grid.CORE, (*grid.OTHERS, "local"))]
     wanted += [("trec6", grid.ABLATIONS, (0.02,))]
-    wanted += [("trec6", setting.methods, (grid.P_CLAIMS,), name, setting.seeds) for name, setting in grid.CLAIMS.items()]
+    wanted += [(task, setting.methods, (grid.P_CLAIMS,), name, setting.seeds) for task, name, setting in grid.studies()]
     return "; ".join(text for group in wanted if (text := _gaps_of(found, *group)))
 
 

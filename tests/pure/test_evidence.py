@@ -200,6 +200,21 @@ def test_differences_are_taken_within_pairs():
     assert findings.differences(found, findings.Place("trec6", 0.1), "tad5", "lora") == []
 
 
+def test_the_interval_of_tad_is_chosen_on_validation_over_the_seeds_that_both_have():
+    place = findings.Place("trec6", 0.02)
+    assert findings.chosen_interval(cells_with({"tad5": [60, 50, 90], "tad15": [58, 55]}), place) == "tad15"
+    assert findings.chosen_interval(cells_with({"tad5": [60, 50]}), place) == "tad5"  # the only one that has been run
+    assert findings.chosen_interval(cells_with({"lora": [60]}), place) is None
+
+
+def test_graphs_are_compared_again_on_the_other_data_without_more_cells_than_that_takes():
+    again = {cell.method for cell in grid.plan(everything()) if (cell.task, cell.setting) == ("sst2", "short")}
+    assert again == {"lora-ring", "lora-one-peer", "lora-base2"}
+    place = findings.Place("sst2", 0.1, "short")
+    asked = [(one, other) for where, one, other in tables.orderings() if where == place]
+    assert asked == [("lora-one-peer", "lora-ring"), ("lora-base2", "lora-ring")]
+
+
 @pytest.mark.parametrize("tad, verdict", [([62, 52.5, 72.4], "held"), ([62, 50, 72], "refuted"),
                                           ([61, 59, 70.5], "not decided"),
                                           ([62, 52], "not decided")])
