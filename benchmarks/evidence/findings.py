@@ -185,11 +185,11 @@ def last_phase(found: Found, place: Place, method: str, after_b: int, after_a: i
     return ordering(claim, points)
 
 
-def growth(found: Found, more: Place, less: Place, one: str, other: str) -> Verdict:
-    """That `one` gains more on `other` at one place than at another, seed by seed."""
+def growth(claim: str, found: Found, more: Place, less: Place, one: str, other: str) -> Verdict:
+    """Of a claim that `one` gains more on `other` at one place than at another, seed by seed."""
     gains = [_by_seed(found, place, one, other) for place in (more, less)]
     points = [gains[0][seed] - gains[1][seed] for seed in sorted(gains[0].keys() & gains[1].keys())]
-    return ordering(f"{more.task}, p = {more.p:g}: {one} - {other} larger at {more.setting} than at {less.setting}", points)
+    return ordering(claim, points)
 
 
 def frozen_share(line: dict) -> float | None:

@@ -93,10 +93,11 @@ ADAPTERS = ("dora", "hira")
 
 
 class Setting(NamedTuple):
-    """Where one of the other claims is looked at: fields of the recipe beside the task's own, what is compared, and for
-    how long.
+    """Where one of the other claims is looked at: what readers are told of it, fields of the recipe beside the task's
+    own, what is compared, and for how long.
     """
 
+    label: str
     overrides: Mapping[str, Any]
     methods: tuple[str, ...]
     rounds: int = ROUNDS_CLAIMS
@@ -105,11 +106,12 @@ class Setting(NamedTuple):
 
 P_CLAIMS = 0.1
 SKEWED = ("lora", "flora_na", "decaf")
-CLAIMS = {"short": Setting({}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *ON_GRAPHS)),
-          "half": Setting({"partition.fraction": 0.5}, SKEWED),
-          "one": Setting({"partition.fraction": 1.0}, SKEWED, seeds=1),
+CLAIMS = {"short": Setting("600 steps", {}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *ON_GRAPHS)),
+          "half": Setting("half of one class", {"partition.fraction": 0.5}, SKEWED),
+          "one": Setting("one class a peer", {"partition.fraction": 1.0}, SKEWED, seeds=1),
           # with 20 local steps nothing is learnt of the classes of others: as many steps, in ten times the rounds
-          "one-often": Setting({"partition.fraction": 1.0, "train.local_steps": 2, "eval.every": 150}, SKEWED,
+          "one-often": Setting("one class a peer, 2 steps a round",
+                               {"partition.fraction": 1.0, "train.local_steps": 2, "eval.every": 150}, SKEWED,
                                10 * ROUNDS_CLAIMS)}
 # findings that came after results, to be asked of the other data: by setting the methods
 REPEATED = {"short": ("lora-ring", "lora-one-peer", "lora-base2")}

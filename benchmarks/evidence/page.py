@@ -31,8 +31,8 @@ def html(found: Found) -> str:
     sections = [_verdicts(found), _results(found), _differences(found), _bytes(found), _mechanism(found), _rates(found),
                 _cells(found)]
     missing = gaps(found)
-    lead = ("Ten peers, MiniLM of three layers, 1,800 local steps a peer (settings with a name: 600); accuracy on test in "
-            "percent. The protocol was written down before: benchmarks/evidence/PROTOCOL.md.")
+    lead = ("Ten peers, MiniLM of three layers, 1,800 local steps a peer (600 where a row names more than a method); accuracy on "
+            "test in percent. The protocol was written down before: benchmarks/evidence/PROTOCOL.md.")
     return page("Which method wins, when, and why", lead,
                 [("cells", str(len(found))), ("of them reported", str(len(reported(found)))),
                  ("decided", str(sum(v.verdict != UNDECIDED for v in verdicts(found))))],

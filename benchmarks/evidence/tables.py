@@ -31,7 +31,11 @@ def places(found: Found) -> list[Place]:
 
 
 def name_of(place: Place) -> str:
-    return f"{place.task}, p = {place.p:g}{', ' + place.setting if place.setting else ''}"
+    return _with_label(f"{place.task}, p = {place.p:g}", place.setting)
+
+
+def _with_label(text: str, setting: str) -> str:
+    return f"{text}, {grid.CLAIMS[setting].label}" if setting else text
 
 
 def methods_at(found: Found, place: Place) -> list[str]:
@@ -59,7 +63,7 @@ def result_rows(found: Found) -> list[list[str]]:
     for place in places(found):
         for method in methods_at(found, place):
             cells = cells_of(found, place, method)
-            label = method if not place.setting else f"{method}, {place.setting}"
+            label = _with_label(method, place.setting)
             against = "–" if method == BASE else show(findings.differences(found, place, method, BASE), signed=True)
             figures = [show([findings.test(cell, what) for cell in cells]) for what in ("mean", "min", "consensus")]
             sent = [cell["message_bytes"] / 1e6 for cell in cells if "message_bytes" in cell]
@@ -122,7 +126,8 @@ def verdicts(found: Found) -> list[Verdict]:
     compared = [findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
                 for place, one, other in orderings()]
     skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half")]
-    return expected + parity + compared + [findings.growth(found, *skews, "flora_na", BASE)]
+    grows = f"{name_of(Place('trec6', grid.P_CLAIMS))}: flora_na - {BASE} larger with 90 % of one class than with half"
+    return expected + parity + compared + [findings.growth(grows, found, *skews, "flora_na", BASE)]
 
 
 def with_pairs(verdict: Verdict) -> bool:
@@ -158,7 +163,7 @@ def _gaps_of(found: Found, task: str, methods: Sequence[str], probabilities: Seq
              wanted: int = grid.SEEDS) -> str:
     seeds = {(method, p): len(findings.of_place(found, Place(task, p, setting), method))
              for method in methods for p in probabilities}
-    task = f"{task} ({setting})" if setting else task
+    task = f"{task} ({grid.CLAIMS[setting].label})" if setting else task
     if not any(seeds.values()):
         return f"all of {', '.join(methods)} on {task}"
     lacking: dict[tuple[str, ...], list[str]] = {}
