@@ -185,6 +185,14 @@ def last_phase(found: Found, place: Place, method: str, after_b: int, after_a: i
     return ordering(claim, points)
 
 
+def merging(claim: str, found: Found, place: Place, method: str) -> Verdict:
+    """Of a claim that one mean over all peers after the last round is ahead of the best of them, on test, of the same run
+    (Zhu et al. 2026, arXiv 2507.06542).
+    """
+    gains = of_place(found, place, method, lambda cell: test(cell, "consensus") - test(cell, "max"))
+    return ordering(claim, list(gains.values()))
+
+
 def growth(claim: str, found: Found, more: Place, less: Place, one: str, other: str) -> Verdict:
     """Of a claim that `one` gains more on `other` at one place than at another, seed by seed."""
     gains = [_by_seed(found, place, one, other) for place in (more, less)]

@@ -12,6 +12,7 @@ from evidence import findings, grid
 from evidence.findings import Found, Place, Verdict
 
 BASE, RING = "lora", "lora-ring"
+MERGED = (BASE, "tad15", "decaf")
 PROBABILITIES = (0.02, 0.1, 0.5)
 COLUMNS = ["data", "p", "method", "rates of A, B", "peers' mean", "worst peer", "consensus", "minus LoRA", "MB sent"]
 MECHANISM = ["where", "method", "disagreement / product", "cross term / product (last third)",
@@ -127,16 +128,22 @@ def verdicts(found: Found) -> list[Verdict]:
                 for place, one, other in orderings()]
     skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half")]
     grows = f"{name_of(Place('trec6', grid.P_CLAIMS))}: flora_na - {BASE} larger with 90 % of one class than with half"
-    return expected + parity + compared + [findings.growth(grows, found, *skews, "flora_na", BASE)]
+    merged = [findings.merging(f"{name_of(place)}: consensus of {method} > its best peer", found, place, method)
+              for place in both_probabilities() for method in MERGED]
+    return expected + parity + compared + merged + [findings.growth(grows, found, *skews, "flora_na", BASE)]
 
 
 def with_pairs(verdict: Verdict) -> bool:
     return "no pair" not in verdict.why
 
 
+def both_probabilities() -> list[Place]:
+    return [Place(task, p) for task in grid.TASKS for p in (0.02, 0.1)]
+
+
 def orderings() -> list[tuple[Place, str, str]]:
     sparse, some = (Place("trec6", p) for p in (0.02, 0.1))
-    both = [Place(task, p) for task in grid.TASKS for p in (0.02, 0.1)]
+    both = both_probabilities()
     found = [(place, "decaf", "lora") for place in both]
     found += [(place, tad, other) for place in both for tad in ("tad5", "tad15") for other in ("ffa", "rolora")]
     found += [(place, "tad15", "tad1") for place in both]

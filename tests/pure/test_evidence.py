@@ -269,6 +269,15 @@ def test_a_gain_that_grows_is_told_from_one_that_does_not():
     assert any(verdict[1:] == said[1:] and "90 % of one class than" in verdict.claim for verdict in tables.verdicts(found))
 
 
+def test_one_merge_at_the_end_is_compared_with_the_best_peer_of_the_same_run():
+    found = cells_with({"lora": [70, 68, 69]})
+    for gain, cell in zip((6, 7, 8), found.values(), strict=True):
+        cell["test"] = {"mean": 0.5, "min": 0.4, "max": 0.6, "consensus": 0.6 + gain / 100}
+    (said,) = [verdict for verdict in tables.verdicts(found) if "its best peer" in verdict.claim and tables.with_pairs(verdict)]
+    assert said.claim == "trec6, p = 0.02: consensus of lora > its best peer"
+    assert said.verdict == "held" and said.why.startswith("+6.0, +7.0, +8.0")
+
+
 def test_what_the_diagnostics_say_is_a_row_a_method():
     found = cells_with({"lora": [60, 50], "tad5": [62]})
     for cell in found.values():
