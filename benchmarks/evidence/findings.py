@@ -81,14 +81,14 @@ def of_place(found: Found, place: Place, method: str, read: Callable[[dict], flo
             and (cell["task"], cell["p"], cell["setting"]) == place}
 
 
-def differences(found: Found, place: Place, one: str, other: str) -> list[float]:
-    """One - other, seed by seed, in points of test accuracy."""
-    return list(_by_seed(found, place, one, other).values())
+def differences(found: Found, place: Place, one: str, other: str, what: str = "mean") -> list[float]:
+    """One - other, seed by seed, in points of test accuracy: of the peers' mean, the worst peer (min), or the consensus."""
+    return list(_by_seed(found, place, one, other, what).values())
 
 
-def _by_seed(found: Found, place: Place, one: str, other: str) -> dict[int, float]:
+def _by_seed(found: Found, place: Place, one: str, other: str, what: str = "mean") -> dict[int, float]:
     """By seed that both have, one - other in points of test accuracy."""
-    first, second = of_place(found, place, one), of_place(found, place, other)
+    first, second = (of_place(found, place, method, lambda cell: test(cell, what)) for method in (one, other))
     return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
 
 

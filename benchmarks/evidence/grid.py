@@ -44,6 +44,8 @@ GRAPHS: dict[str, dict[str, Any]] = {
 }
 # rows of LoRA on these graphs
 ON_GRAPHS = {f"lora-{graph}": graph for graph in GRAPHS}
+# LoRA that gossips in the last fifth of its rounds, or not at all, and ends with one mean over all peers
+LATE = {"lora-late": {"name": "late", "share": 0.2}, "lora-once": {"name": "late", "share": 0.0}}
 # LoRA's own search came to a ratio of 1, so that its row of ratio 1 is `lora` itself
 WITH_RATIOS = {
     **{f"lora-ratio{ratio}": Entry("lora", {}, {"train.lr_ratio.B": ratio}, rates="lora") for ratio in (10, 100)},
@@ -82,6 +84,7 @@ METHODS: dict[str, Entry] = {
     **WITH_RATIOS,
     # graphs with ten messages a round among ten peers (Base-2: 8.3), as many as the graph of p = 0.1 has (nine)
     **{method: Entry("lora", overrides=GRAPHS[graph], rates="lora") for method, graph in ON_GRAPHS.items()},
+    **{method: Entry("lora", overrides={"trigger": trigger}, rates="lora") for method, trigger in LATE.items()},
 }
 CORE = ("lora", "tad5", "ffa", "tad15", "decaf")
 DECIDING = ("lora", "ffa", "tad5", "tad15")
@@ -106,7 +109,7 @@ class Setting(NamedTuple):
 
 P_CLAIMS = 0.1
 SKEWED = ("lora", "flora_na", "decaf")
-CLAIMS = {"short": Setting("600 steps", {}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *ON_GRAPHS)),
+CLAIMS = {"short": Setting("600 steps", {}, (*SKEWED, "fedrot", *UNEQUAL, *ADAPTERS, *ON_GRAPHS, *LATE)),
           "half": Setting("half of one class", {"partition.fraction": 0.5}, SKEWED),
           "one": Setting("one class a peer", {"partition.fraction": 1.0}, SKEWED, seeds=1),
           # with 20 local steps nothing is learnt of the classes of others: as many steps, in ten times the rounds

@@ -126,11 +126,13 @@ def verdicts(found: Found) -> list[Verdict]:
     parity = [findings.last_phase(found, Place(task, 0.02), "tad15", 75, 90) for task in grid.TASKS]
     compared = [findings.ordering(f"{name_of(place)}: {one} > {other}", findings.differences(found, place, one, other))
                 for place, one, other in orderings()]
-    skews = [Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half")]
+    short, half = (Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half"))
     grows = f"{name_of(Place('trec6', grid.P_CLAIMS))}: flora_na - {BASE} larger with 90 % of one class than with half"
     merged = [findings.merging(f"{name_of(place)}: consensus of {method} > its best peer", found, place, method)
               for place in both_probabilities() for method in MERGED]
-    return expected + parity + compared + merged + [findings.growth(grows, found, *skews, "flora_na", BASE)]
+    merged += [findings.ordering(f"{name_of(short)}: consensus of {method} > that of {BASE}",
+                                 findings.differences(found, short, method, BASE, "consensus")) for method in grid.LATE]
+    return expected + parity + compared + merged + [findings.growth(grows, found, short, half, "flora_na", BASE)]
 
 
 def with_pairs(verdict: Verdict) -> bool:
@@ -152,7 +154,8 @@ def orderings() -> list[tuple[Place, str, str]]:
     found += [(place, method, "lora") for place in (sparse, some) for method in ("fedrot", "flora_na")]
     for task, name, setting in grid.studies():
         place, with_base = Place(task, grid.P_CLAIMS, name), BASE in setting.methods
-        found += [(place, method, BASE) for method in setting.methods if with_base and method not in (BASE, *grid.UNEQUAL)]
+        found += [(place, method, BASE) for method in setting.methods 
+                  if with_base and method not in (BASE, *grid.UNEQUAL, *grid.LATE)]
         found += [(place, "carry", method) for method in setting.methods if method in grid.UNEQUAL[1:]]
         found += [(place, method, RING) for method in setting.methods if method in grid.ON_GRAPHS and method != RING]
     return found
