@@ -29,4 +29,4 @@ def _method(config: Config) -> str | None:
     if config.partition.name == "iid":
         return f"{named}: examples are dealt alike, and no method was ever ahead of the cheapest there ({WHERE})"
     return f"{named}: with partition = {config.partition.name} peers hold unlike examples, and where rates were searched for each, " \
-           f"neither tad nor decaf was ahead of it ({WHERE})"
+           f"neither tad nor decaf was ahead of it by more than chance gives ({WHERE})"
