@@ -205,6 +205,11 @@ def _core(found: Found, task: str, seeds) -> Iterator[Cell]:
     yield from _cells(found, "main", task, CORE, (0.02, 0.1), seeds)
 
 
+def _sst2(found: Found) -> Iterator[Cell]:
+    yield from _core(found, "sst2", range(SEEDS))
+    yield from _cells(found, "main", "sst2", ("lora", "tad15"), (0.02,), range(SEEDS, MOST_SEEDS))
+
+
 def _rest(found: Found) -> Iterator[Cell]:
     for task in TASKS:
         yield from _rates(found, task, OTHERS)
@@ -222,7 +227,7 @@ PHASES = {
     "core": lambda found: _core(found, "trec6", range(2)),
     "deciding": lambda found: _cells(found, "main", "trec6", DECIDING, (0.02,), range(2, MOST_SEEDS)),
     "ablations": lambda found: _cells(found, "ablations", "trec6", ABLATIONS, (0.02,), range(SEEDS)),
-    "sst2": lambda found: _core(found, "sst2", range(SEEDS)),
+    "sst2": _sst2,
     "rest": _rest,
     "claims": _claims,
 }

@@ -105,7 +105,7 @@ def test_methods_of_a_pair_share_graph_data_and_start():
     for cell in grid.plan(everything()):
         if cell.phase == "main":
             cells_of.setdefault((cell.task, cell.p, cell.seed), []).append(cell)
-    assert len(cells_of) == 2 * 3 * 3 + 2  # seeds 3 and 4 at p = 0.02 of TREC-6
+    assert len(cells_of) == 2 * 3 * 3 + 2 * 2  # seeds 3 and 4 at p = 0.02
     for group in cells_of.values():
         trees = [config_of(cell).to_dict() for cell in group]
         for tree in trees:
