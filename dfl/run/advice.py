@@ -16,7 +16,7 @@ def _topology(config: Config) -> str | None:
     if "topology" in config.model_fields_set or config.partition.name == "iid" or config.peers < 4:
         return None
     return f"no topology is named, so it is {config.topology.name}; where peers hold unlike examples, one_peer_exponential was " \
-           f"ahead of it with as many messages, and sends half as many a round; three pairs of TREC-6 ({WHERE})"
+           f"ahead of it with as many messages, and sends half as many a round; three pairs of TREC-6, not decided on SST-2 ({WHERE})"
 
 
 def _method(config: Config) -> str | None:
