@@ -107,9 +107,8 @@ def chosen_interval(found: Found, place: Place) -> str | None:
     """tad5 or tad15, by the validation mean over the seeds that both have, or the one that has been run; None where none
     has, or no seed is common.
     """
-    of_both = {method: of_place(found, place, method, validation) for method in ("tad5", "tad15")}
-    candidates = {method: values for method, values in of_both.items() if values}
-    seeds = set.intersection(*(set(values) for values in candidates.values())) if candidates else set()
+    candidates = {method: values for method in ("tad5", "tad15") if (values := of_place(found, place, method, validation))}
+    seeds = set.intersection(*map(set, candidates.values())) if candidates else set()
     means = {method: sum(values[seed] for seed in seeds) for method, values in candidates.items()}
     return max(means, key=lambda method: means[method]) if seeds else None
 

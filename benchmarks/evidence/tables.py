@@ -14,6 +14,8 @@ from evidence.findings import Found, Place, Verdict
 BASE, RING = "lora", "lora-ring"
 MERGED = (BASE, "tad15", "decaf")
 PROBABILITIES = (0.02, 0.1, 0.5)
+# where the orderings of the papers are looked at
+SPARSE_PLACES = [Place(task, p) for task in grid.TASKS for p in PROBABILITIES[:2]]
 COLUMNS = ["data", "p", "method", "rates of A, B", "peers' mean", "worst peer", "consensus", "minus LoRA", "MB sent"]
 MECHANISM = ["where", "method", "disagreement / product", "cross term / product (last third)",
              "gradient, frozen / trained", "own data minus all"]
@@ -129,7 +131,7 @@ def verdicts(found: Found) -> list[Verdict]:
     short, half = (Place("trec6", grid.P_CLAIMS, name) for name in ("short", "half"))
     grows = f"{name_of(Place('trec6', grid.P_CLAIMS))}: flora_na - {BASE} larger with 90 % of one class than with half"
     merged = [findings.merging(f"{name_of(place)}: consensus of {method} > its best peer", found, place, method)
-              for place in both_probabilities() for method in MERGED]
+              for place in SPARSE_PLACES for method in MERGED]
     merged += [findings.ordering(f"{name_of(short)}: consensus of {method} > that of {BASE}",
                                  findings.differences(found, short, method, BASE, "consensus")) for method in grid.LATE]
     return expected + parity + compared + merged + [findings.growth(grows, found, short, half, "flora_na", BASE)]
@@ -139,22 +141,17 @@ def with_pairs(verdict: Verdict) -> bool:
     return "no pair" not in verdict.why
 
 
-def both_probabilities() -> list[Place]:
-    return [Place(task, p) for task in grid.TASKS for p in (0.02, 0.1)]
-
-
 def orderings() -> list[tuple[Place, str, str]]:
     sparse, some = (Place("trec6", p) for p in (0.02, 0.1))
-    both = both_probabilities()
-    found = [(place, "decaf", "lora") for place in both]
-    found += [(place, tad, other) for place in both for tad in ("tad5", "tad15") for other in ("ffa", "rolora")]
-    found += [(place, "tad15", "tad1") for place in both]
+    found = [(place, "decaf", "lora") for place in SPARSE_PLACES]
+    found += [(place, tad, other) for place in SPARSE_PLACES for tad in ("tad5", "tad15") for other in ("ffa", "rolora")]
+    found += [(place, "tad15", "tad1") for place in SPARSE_PLACES]
     varied = {method: grid.METHODS[method].rates for method in grid.ABLATIONS}
     found += [(sparse, method, of) for method, of in (varied | {"decaf-alternating": "decaf"}).items()]
     found += [(place, method, "lora") for place in (sparse, some) for method in ("fedrot", "flora_na")]
     for task, name, setting in grid.studies():
         place, with_base = Place(task, grid.P_CLAIMS, name), BASE in setting.methods
-        found += [(place, method, BASE) for method in setting.methods 
+        found += [(place, method, BASE) for method in setting.methods
                   if with_base and method not in (BASE, *grid.UNEQUAL, *grid.LATE)]
         found += [(place, "carry", method) for method in setting.methods if method in grid.UNEQUAL[1:]]
         found += [(place, method, RING) for method in setting.methods if method in grid.ON_GRAPHS and method != RING]
