@@ -15,8 +15,10 @@ from pathlib import Path, PurePosixPath
 # what process 0 leaves in the folder of a run that a callback has ended
 ENDED = "ended.json"
 BEST = "best"  # the folder of the best models, each in the folder of its name
+# a file that safetensors (0.8) is writing, before it has its name: what is left of it when the writer is killed there
+_UNNAMED = r"\.tmp[0-9A-Za-z]{6}"
 _OF_BEST = re.compile(r"(\.(peer-\d+|consensus)\.[0-9a-f]{16}\.draft|peer-\d+|consensus)/"
-                      r"(adapter_model\.safetensors|adapter_config\.json|best\.json)")
+                      rf"(adapter_model\.safetensors|adapter_config\.json|best\.json|{_UNNAMED})")
 STATE = ".dfl"  # the folder in a run directory for what is no result: marker and lease
 FORMAT = 1
 # what a run leaves at the top of its directory, in the order of removal: who finds a recipe finds all that belongs to it
@@ -29,8 +31,8 @@ REPORT_MARK = "made by dfl report"
 OF_TRACKERS = {"tensorboard": r"events\.out\.tfevents\.[^/]*",
                "wandb": r"(offline-)?run-.*|latest-run|debug\.log|debug-internal\.log|debug-cli\.[^/]*\.log"}
 # a checkpoint whose manifest cannot be read, or is not there yet
-_LAYOUT = re.compile(r"state-\d+\.safetensors|consensus/consensus\.json|"
-                     r"(peer-\d+|consensus)/(adapter_model\.safetensors|adapter_config\.json)")
+_LAYOUT = re.compile(rf"state-\d+\.safetensors|consensus/consensus\.json|{_UNNAMED}|"
+                     rf"(peer-\d+|consensus)/(adapter_model\.safetensors|adapter_config\.json|{_UNNAMED})")
 _CHECKPOINT = re.compile(r"round-\d+|\.round-\d+(\.[0-9a-f]{8})?\.(draft|aside)")
 
 

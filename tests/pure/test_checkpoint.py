@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -325,6 +328,31 @@ def test_a_draft_is_never_taken_for_a_checkpoint(root, tmp_path, monkeypatch):
     save(2)
     assert published(tmp_path) == ["round-00001", "round-00002"]
     assert {p: p.read_bytes() for p in whole} == whole
+
+
+# ends by a signal in the middle of the file
+KILLED = """
+import resource, signal, sys
+import numpy as np
+from safetensors.numpy import save_file
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+save_file({"x": np.zeros(1_000_000)}, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("name", ["state-0.safetensors", "peer-0/adapter_model.safetensors", "consensus/adapter_model.safetensors"])
+def test_killed_inside_a_file_leaves_nothing_that_stays(root, tmp_path, name):
+    """Whatever name the file has until it is whole."""
+    save = saver(root, tmp_path)
+    save(1)
+    path = tmp_path / "checkpoints" / ".round-00002.draft" / name
+    path.parent.mkdir(parents=True)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)]).returncode == -signal.SIGXFSZ
+    assert len(list(path.parent.iterdir())) == 1
+    assert checkpoint.choose(tmp_path, InProcess()).name == "round-00001"
+    assert published(tmp_path) == ["round-00001"]
 
 
 @pytest.mark.parametrize("fails", ["adapter", "state", "manifest", "publish"])
