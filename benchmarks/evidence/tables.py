@@ -67,7 +67,8 @@ def result_rows(found: Found) -> list[list[str]]:
         for method in methods_at(found, place):
             cells = cells_of(found, place, method)
             label = _with_label(method, place.setting)
-            against = "–" if method == BASE else show(findings.differences(found, place, method, BASE), signed=True)
+            # peers that end with one merge stand against LoRA's consensus, in the verdicts
+            against = "–" if method in (BASE, *grid.LATE) else show(findings.differences(found, place, method, BASE), signed=True)
             figures = [show([findings.test(cell, what) for cell in cells]) for what in ("mean", "min", "consensus")]
             sent = [cell["message_bytes"] / 1e6 for cell in cells if "message_bytes" in cell]
             p = "–" if method == "local" else f"{place.p:g}"

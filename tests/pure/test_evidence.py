@@ -278,6 +278,17 @@ def test_one_merge_at_the_end_is_compared_with_the_best_peer_of_the_same_run():
     assert said.verdict == "held" and said.why.startswith("+6.0, +7.0, +8.0")
 
 
+def test_peers_that_end_with_one_merge_are_compared_with_the_consensus_alone():
+    cells_at = [grid.Cell("claims", "trec6", method, 0.1, seed, 0.002, 1, setting="short") for method in ("lora", "lora-late")
+                for seed in range(3)]
+    found = {cell.name: result(cell, 0.7) for cell in cells_at}
+    for cell in found.values():
+        cell["test"] |= {"consensus": 0.8} if cell["method"] == "lora" else {"mean": 0.78, "consensus": 0.78}
+    assert [row[-2] for row in tables.result_rows(found)] == ["–", "–"]
+    (said,) = [verdict for verdict in tables.verdicts(found) if "consensus of lora-late" in verdict.claim]
+    assert said.why.startswith("-2.0, -2.0, -2.0")
+
+
 def test_what_the_diagnostics_say_is_a_row_a_method():
     found = cells_with({"lora": [60, 50], "tad5": [62]})
     for cell in found.values():
@@ -603,6 +614,14 @@ def test_the_documents_tables_are_those_of_the_committed_cells():
         missing = {"commands", "seed"} | ({"git_commit", "versions", "hardware"} if "diverged" not in cell else set())
         assert missing <= cell.keys(), name
         assert cell["phase"] == "rates" or cell.get("diverged") or cell["test"], name
+
+
+def test_the_guide_counts_the_runs_whose_consensus_is_ahead_of_the_best_peer():
+    found = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["cells"]
+    gains = [findings.test(cell, "consensus") - findings.test(cell, "max")
+             for place in tables.SPARSE_PLACES for method in tables.MERGED for cell in tables.cells_of(found, place, method)]
+    guide = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"ahead of the best peer in {sum(gain > 0 for gain in gains)} of {len(gains)} runs" in guide
 
 
 def test_collecting_keeps_the_order_of_the_protocol_and_lists_what_can_be_run(tmp_path, monkeypatch, capsys):
