@@ -164,6 +164,17 @@ def test_a_manifest_cannot_name_what_lies_elsewhere(finished, tmp_path):
     assert "checkpoints/round-00001/state-7.safetensors" in left and (tmp_path / "mine").read_text() == "mine"
 
 
+def test_files_that_had_no_name_yet_when_their_writer_was_killed_are_its_own(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for folder in ("checkpoints/.round-00003.0a1b2c3d.draft", "checkpoints/.round-00003.draft/peer-0",
+                   "best/.peer-1.0123456789abcdef.draft"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / ".tmpa1B2c3").write_text("half of a file")
+    (run / "best/.tmpa1B2c3").write_text("mine")
+    assert directory.clear(run) == ["best/.tmpa1B2c3"]
+
+
 def test_a_folder_of_that_name_without_a_marker_is_not_a_baseline_of_ours(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
