@@ -188,8 +188,12 @@ def merging(claim: str, found: Found, place: Place, method: str) -> Verdict:
     """Of a claim that one mean over all peers after the last round is ahead of the best of them, on test, of the same run
     (Zhu et al. 2026, arXiv 2507.06542).
     """
-    gains = of_place(found, place, method, lambda cell: test(cell, "consensus") - test(cell, "max"))
-    return ordering(claim, list(gains.values()))
+    return ordering(claim, gains_of_merging(found, place, method))
+
+
+def gains_of_merging(found: Found, place: Place, method: str) -> list[float]:
+    """Consensus - best peer, seed by seed, on test."""
+    return list(of_place(found, place, method, lambda cell: test(cell, "consensus") - test(cell, "max")).values())
 
 
 def growth(claim: str, found: Found, more: Place, less: Place, one: str, other: str) -> Verdict:
